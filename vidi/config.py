@@ -1,0 +1,373 @@
+"""Sizes and constants of the model: frozen dataclasses, read from the official ``config.json`` (spec §1).
+
+The official file describes the decoder and the bridge; the towers are two public models that it only names, so
+their sizes default to those models and may be given as ``vision_config`` / ``audio_config`` beside the other fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = ["AudioConfig", "ConfigError", "DecoderConfig", "VidiConfig", "VisionConfig"]
+
+
+class ConfigError(ValueError):
+    """A configuration that this model cannot honour; the text names the fields."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """SigLIP2 tower. Defaults: so400m patch14-384."""
+
+    image_size: int = 384
+    patch_size: int = 14
+    num_channels: int = 3
+    hidden_size: int = 1152
+    num_layers: int = 27
+    num_heads: int = 16
+    intermediate_size: int = 4304
+    layer_norm_eps: float = 1e-6
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioConfig:
+    """Whisper encoder. Defaults: large-v3."""
+
+    num_mel_bins: int = 128
+    hidden_size: int = 1280
+    num_layers: int = 32
+    num_heads: int = 20
+    intermediate_size: int = 5120
+    max_source_positions: int = 1500
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def mel_frames(self) -> int:
+        """Mel frames of one piece; the tower's second convolution halves them to ``max_source_positions``."""
+        return 2 * self.max_source_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Gemma 2 decoder. Every field is given by the checkpoint; none has a default."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    sliding_window: int
+    query_pre_attn_scalar: float
+    attn_softcap: float
+    final_softcap: float
+    rms_norm_eps: float
+    rope_theta: float
+
+    def window(self, layer_idx: int) -> int | None:
+        """Past keys that layer ``layer_idx`` sees beside the query itself; None = all (spec §7)."""
+        return self.sliding_window if layer_idx % 2 == 0 else None
+
+    @property
+    def scale(self) -> float:
+        return self.query_pre_attn_scalar**-0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class VidiConfig:
+    vision: VisionConfig
+    audio: AudioConfig
+    decoder: DecoderConfig
+    image_pool_size: int = 2
+    audio_pool_size: int = 5
+    time_interval: int = 10000
+    norm_std: float = 0.028976401314139366
+    visual_token_budget: int = 60000
+    budget_scope: Literal["batch", "video"] = "batch"
+    loss_threshold: float | None = None
+    bos_id: int = 2
+    pad_id: int = 0
+    end_of_turn_id: int = 107
+    image_placeholder: int = -200
+    max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        wrong = []
+        if self.image_pool_size != 2:
+            wrong.append(f"mm_image_pool_size {self.image_pool_size}: only 2 is specified")
+        if self.budget_scope not in ("batch", "video"):
+            wrong.append(f"budget_scope {self.budget_scope!r}: 'batch' or 'video'")
+        if self.visual_token_budget < 1:
+            wrong.append(f"visual_token_budget {self.visual_token_budget}: at least 1")
+        d = self.decoder
+        if d.num_heads % d.num_kv_heads:
+            wrong.append(f"num_attention_heads {d.num_heads} is no multiple of num_key_value_heads {d.num_kv_heads}")
+        if d.head_dim % 2:
+            wrong.append(f"head_dim {d.head_dim} is odd; rotary embedding pairs its halves")
+        for name, tower in (("vision", self.vision), ("audio", self.audio)):
+            if tower.hidden_size % tower.num_heads:
+                wrong.append(f"{name} width {tower.hidden_size} is no multiple of its {tower.num_heads} heads")
+        if self.vision.num_layers < 2:
+            wrong.append("the vision tower is read at the layer before its last: it needs at least 2 layers")
+        if wrong:
+            raise ConfigError("contradictory configuration: " + "; ".join(wrong))
+
+    # ---- the official config.json -----------------------------------------------------------------------------
+
+    @classmethod
+    def from_official(
+        cls,
+        raw: Mapping[str, Any],
+        *,
+        vision: VisionConfig | Mapping[str, Any] | None = None,
+        audio: AudioConfig | Mapping[str, Any] | None = None,
+    ) -> VidiConfig:
+        """Read the fields of an official ``config.json`` (spec §1).
+
+        ``vision`` and ``audio`` give the towers' sizes (ours, or a Hugging Face tower config as a mapping); without
+        them ``raw["vision_config"]`` / ``raw["audio_config"]`` count, and without those the two public models.
+
+        Raises ConfigError naming every unknown, missing or contradictory field.
+        """
+        wrong = []
+        for name, allowed in _REQUIRED_VALUES.items():
+            if name in raw and raw[name] not in allowed:
+                wrong.append(f"{name} = {raw[name]!r} (this model computes {' or '.join(map(repr, allowed))})")
+        if wrong:
+            raise ConfigError("fields that this model cannot honour: " + "; ".join(wrong))
+        if missing := sorted(name for name in _DECODER_FIELDS if name not in raw):
+            raise ConfigError(f"missing fields: {', '.join(missing)}")
+        known = {*_DECODER_FIELDS, *_BRIDGE_FIELDS, *_REQUIRED_VALUES, *_IGNORED, *_GENERIC, "vision_config", "audio_config"}
+        if unknown := sorted(set(raw) - known):
+            raise ConfigError(f"unknown fields: {', '.join(unknown)}; remove them, or teach vidi/config.py their meaning")
+        return cls(
+            vision=_tower(VisionConfig, _VISION_FIELDS, _VISION_REQUIRED, raw.get("vision_config"), vision, "vision"),
+            audio=_tower(AudioConfig, _AUDIO_FIELDS, _AUDIO_REQUIRED, raw.get("audio_config"), audio, "audio"),
+            decoder=DecoderConfig(**{ours: raw[name] for name, ours in _DECODER_FIELDS.items()}),
+            **{ours: raw[name] for name, ours in _BRIDGE_FIELDS.items() if name in raw and not _absent(raw, name)},
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> VidiConfig:
+        """Read ``config.json`` (or the folder that holds it). Raises ConfigError naming the file."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; a checkpoint folder holds config.json beside its shards") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: a JSON object is expected, found {type(raw).__name__}")
+        try:
+            return cls.from_official(raw)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+        except (TypeError, AttributeError) as error:
+            raise ConfigError(f"{path}: a field has the wrong type ({error})") from None
+
+    def to_official(self) -> dict[str, Any]:
+        """The official fields, with the towers' sizes beside them where they are not the public models'."""
+        raw: dict[str, Any] = {"model_type": "dattn_gemma2", "architectures": ["DattnGemma2ForCausalLM"]}
+        raw |= {name: getattr(self.decoder, ours) for name, ours in _DECODER_FIELDS.items()}
+        raw |= {name: getattr(self, ours) for name, ours in _BRIDGE_FIELDS.items()}
+        raw |= {name: allowed[0] for name, allowed in _REQUIRED_VALUES.items() if name != "model_type"}
+        raw["torch_dtype"] = "bfloat16"
+        if self.vision != VisionConfig():
+            raw["vision_config"] = {name: getattr(self.vision, ours) for name, ours in _VISION_FIELDS.items()}
+        if self.audio != AudioConfig():
+            raw["audio_config"] = {name: getattr(self.audio, ours) for name, ours in _AUDIO_FIELDS.items()}
+        return raw
+
+    # ---- sizes ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def full(cls) -> VidiConfig:
+        """The released 9B checkpoint (spec §1)."""
+        return cls(
+            vision=VisionConfig(),
+            audio=AudioConfig(),
+            decoder=DecoderConfig(
+                vocab_size=256000,
+                hidden_size=3584,
+                intermediate_size=14336,
+                num_layers=42,
+                num_heads=16,
+                num_kv_heads=8,
+                head_dim=256,
+                sliding_window=4096,
+                query_pre_attn_scalar=256,
+                attn_softcap=50.0,
+                final_softcap=30.0,
+                rms_norm_eps=1e-6,
+                rope_theta=10000.0,
+            ),
+        )
+
+    @classmethod
+    def tiny(cls) -> VidiConfig:
+        """Sizes for tests and the embedded checkpoint, chosen so that every feature bites.
+
+        sqrt(40) is inexact in every dtype, the attention scale is not head_dim^-0.5, N·H differs from D, kv heads are
+        shared, the window is shorter than a prompt, the patch grid is odd, one audio piece is one second.
+        """
+        return cls(
+            vision=VisionConfig(
+                image_size=26, patch_size=2, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=64
+            ),
+            audio=AudioConfig(
+                num_mel_bins=16,
+                hidden_size=32,
+                num_layers=2,
+                num_heads=4,
+                intermediate_size=64,
+                max_source_positions=50,
+            ),
+            decoder=DecoderConfig(
+                vocab_size=512,
+                hidden_size=40,
+                intermediate_size=96,
+                num_layers=4,
+                num_heads=4,
+                num_kv_heads=2,
+                head_dim=16,
+                sliding_window=8,
+                query_pre_attn_scalar=12,
+                attn_softcap=50.0,
+                final_softcap=30.0,
+                rms_norm_eps=1e-6,
+                rope_theta=10000.0,
+            ),
+        )
+
+
+def _tower(kind: Any, fields: Mapping[str, str], required: Mapping[str, Any], in_file: Any, given: Any, name: str) -> Any:
+    if isinstance(given, kind):
+        return given
+    raw = given if given is not None else in_file
+    if raw is None:
+        return kind()
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{name}_config: an object is expected, found {type(raw).__name__}")
+    if unknown := sorted(set(raw) - set(fields) - set(required) - _GENERIC - _TOWER_IGNORED):
+        raise ConfigError(f"unknown fields in {name}_config: {', '.join(unknown)}")
+    for field_name, value in required.items():
+        if field_name in raw and raw[field_name] != value:
+            raise ConfigError(f"{name}_config.{field_name} = {raw[field_name]!r} (this model computes {value!r})")
+    config = kind(**{ours: raw[official] for official, ours in fields.items() if official in raw})
+    if isinstance(config, AudioConfig) and raw.get("nb_max_frames", config.mel_frames) != config.mel_frames:
+        raise ConfigError(
+            f"audio_config.nb_max_frames {raw['nb_max_frames']} is not twice max_source_positions "
+            f"{config.max_source_positions}"
+        )
+    return config
+
+
+def _absent(raw: Mapping[str, Any], name: str) -> bool:
+    """A null in the file means "not set" for every bridge field but the loss threshold, where it is the value."""
+    return raw[name] is None and name != "loss_thres"
+
+
+_DECODER_FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "sliding_window": "sliding_window",
+    "query_pre_attn_scalar": "query_pre_attn_scalar",
+    "attn_logit_softcapping": "attn_softcap",
+    "final_logit_softcapping": "final_softcap",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+_BRIDGE_FIELDS = {
+    "mm_image_pool_size": "image_pool_size",
+    "mm_audio_pool_size": "audio_pool_size",
+    "mm_time_interval": "time_interval",
+    "mm_std": "norm_std",
+    "visual_token_budget": "visual_token_budget",
+    "budget_scope": "budget_scope",
+    "loss_thres": "loss_threshold",
+    "bos_token_id": "bos_id",
+    "pad_token_id": "pad_id",
+    "max_position_embeddings": "max_positions",
+}
+# Fields that choose what is computed: one choice is implemented, any other is refused. The released file holds
+# `mm_projector_type: null`, which means mlp2x_gelu (its weights are model.0 and model.2).
+_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "model_type": ("dattn_gemma2",),
+    "mm_projector_type": (None, "mlp2x_gelu"),
+    "mm_vision_select_layer": (-2,),
+    "mm_input_type": ("video",),
+    "mm_image_aspect_ratio": ("resize",),
+    "mm_vision_tower": ("google/siglip2-so400m-patch14-384", None),
+    "mm_audio_tower": ("openai/whisper-large-v3", None),
+    "hidden_activation": ("gelu_pytorch_tanh", None),
+    "hidden_act": ("gelu_pytorch_tanh", None),
+    "tie_word_embeddings": (True,),
+    "attention_bias": (False,),
+    "attention_dropout": (0, 0.0),
+}
+# Known, without effect on what is computed here: chunk counts, training switches, how the file was written.
+_IGNORED = {
+    "mm_splits",
+    "train_vis",
+    "train_aud",
+    "eos_token_id",
+    "cache_implementation",
+    "initializer_range",
+    "use_cache",
+    "_attn_implementation",
+}
+# What Hugging Face writes into every configuration, whatever the model.
+_GENERIC = {
+    *("_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "bad_words_ids"),
+    *("begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size"),
+    *("decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping"),
+    *("encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task"),
+    *("forced_bos_token_id", "forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id"),
+    *("length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups"),
+    *("num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores"),
+    *("pad_token_id", "prefix", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty"),
+    *("return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params"),
+    *("temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k"),
+    *("top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16"),
+}
+_VISION_FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "num_channels": "num_channels",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "layer_norm_eps": "layer_norm_eps",
+}
+_VISION_REQUIRED = {"hidden_act": "gelu_pytorch_tanh", "select_layer": -2}
+_AUDIO_FIELDS = {
+    "num_mel_bins": "num_mel_bins",
+    "d_model": "hidden_size",
+    "encoder_layers": "num_layers",
+    "encoder_attention_heads": "num_heads",
+    "encoder_ffn_dim": "intermediate_size",
+    "max_source_positions": "max_source_positions",
+}
+_AUDIO_REQUIRED = {"activation_function": "gelu", "scale_embedding": False}
+_TOWER_IGNORED = {
+    *("attention_dropout", "activation_dropout", "dropout", "encoder_layerdrop", "nb_max_frames", "num_hidden_layers"),
+    *("_attn_implementation", "use_cache", "init_std", "vocab_size", "max_target_positions", "decoder_layers"),
+    *("decoder_attention_heads", "decoder_ffn_dim", "decoder_layerdrop", "initializer_range", "vision_use_head"),
+}
