@@ -1,0 +1,17 @@
+"""The oracle: Vidi 1.5's forward pass in NumPy float64, sharing no code with the model. Imports numpy only.
+
+Read in the order the data flows:
+
+    case.py       sizes, weights and inputs as named by the release; the trace of stages
+    casts.py      which number format each step uses        pointwise.py  activations, LayerNorm, softmax
+    towers.py     frames and log-mel to features            positions.py  where a token stands, rms()
+    bridge.py     features to visual and audio tokens       text.py       ids to packed embeddings
+    decoder.py    decomposed attention                      unpad.py      its varlen form, for the record
+    head.py       logits and loss                           forward.py    all of it, and greedy decoding
+"""
+
+from .casts import Arithmetic, round_bf16, round_fp16
+from .forward import Greedy, forward, greedy, teacher_forced
+from .head import loss
+
+__all__ = ["Arithmetic", "Greedy", "forward", "greedy", "loss", "round_bf16", "round_fp16", "teacher_forced"]

@@ -1,0 +1,76 @@
+"""The few element-wise functions and norms that several parts share. Each takes and returns arrays of one shape."""
+
+import math
+
+import numpy as np
+
+from .casts import Arithmetic
+
+__all__ = ["fused", "gelu_erf", "gelu_erf_float32", "gelu_tanh", "layer_norm", "masked_softmax", "rsqrt", "softcap"]
+
+_erf_objects = np.frompyfunc(math.erf, 1, 1)
+
+
+def _erf(x: np.ndarray) -> np.ndarray:
+    """erf in float64, one libm call per element (NumPy has none); in slices, because each passes through objects."""
+    flat = np.asarray(x, dtype=np.float64).reshape(-1)
+    out = np.empty_like(flat)
+    for start in range(0, flat.size, 1 << 18):
+        out[start : start + (1 << 18)] = _erf_objects(flat[start : start + (1 << 18)])
+    return out.reshape(np.shape(x))
+
+
+def gelu_erf(x: np.ndarray) -> np.ndarray:
+    """x/2·(1+erf(x/√2)), in x's dtype: Whisper, projectors, position MLPs."""
+    exact = np.asarray(x, dtype=np.float64)
+    return (0.5 * exact * (1.0 + _erf(exact * math.sqrt(0.5)))).astype(x.dtype)
+
+
+def gelu_erf_float32(x: np.ndarray) -> np.ndarray:
+    """The same as float32 CPU kernels have it: erf by Abramowitz & Stegun 7.1.26 with fused multiply-adds, off by up to
+    1.5e-7. For the float32-forced position MLP, whose recorded bits hold this very error; nothing else uses it."""
+    x = np.asarray(x, dtype=np.float32)
+    z = x * np.float32(math.sqrt(0.5))
+    t = np.float32(1) / fused(np.float32(0.3275911), np.abs(z), np.float32(1))
+    poly = np.full_like(t, 1.061405429)
+    for coefficient in (-1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        poly = fused(poly, t, np.float32(coefficient))
+    tail = -np.exp(-(z * z).astype(np.float64)).astype(np.float32) * t
+    return x * np.float32(0.5) * (np.float32(1) + np.copysign(fused(tail, poly, np.float32(1)), z))
+
+
+def fused(a: np.ndarray | np.float32, b: np.ndarray, c: np.ndarray | np.float32) -> np.ndarray:
+    """a·b + c of float32 values, rounded to float32 once (through float64, where a·b is exact)."""
+    return (np.multiply(a, b, dtype=np.float64) + c).astype(np.float32)
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """x/2·(1+tanh(√(2/π)(x+0.044715x³))), in x's dtype: SigLIP and the decoder."""
+    return (0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))).astype(x.dtype)
+
+
+def rsqrt(x: np.ndarray) -> np.ndarray:
+    """1/√x in x's dtype."""
+    return (1.0 / np.sqrt(x)).astype(x.dtype)
+
+
+def softcap(x: np.ndarray, cap: float) -> np.ndarray:
+    """cap·tanh(x/cap) in x's dtype."""
+    return (cap * np.tanh(x / cap)).astype(x.dtype)
+
+
+def layer_norm(ar: Arithmetic, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
+    """LayerNorm over the last axis, biased variance, stored once."""
+    centred = x - ar.mean(x)
+    return ar.store(centred * rsqrt(ar.mean(centred * centred) + x.dtype.type(eps)) * weight + bias)
+
+
+def masked_softmax(scores: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
+    """Softmax over the last axis of the kept entries only. keep broadcasts to scores, True = attend; a row that keeps
+    nothing becomes all zero, so that attending to nothing contributes exactly 0 (spec §7)."""
+    if keep is not None:
+        scores = np.where(keep, scores, scores.dtype.type(-np.inf))
+    peak = np.max(scores, axis=-1, keepdims=True)
+    weights = np.exp(scores - np.where(np.isfinite(peak), peak, scores.dtype.type(0)))
+    total = np.sum(weights, axis=-1, keepdims=True)
+    return weights / np.where(total > 0, total, scores.dtype.type(1))
