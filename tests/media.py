@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-__all__ = ["Sound", "make_video", "picture_u8_HWC", "rotate_mp4", "sound_s16_CL", "truncate"]
+__all__ = ["Sound", "make_picture", "make_sound", "make_video", "rotate_mp4", "truncate"]
 
 VIDEO_CODECS = {".mp4": "libx264", ".mkv": "libx264", ".webm": "libvpx"}
 AUDIO_CODECS = {".mp4": "aac", ".mkv": "aac", ".webm": "libopus"}
@@ -31,7 +31,7 @@ class Sound:
     codec: str | None = None
 
 
-def picture_u8_HWC(index: int, width: int, height: int) -> np.ndarray:
+def make_picture(index: int, width: int, height: int) -> np.ndarray:
     """(height, width, 3) uint8: gradients, stripes of two pixels, and a brightness that tells the index."""
     y, x = np.mgrid[0:height, 0:width]
     red = (3 * x + 11 * index) % 256
@@ -40,7 +40,7 @@ def picture_u8_HWC(index: int, width: int, height: int) -> np.ndarray:
     return np.stack([red, green, blue], axis=-1).astype(np.uint8)
 
 
-def sound_s16_CL(sound: Sound) -> np.ndarray:
+def make_sound(sound: Sound) -> np.ndarray:
     """(channels, samples) int16: a sweep with a slow swell, channels at different pitch and loudness."""
     t = np.arange(round(sound.seconds * sound.rate_hz)) / sound.rate_hz
     rows = []
@@ -85,14 +85,14 @@ def make_video(
         if audio is not None:
             assert sound is not None
             frame = av.AudioFrame.from_ndarray(
-                np.ascontiguousarray(sound_s16_CL(sound).T.reshape(1, -1)), format="s16", layout=audio.layout.name
+                np.ascontiguousarray(make_sound(sound).T.reshape(1, -1)), format="s16", layout=audio.layout.name
             )
             frame.sample_rate, frame.pts = sound.rate_hz, 0
             container.mux(audio.encode(frame))
             container.mux(audio.encode(None))
         for index in range(num_frames):
             assert video is not None
-            picture = av.VideoFrame.from_ndarray(picture_u8_HWC(index, width, height), format="rgb24")
+            picture = av.VideoFrame.from_ndarray(make_picture(index, width, height), format="rgb24")
             picture = picture.reformat(format="yuv420p")
             if pts_ms is not None:
                 picture.pts, picture.time_base = pts_ms[index], Fraction(1, 1000)

@@ -42,7 +42,8 @@ def read_audio(path: str | Path) -> Tensor | None:
         resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
         samples_s16 = bytearray()
         try:
-            for frame in chain(_within_stated_end(container, stream, path), [None]):  # None: what the filter still holds
+            # The None behind the last frame asks for what the resampler still holds.
+            for frame in chain(_within_stated_end(container, stream, path), [None]):
                 for piece in resampler.resample(frame):
                     samples_s16 += piece.to_ndarray().tobytes()
         except MediaError:
@@ -72,7 +73,7 @@ def _within_stated_end(container: Any, stream: Any, path: str | Path) -> Iterato
 def _head(frame: av.AudioFrame, samples: int) -> av.AudioFrame:
     """The first ``samples`` of a frame."""
     channels = 1 if frame.format.is_planar else frame.layout.nb_channels
-    data = np.ascontiguousarray(frame.to_ndarray()[:, : samples * channels])
+    data: Any = np.ascontiguousarray(frame.to_ndarray()[:, : samples * channels])
     head = av.AudioFrame.from_ndarray(data, format=frame.format.name, layout=frame.layout.name)
     head.sample_rate, head.time_base, head.pts = frame.sample_rate, frame.time_base, frame.pts
     return head
@@ -99,7 +100,7 @@ def log_mel(
         raise ValueError(f"samples are {samples.dtype} of shape {tuple(samples.shape)}; one axis of float32 is needed")
     piece_samples = mel_frames * HOP
     if piece_samples <= N_FFT // 2:
-        raise ValueError(f"mel_frames is {mel_frames}: pieces of {piece_samples} samples, shorter than the window; >= 2")
+        raise ValueError(f"mel_frames is {mel_frames}: pieces of {piece_samples} samples; at least 2 are needed")
     samples = samples.to(device)
     num_pieces = -(-len(samples) // piece_samples)
     window = torch.hann_window(N_FFT, device=samples.device)

@@ -16,7 +16,7 @@ import av
 from av.container import InputContainer
 from av.stream import Disposition, Stream
 
-__all__ = ["MediaError", "NoVideoError", "decoded", "declared_sec", "first_stream", "has_index", "open_media"]
+__all__ = ["MediaError", "NoVideoError", "declared_sec", "decoded", "first_stream", "has_index", "open_media"]
 
 
 class MediaError(ValueError):

@@ -55,7 +55,7 @@ def read_frames(
     size: int = 384,
     progress: Callable[[float, float | None], None] | None = None,
 ) -> Frames:
-    """Decode a video from start to end and keep every ``frame_step``-th frame, resized to ``size`` × ``size`` (spec §2).
+    """Decode a video from start to end, keep every ``frame_step``-th frame, resized to ``size`` × ``size`` (spec §2).
 
     The rule goes by frame number and the stream's average rate, also where the rate varies. Each kept frame: RGB,
     turned upright (below), PIL bicubic straight to the square. Only resized frames stay in memory: 3·S² bytes each.

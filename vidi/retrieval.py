@@ -1,0 +1,175 @@
+"""From a video file and a question to time ranges (spec §2): the whole path, and reading the answer."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from tokenizers import Tokenizer
+
+from vidi.config import VidiConfig
+from vidi.inputs import audio, batch, prompt, video
+
+__all__ = ["Answer", "Inputs", "Progress", "format_ranges", "format_time", "parse_ranges", "prepare"]
+__all__ += ["progress_on_stderr", "retrieve"]
+
+_RANGE = re.compile(r"(\d\.\d+)-(\d\.\d+)")
+
+
+class Progress(Protocol):
+    """Called as a stage advances: its name, what is done, and the whole where that is known."""
+
+    def __call__(self, stage: str, done: float, total: float | None) -> None: ...
+
+
+def parse_ranges(text: str) -> list[tuple[float, float]]:
+    """Every match of ``(\\d\\.\\d+)-(\\d\\.\\d+)``, in order: (start, end), fractions of the video's length (spec §2).
+
+    Taken as the model wrote them: a start behind its end, or a fraction above 1, is neither dropped nor repaired.
+    """
+    return [(float(start), float(end)) for start, end in _RANGE.findall(text)]
+
+
+def format_time(fraction: float, duration_sec: float) -> str:
+    """HH:MM:SS, seconds rounded down; hours take as many digits as they need."""
+    seconds = int(fraction * duration_sec)
+    return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def format_ranges(ranges: Sequence[tuple[float, float]], duration_sec: float) -> str:
+    """ "HH:MM:SS-HH:MM:SS", joined by ", " (spec §2). A fraction above 1 prints a time behind the video's end."""
+    return ", ".join("-".join(format_time(edge, duration_sec) for edge in pair) for pair in ranges)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said of a video."""
+
+    video: str
+    query: str
+    text: str  #: the raw answer, without special tokens
+    tokens: tuple[int, ...]  #: the generated ids, without the one that stopped
+    ranges: tuple[tuple[float, float], ...]  #: fractions of the video's length
+    duration_sec: float
+
+    @property
+    def times(self) -> str:
+        """The ranges as HH:MM:SS-HH:MM:SS, joined by ", "; empty where the answer holds none."""
+        return format_ranges(self.ranges, self.duration_sec)
+
+    def to_json(self) -> str:
+        """One JSON object, ranges both as fractions and as times."""
+        ranges = [
+            {
+                "start_fraction": start,
+                "end_fraction": end,
+                "start": format_time(start, self.duration_sec),
+                "end": format_time(end, self.duration_sec),
+            }
+            for start, end in self.ranges
+        ]
+        fields = {"video": self.video, "query": self.query, "duration_sec": self.duration_sec, "times": self.times}
+        fields |= {"ranges": ranges, "text": self.text, "tokens": list(self.tokens)}
+        return json.dumps(fields, ensure_ascii=False, indent=2)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A question about a file as the model takes it."""
+
+    frames: video.Frames
+    batch: batch.Batch
+
+
+def prepare(
+    path: str | Path,
+    query: str,
+    tokenizer: Tokenizer,
+    config: VidiConfig,
+    *,
+    fps: float = 1.0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Progress | None = None,
+) -> Inputs:
+    """Read a file and a question into a batch of one on ``device``, pictures and sound in ``dtype``.
+
+    A file without sound gives a batch without sound. Log-mel features are always computed on the CPU, where they are
+    bit-exact. Raises PromptError before the file is touched, MediaError (both ValueErrors) for the file.
+    """
+    ids = prompt.build_ids(tokenizer, query, bos_id=config.bos_id, image_placeholder=config.image_placeholder)
+    frames = video.read_frames(path, fps=fps, size=config.vision.image_size, progress=_stage(progress, "frames"))
+    _tell(progress, "sound", 0, 1)
+    samples, mel, size = audio.read_audio(path), None, None
+    if samples is not None:
+        mel, size = audio.log_mel(samples, config.audio.num_mel_bins, mel_frames=config.audio.mel_frames)
+    _tell(progress, "sound", 1, 1)
+    pixels = frames.images_u8 if device is None else frames.images_u8.to(device)
+    row = batch.Sample(ids=ids, images=video.to_float(pixels, dtype), audio=mel, audio_size=size)
+    return Inputs(frames, batch.make_batch([row], config).to(device, dtype))
+
+
+def retrieve(
+    model: Any,
+    tokenizer: Tokenizer,
+    path: str | Path,
+    query: str,
+    *,
+    fps: float = 1.0,
+    max_new_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> Answer:
+    """Ask a model when something is seen in a video file: greedy decoding, its answer read as time ranges (spec §2).
+
+    Inputs go to the device and dtype of the model's embedding. Raises ValueError as ``prepare`` does.
+    """
+    # Imported here: reading an answer, or preparing inputs, needs no model.
+    from vidi import generate
+
+    weight = model.decoder.embed.weight
+    inputs = prepare(
+        path, query, tokenizer, model.config, fps=fps, device=weight.device, dtype=weight.dtype, progress=progress
+    )
+    _tell(progress, "answer", 0, max_new_tokens)
+    generated = generate.greedy(model, inputs.batch, max_new_tokens=max_new_tokens, progress=_stage(progress, "answer"))
+    tokens = tuple(generated.tokens[0])
+    text = prompt.decode(tokenizer, tokens)
+    ranges = tuple(parse_ranges(text))
+    return Answer(str(path), query, text, tokens, ranges, inputs.frames.duration_sec)
+
+
+@contextmanager
+def progress_on_stderr() -> Iterator[Progress]:
+    """A progress display of all stages on stderr; stdout stays the answer's."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    count = TextColumn("{task.completed:.0f}")
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), count, TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: float, total: float | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield advance
+
+
+def _stage(progress: Progress | None, stage: str) -> Callable[[float, float | None], None] | None:
+    if progress is None:
+        return None
+    return lambda done, total: progress(stage, done, total)
+
+
+def _tell(progress: Progress | None, stage: str, done: float, total: float | None) -> None:
+    if progress is not None:
+        progress(stage, done, total)
