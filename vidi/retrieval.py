@@ -98,7 +98,7 @@ def prepare(
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> Inputs:
-    """Read a file and a question into a batch of one on ``device``, pictures and sound in ``dtype``.
+    """Read a file and a question into a batch of one on ``device``: frames as uint8 pixels, sound in ``dtype``.
 
     A file without sound gives a batch without sound. Log-mel features are always computed on the CPU, where they are
     bit-exact. Raises PromptError before the file is touched, MediaError (both ValueErrors) for the file.
@@ -110,8 +110,7 @@ def prepare(
     if samples is not None:
         mel, size = audio.log_mel(samples, config.audio.num_mel_bins, mel_frames=config.audio.mel_frames)
     _tell(progress, "sound", 1, 1)
-    pixels = frames.images_u8 if device is None else frames.images_u8.to(device)
-    row = batch.Sample(ids=ids, images=video.to_float(pixels, dtype), audio=mel, audio_size=size)
+    row = batch.Sample(ids=ids, images=frames.images_u8, audio=mel, audio_size=size)
     return Inputs(frames, batch.make_batch([row], config).to(device, dtype))
 
 

@@ -30,7 +30,7 @@ class Sample:
     """One row of a batch, not padded. None: the sample has no pictures, or no sound."""
 
     ids: Sequence[int]
-    images: Tensor | None = None  #: (F, 3, S, S) float
+    images: Tensor | None = None  #: (F, 3, S, S) uint8 pixels, or floats normalised already
     audio: Tensor | None = None  #: (P, M, mel frames of a piece) float
     audio_size: int | None = None  #: mel frames that hold sound, over all pieces
     labels: Sequence[int] | None = None  #: one per id, -100 ignored; the placeholder's is dropped with it
@@ -46,7 +46,9 @@ class Batch:
 
     input_ids_BT: Tensor  #: int64, the placeholder included
     keep_BT: Tensor | None = None  #: bool, the placeholder counted; None = all kept
-    images: tuple[Tensor, ...] | None = None  #: per sample (F, 3, S, S); None = no pictures in the batch
+    images: tuple[Tensor, ...] | None = (
+        None  #: per sample (F, 3, S, S), uint8 or float; None = no pictures in the batch
+    )
     audios: tuple[Tensor, ...] | None = None  #: per sample (P, M, mel frames); None = no sound in the batch
     audio_sizes: tuple[int, ...] | None = None  #: per sample, in mel frames
     labels_BT: Tensor | None = None  #: int64, -100 ignored
@@ -59,7 +61,9 @@ class Batch:
         if self.labels_BT is not None:
             _check_grid("labels_BT", self.labels_BT, torch.int64, shape)
         if self.images is not None:
-            _check_media("images", self.images, len(self), "(F, 3, S, S)", ndim=4)
+            _check_media("images", self.images, len(self), "(F, 3, S, S)", ndim=4, pixels=True)
+            if len(dtypes := {x.dtype for x in self.images}) > 1:
+                raise ValueError(f"images of {' and '.join(sorted(map(str, dtypes)))}; one dtype for all is needed")
             if wrong := [tuple(x.shape) for x in self.images if x.shape[1] != 3 or x.shape[2] != x.shape[3]]:
                 raise ValueError(f"images of shapes {wrong}: (F, 3, S, S) square RGB pictures are needed")
         if (self.audios is None) != (self.audio_sizes is None):
@@ -79,10 +83,12 @@ class Batch:
         return self.input_ids_BT.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
-        """The batch on ``device``; ``dtype`` (a float one) is for pictures and sound, ids and masks keep theirs."""
+        """The batch on ``device``, its float tensors in ``dtype``; ids, masks and uint8 pixels keep theirs."""
 
         def media(tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-            return None if tensors is None else tuple(x.to(device=device, dtype=dtype) for x in tensors)
+            if tensors is None:
+                return None
+            return tuple(x.to(device=device, dtype=dtype if x.is_floating_point() else None) for x in tensors)
 
         def grid(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device=device)
@@ -116,7 +122,8 @@ def make_batch(samples: Sequence[Sample], config: VidiConfig) -> Batch:
     side, bins, mel_frames = config.vision.image_size, config.audio.num_mel_bins, config.audio.mel_frames
     images = audios = sizes = None
     if any(sample.images is not None for sample in samples):
-        images = tuple(torch.zeros(0, 3, side, side) if s.images is None else s.images for s in samples)
+        dtype = next(s.images.dtype for s in samples if s.images is not None)
+        images = tuple(torch.zeros(0, 3, side, side, dtype=dtype) if s.images is None else s.images for s in samples)
     if any(sample.audio is not None for sample in samples):
         audios = tuple(torch.zeros(0, bins, mel_frames) if s.audio is None else s.audio for s in samples)
         sizes = tuple(s.audio_size or 0 for s in samples)
@@ -189,13 +196,15 @@ def _check_grid(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int,
         )
 
 
-def _check_media(name: str, tensors: tuple[Tensor, ...], num_samples: int, shape: str, *, ndim: int) -> None:
+def _check_media(
+    name: str, tensors: tuple[Tensor, ...], num_samples: int, shape: str, *, ndim: int, pixels: bool = False
+) -> None:
     if len(tensors) != num_samples:
         raise ValueError(f"{len(tensors)} {name} for {num_samples} samples; one each is needed, an empty one for none")
     for row, x in enumerate(tensors):
-        if x.ndim != ndim or not x.is_floating_point():
-            hint = "; vidi.inputs.video.to_float makes floats of pixels" if x.dtype == torch.uint8 else ""
-            raise ValueError(f"{name}[{row}] is {x.dtype} of shape {tuple(x.shape)}; floats {shape} are needed{hint}")
+        if x.ndim != ndim or not (x.is_floating_point() or (pixels and x.dtype == torch.uint8)):
+            kinds = "uint8 pixels or floats" if pixels else "floats"
+            raise ValueError(f"{name}[{row}] is {x.dtype} of shape {tuple(x.shape)}; {kinds} {shape} are needed")
 
 
 def _check_sample(row: int, sample: Sample, config: VidiConfig) -> None:

@@ -18,14 +18,14 @@ from torch import Tensor
 from vidi.inputs import container as media
 from vidi.inputs.container import MediaError, NoVideoError
 
-__all__ = ["Frames", "MediaError", "NoVideoError", "frame_step", "read_frames", "to_float"]
+__all__ = ["Frames", "MediaError", "NoVideoError", "frame_step", "read_frames"]
 
 
 @dataclass(frozen=True)
 class Frames:
     """Sampled frames of one video."""
 
-    images_u8: Tensor  #: (F, 3, S, S) uint8, RGB
+    images_u8: Tensor  #: (F, 3, S, S) uint8, RGB; ``pixels.normalize`` makes floats of them
     duration_sec: float  #: length of the video stream, what fractions in an answer are multiplied by
     average_fps: float
     num_frames: int  #: frames of the whole stream, counted while decoding
@@ -110,19 +110,3 @@ def _square_u8(frame: Any, size: int) -> np.ndarray:
         rgb_HWC = np.ascontiguousarray(np.rot90(rgb_HWC, turns))
     image = Image.fromarray(rgb_HWC).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
-
-
-def to_float(images_u8: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(F, 3, S, S) uint8 -> the same shape in ``dtype``: value/255, then (x - 0.5)/0.5 (spec §2).
-
-    A table of 256 float32 values, made as the reference image processor makes them (the quotient in float64, the rest
-    in float32), so the result is the same bit for bit on every device. Frame by frame: indices are wider than pixels.
-    """
-    if images_u8.dtype != torch.uint8:
-        raise ValueError(f"pixels are {images_u8.dtype}; to_float takes uint8 values of 0 to 255")
-    value = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
-    table = torch.from_numpy((value - np.float32(0.5)) / np.float32(0.5)).to(images_u8.device, dtype)
-    images = torch.empty(images_u8.shape, dtype=dtype, device=images_u8.device)
-    for image_u8, image in zip(images_u8, images, strict=True):
-        image.copy_(table[image_u8.int()])
-    return images
