@@ -146,9 +146,19 @@ class VidiConfig:
             raise ConfigError("fields that this model cannot honour: " + "; ".join(wrong))
         if missing := sorted(name for name in _DECODER_FIELDS if name not in raw):
             raise ConfigError(f"missing fields: {', '.join(missing)}")
-        known = {*_DECODER_FIELDS, *_BRIDGE_FIELDS, *_REQUIRED_VALUES, *_IGNORED, *_GENERIC, "vision_config", "audio_config"}
+        known = {
+            *_DECODER_FIELDS,
+            *_BRIDGE_FIELDS,
+            *_REQUIRED_VALUES,
+            *_IGNORED,
+            *_GENERIC,
+            "vision_config",
+            "audio_config",
+        }
         if unknown := sorted(set(raw) - known):
-            raise ConfigError(f"unknown fields: {', '.join(unknown)}; remove them, or teach vidi/config.py their meaning")
+            raise ConfigError(
+                f"unknown fields: {', '.join(unknown)}; remove them, or teach vidi/config.py their meaning"
+            )
         return cls(
             vision=_tower(VisionConfig, _VISION_FIELDS, _VISION_REQUIRED, raw.get("vision_config"), vision, "vision"),
             audio=_tower(AudioConfig, _AUDIO_FIELDS, _AUDIO_REQUIRED, raw.get("audio_config"), audio, "audio"),
@@ -164,7 +174,9 @@ class VidiConfig:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a checkpoint folder holds config.json beside its shards") from None
+            raise ConfigError(
+                f"{path}: no such file; a checkpoint folder holds config.json beside its shards"
+            ) from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(raw, dict):
@@ -251,7 +263,9 @@ class VidiConfig:
         )
 
 
-def _tower(kind: Any, fields: Mapping[str, str], required: Mapping[str, Any], in_file: Any, given: Any, name: str) -> Any:
+def _tower(
+    kind: Any, fields: Mapping[str, str], required: Mapping[str, Any], in_file: Any, given: Any, name: str
+) -> Any:
     if isinstance(given, kind):
         return given
     raw = given if given is not None else in_file

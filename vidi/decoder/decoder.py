@@ -1,0 +1,120 @@
+"""The Gemma 2 decoder over three streams, its embedding and its tied head (spec §6-§8).
+
+Dims: B samples, T text tokens, L stream tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vidi import precision
+from vidi.attention import rope
+from vidi.attention.unpad import Rows
+from vidi.cache import Cache
+from vidi.config import DecoderConfig
+from vidi.decoder.layer import CrossKeys, DecoderLayer, TextRows
+from vidi.decoder.norm import GemmaNorm
+from vidi.stream import Stream
+from vidi.tap import Tap, no_tap
+
+__all__ = ["STREAM_CHUNK", "Decoder", "softcap"]
+
+STREAM_CHUNK = 32768
+STREAM_NAMES = {"v": "image", "a": "audio"}
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap)."""
+    return cap * torch.tanh(x / cap)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
+        self.norm = GemmaNorm(config.hidden_size, config.rms_norm_eps)
+
+    def embed_tokens(self, ids_BT: Tensor, keep_BT: Tensor | None = None) -> Tensor:
+        """(B, T) ids -> (B, T, D); rows that are not kept are exact zeros, not the embedding of the pad id (§6)."""
+        x_BTD = self.embed(ids_BT)
+        return x_BTD if keep_BT is None else x_BTD * keep_BT[..., None]
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x · sqrt(D), the factor rounded to the model's dtype: text, visual and audio features alike (§6)."""
+        return x * precision.sqrt_in(self.config.hidden_size, x.dtype)
+
+    def text_rows(self, pos_BT: Tensor, rows: Rows | None, backend: str, dtype: torch.dtype) -> TextRows:
+        cos_BTH, sin_BTH = rope.angles(pos_BT, self.config.head_dim, self.config.rope_theta, dtype)
+        return TextRows(pos_BT, cos_BTH, sin_BTH, rows, backend)
+
+    def forward(
+        self,
+        embeds_BTD: Tensor,
+        rows: Rows,
+        streams: Mapping[str, Stream],
+        *,
+        backend: str = "eager",
+        cache: Cache | None = None,
+        last_stream: bool = False,
+        tap: Tap = no_tap,
+    ) -> Tensor:
+        """Text embeddings (B, T, D) and streams by modality ("v", "a") -> the text after the last layer and final norm.
+
+        ``cache`` is filled for decoding. ``last_stream``: also compute the last layer's stream update, which feeds
+        nothing; the recordings hold it.
+        """
+        samples, length = embeds_BTD.shape[:2]
+        pos_BT = torch.arange(length, device=embeds_BTD.device).expand(samples, length)
+        text = self.text_rows(pos_BT, rows, backend, embeds_BTD.dtype)
+        tap("rope.position_ids", pos_BT[:1])
+        tap("rope.cos", text.cos_BTH[:1])
+        tap("rope.sin", text.sin_BTH[:1])
+        x_BTD = self.scaled(embeds_BTD)
+        state = {modality: self.scaled(stream.x_BLD) for modality, stream in streams.items()}
+        keep = {modality: Rows(stream.keep_BL) for modality, stream in streams.items()}
+        for modality, s_BLD in state.items():
+            tap(f"layer.0.{STREAM_NAMES[modality]}_input", s_BLD)
+
+        for layer in self.layers:
+            tap(f"layer.{layer.layer_idx}.input", x_BTD)
+            cross = {m: CrossKeys(*layer.stream_keys_values(s_BLD), keep[m]) for m, s_BLD in state.items()}
+            for m in cross:
+                tap(f"layer.{layer.layer_idx}.t2{m}.gate", keep[m].keep_BL.any(-1))
+            x_BTD = layer(x_BTD, text, cross, cache.text[layer.layer_idx] if cache else None, tap)
+            if cache is not None:
+                cache.cross.append(cross)
+            if layer is self.layers[-1] and not last_stream:
+                break
+            for m, s_BLD in state.items():
+                state[m] = update_in_chunks(layer, s_BLD, cross[m].v_BLGH)
+                tap(f"layer.{layer.layer_idx}.{STREAM_NAMES[m]}_stream", state[m])
+        x_BTD = self.norm(x_BTD)
+        tap("final.norm", x_BTD)
+        return x_BTD
+
+    def step(self, ids_B: Tensor, cache: Cache, *, backend: str = "eager") -> Tensor:
+        """One new token a row, read from and written to ``cache``: (B,) ids -> (B, V) logits of the next token."""
+        text = self.text_rows(cache.lengths_B[:, None], None, backend, self.embed.weight.dtype)
+        x_B1D = self.scaled(self.embed(ids_B[:, None]))
+        for layer, held, cross in zip(self.layers, cache.text, cache.cross, strict=True):
+            x_B1D = layer(x_B1D, text, cross, held)
+        cache.lengths_B = cache.lengths_B + 1
+        return self.logits(self.norm(x_B1D))[:, 0]
+
+    def logits(self, normed_BTD: Tensor) -> Tensor:
+        """Tied head, then the final softcap: (B, T, V) (§8)."""
+        return softcap(nn.functional.linear(normed_BTD, self.embed.weight), self.config.final_softcap)
+
+
+def update_in_chunks(layer: DecoderLayer, s_BLD: Tensor, v_BLGH: Tensor) -> Tensor:
+    """`DecoderLayer.update_stream` over at most `STREAM_CHUNK` tokens at a time: a bound on memory, never a result."""
+    if s_BLD.shape[0] * s_BLD.shape[1] <= STREAM_CHUNK:
+        return layer.update_stream(s_BLD, v_BLGH)
+    rows_1ND, values = s_BLD.flatten(0, 1)[None], v_BLGH.flatten(0, 1)[None]
+    parts = zip(rows_1ND.split(STREAM_CHUNK, 1), values.split(STREAM_CHUNK, 1), strict=True)
+    return torch.cat([layer.update_stream(s, v) for s, v in parts], dim=1).view_as(s_BLD)

@@ -1,0 +1,134 @@
+"""One decoder layer (spec §7): three streams, one set of weights, decomposed attention.
+
+    n    = input_norm(x)
+    self = o(attend(rope(q(n)), rope(k(n)), v(n)))
+    vis  = o(attend(q(n), k(input_norm(s)), v(input_norm(s))))     s as it was before this layer; the audio stream likewise
+    x    = x + post_attn_norm((self + vis) + aud)
+    x    = x + post_ffn_norm(mlp(pre_ffn_norm(x)))
+    s    = s + post_attn_norm(o(v(input_norm(s))))                 each stream token attends to itself alone
+    s    = s + post_ffn_norm(mlp(pre_ffn_norm(s)))
+
+Dims: B samples, T text tokens, L stream tokens, S cached text keys, D width, G key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vidi.attention import rope
+from vidi.attention.unpad import Rows
+from vidi.cache import LayerTextCache
+from vidi.config import DecoderConfig
+from vidi.decoder.attention import DecomposedAttention
+from vidi.decoder.mlp import GatedMlp
+from vidi.decoder.norm import GemmaNorm
+from vidi.tap import Tap, no_tap
+
+__all__ = ["CrossKeys", "DecoderLayer", "TextRows"]
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """What every layer needs to know of the text rows it is given.
+
+    pos_BT: positions 0, 1, 2, … of the tokens of each row. cos_BTH, sin_BTH: their rotary factors.
+    rows: which of them are kept; None = all (decoding).
+    """
+
+    pos_BT: Tensor
+    cos_BTH: Tensor
+    sin_BTH: Tensor
+    rows: Rows | None
+    backend: str
+
+
+@dataclass(frozen=True)
+class CrossKeys:
+    """One modality's keys and values for one layer, heads not repeated, and which of them are kept."""
+
+    k_BLGH: Tensor
+    v_BLGH: Tensor
+    rows: Rows
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: DecoderConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.window = config.window(layer_idx)
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.attention = DecomposedAttention(config)
+        self.mlp = GatedMlp(width, config.intermediate_size)
+        self.input_norm = GemmaNorm(width, eps)
+        self.post_attn_norm = GemmaNorm(width, eps)
+        self.pre_ffn_norm = GemmaNorm(width, eps)
+        self.post_ffn_norm = GemmaNorm(width, eps)
+
+    # ---- streams ------------------------------------------------------------------------------------------------
+
+    def stream_keys_values(self, s_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (B, L, G, H), of a stream as it was before this layer."""
+        return self.attention.keys_values(self.input_norm(s_BLD))
+
+    def update_stream(self, s_BLD: Tensor, v_BLGH: Tensor) -> Tensor:
+        """The stream after this layer; its values are those of `stream_keys_values`. Rows of 0 stay 0."""
+        s_BLD = s_BLD + self.post_attn_norm(self.attention.attend_own_token(v_BLGH))
+        return self.feed_forward(s_BLD)
+
+    # ---- text ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        text: TextRows,
+        cross: Mapping[str, CrossKeys],
+        cache: LayerTextCache | None = None,
+        tap: Tap = no_tap,
+    ) -> Tensor:
+        """(B, T, D) -> (B, T, D). ``cross``: by modality ("v", "a"), absent ones left out.
+
+        ``cache`` receives this call's keys and values, and self-attention then reads all it holds.
+        """
+        n_BTD = self.input_norm(x_BTD)
+        mixed_BTD = self.text_to_text(n_BTD, text, cache)
+        tap(f"layer.{self.layer_idx}.t2t", mixed_BTD)
+        for modality, keys in cross.items():
+            branch_BTD = self.text_to_stream(n_BTD, text, keys, modality, tap)
+            tap(f"layer.{self.layer_idx}.t2{modality}", branch_BTD)
+            mixed_BTD = mixed_BTD + branch_BTD
+        x_BTD = x_BTD + self.post_attn_norm(mixed_BTD)
+        x_BTD = self.feed_forward(x_BTD)
+        tap(f"layer.{self.layer_idx}.output", x_BTD)
+        return x_BTD
+
+    def text_to_text(self, n_BTD: Tensor, text: TextRows, cache: LayerTextCache | None = None) -> Tensor:
+        """Causal self-attention of normed text, after the output projection: (B, T, D). Even layers see a window."""
+        q, (k, v) = self.attention.queries(n_BTD), self.attention.keys_values(n_BTD)
+        q = rope.apply(q, text.cos_BTH, text.sin_BTH)
+        k = rope.apply(k, text.cos_BTH, text.sin_BTH)
+        keep_k = text.rows
+        if cache is not None:
+            k, v = cache.extend(k, v, text.pos_BT)
+            keep_k = None  # a row's keys end at its own position, which causality already says
+        heads = self.attention.attend_self(
+            q, k, v, q_pos_BT=text.pos_BT, window=self.window, keep_q=text.rows, keep_k=keep_k, backend=text.backend
+        )
+        return self.attention.output(heads)
+
+    def text_to_stream(
+        self, n_BTD: Tensor, text: TextRows, keys: CrossKeys, modality: str, tap: Tap = no_tap
+    ) -> Tensor:
+        """Cross-attention of normed text to one modality, after the output projection: (B, T, D)."""
+        q_BTNH = self.attention.queries(n_BTD)
+        heads_BTNH = self.attention.attend_stream(
+            q_BTNH, keys.k_BLGH, keys.v_BLGH, keep_q=text.rows, keep_k=keys.rows, backend=text.backend
+        )
+        for name, value in (("q", q_BTNH), ("k", keys.k_BLGH), ("v", keys.v_BLGH), ("out", heads_BTNH)):
+            tap(f"xattn.{self.layer_idx}.{modality}.{name}", value)
+        return self.attention.output(heads_BTNH)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.post_ffn_norm(self.mlp(self.pre_ffn_norm(x)))

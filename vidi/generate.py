@@ -1,0 +1,69 @@
+"""Greedy decoding (spec §2, §7): one prefill, then a token a step from the caches; rows stop on their own.
+
+Dims: B samples, T text tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vidi.inputs.batch import Batch
+from vidi.model import VidiModel
+
+__all__ = ["Generated", "forced_logits", "greedy"]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """tokens: new ids of each row, the stop token left out. stopped: the row ended by the stop token, not by the limit."""
+
+    tokens: list[list[int]]
+    stopped: list[bool]
+
+
+@torch.inference_mode()
+def greedy(
+    model: VidiModel,
+    batch: Batch,
+    *,
+    max_new_tokens: int = 1024,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generated:
+    """The most likely token at each step, until every row has met the end-of-turn token or ``max_new_tokens``.
+
+    ``progress`` is called with (tokens so far, limit). Raises ValueError for a limit below 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1")
+    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens)
+    stop = model.config.end_of_turn_id
+    tokens: list[list[int]] = [[] for _ in logits_BV]
+    stopped = [False] * len(tokens)
+    for step in range(max_new_tokens):
+        ids_B = logits_BV.argmax(-1)
+        for b, token in enumerate(ids_B.tolist()):
+            stopped[b] = stopped[b] or token == stop
+            if not stopped[b]:
+                tokens[b].append(token)
+        if progress is not None:
+            progress(step + 1, max_new_tokens)
+        if all(stopped) or step + 1 == max_new_tokens:
+            break
+        logits_BV = model.step(ids_B, cache)
+    return Generated(tokens, stopped)
+
+
+@torch.inference_mode()
+def forced_logits(model: VidiModel, batch: Batch, tokens_B: Sequence[Sequence[int]]) -> Tensor:
+    """Logits (B, steps, V) of cached decoding along given tokens: entry s is the logit after prompt + tokens[:s]."""
+    steps = len(tokens_B[0])
+    ids_BS = torch.tensor(tokens_B, device=model.device)
+    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + steps)
+    out = [logits_BV]
+    for step in range(steps - 1):
+        out.append(model.step(ids_BS[:, step], cache))
+    return torch.stack(out, dim=1)

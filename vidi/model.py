@@ -1,0 +1,182 @@
+"""Vidi 1.5 9B: frames, sound and a prompt in, logits out (spec §3-§8).
+
+Dims: B samples, F frames, P audio pieces, T text tokens, D decoder width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vidi import loss
+from vidi.attention import dispatch
+from vidi.attention.unpad import Rows
+from vidi.bridge import audio as audio_bridge
+from vidi.bridge import mask, position
+from vidi.bridge import visual as visual_bridge
+from vidi.bridge.bridge import Bridge
+from vidi.cache import Cache
+from vidi.config import VidiConfig
+from vidi.decoder.decoder import Decoder
+from vidi.inputs import batch as batches
+from vidi.inputs import pixels
+from vidi.inputs.batch import Batch
+from vidi.stream import Stream
+from vidi.tap import Tap, no_tap
+from vidi.towers.siglip import VisionTower
+from vidi.towers.whisper import AudioTower
+
+__all__ = ["VidiModel"]
+
+
+class VidiModel(nn.Module):
+    """The whole model. Built in evaluation mode; in training mode positions are noisy (§5).
+
+    backend: attention of the decoder (`attention.dispatch.BACKENDS`).
+    tower_backend: attention of the towers, which know no softcap, so that torch's sdpa can serve them.
+    frame_chunk: frames that pass through tower and bridge together; bounds memory, changes no result.
+    """
+
+    def __init__(
+        self, config: VidiConfig, *, backend: str = "eager", tower_backend: str = "sdpa", frame_chunk: int = 64
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.backend = dispatch.check(backend)
+        self.tower_backend = dispatch.check(tower_backend)
+        self.frame_chunk = frame_chunk
+        self.vision_tower = VisionTower(config.vision)
+        self.audio_tower = AudioTower(config.audio)
+        self.bridge = Bridge(config)
+        self.decoder = Decoder(config.decoder)
+        self.eval()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed.weight.device
+
+    # ---- towers and bridge --------------------------------------------------------------------------------------
+
+    def encode_images(self, images: Sequence[Tensor], tap: Tap = no_tap) -> Stream:
+        """One (F, 3, S, S) tensor a video, uint8 or already normalised floats -> visual stream (§3)."""
+        features = (
+            self.vision_tower(pixels.normalize(chunk, self.dtype, self.device), self.tower_backend)
+            for chunk in frame_chunks(images, self.frame_chunk)
+        )
+        signal_B = mask.has_signal([x[:0].new_ones(1) if x.dtype == torch.uint8 else x for x in images])
+        return self.fold_features(features, [len(x) for x in images], signal_B, tap)
+
+    def fold_features(
+        self, features: Iterator[Tensor], num_frames_B: Sequence[int], signal_B: Tensor, tap: Tap = no_tap
+    ) -> Stream:
+        """Tower features (f, L, C) of consecutive frames -> visual stream (§3.2-3.9)."""
+        return visual_bridge.encode(
+            self.bridge, features, num_frames_B, signal_B, self.config, noise=self._noise(), tap=tap
+        )
+
+    def encode_audio(self, audios: Sequence[Tensor], sizes_B: Sequence[int], tap: Tap = no_tap) -> Stream | None:
+        """One (P, M, mel frames) tensor a sample and its mel frames of sound -> audio stream, None if too short (§4)."""
+        pieces = torch.cat(list(audios)).to(self.device, self.dtype)
+        tower_PLC = self.audio_tower(pieces, self.tower_backend)
+        return audio_bridge.encode(
+            self.bridge,
+            tower_PLC,
+            [len(x) for x in audios],
+            sizes_B,
+            mask.has_signal(audios),
+            self.config,
+            noise=self._noise(),
+            tap=tap,
+        )
+
+    def streams(self, batch: Batch, tap: Tap = no_tap) -> dict[str, Stream]:
+        """Streams by modality, "v" and "a"; what the batch does not hold is absent."""
+        found: dict[str, Stream | None] = {}
+        if batch.images is not None:
+            found["v"] = self.encode_images(batch.images, tap)
+        if batch.audios is not None and batch.audio_sizes is not None:
+            found["a"] = self.encode_audio(batch.audios, batch.audio_sizes, tap)
+        return {modality: stream for modality, stream in found.items() if stream is not None}
+
+    def _noise(self) -> Callable[[int], Tensor] | None:
+        return position.draw_noise if self.training else None
+
+    # ---- text and decoder ---------------------------------------------------------------------------------------
+
+    def embed_text(self, batch: Batch, tap: Tap = no_tap) -> tuple[Tensor, Rows, Tensor | None]:
+        """Packed embeddings (B, T, D) without the placeholder, their kept rows, and the labels packed alike (§6)."""
+        ids_BT, keep_BT, labels_BT = batches.pack_text(
+            batch.input_ids_BT, batch.keep_BT, batch.labels_BT, placeholder=self.config.image_placeholder
+        )
+        keep_BT = keep_BT.to(self.device)
+        embeds_BTD = self.decoder.embed_tokens(ids_BT.to(self.device), keep_BT)
+        tap("text.embeds", embeds_BTD)
+        tap("text.mask", keep_BT)
+        if labels_BT is not None:
+            labels_BT = labels_BT.to(self.device)
+            tap("text.labels", labels_BT)
+        return embeds_BTD, Rows(keep_BT), labels_BT
+
+    def forward(self, batch: Batch, *, last_stream: bool = False, tap: Tap = no_tap) -> Tensor:
+        """Logits of every text position, (B, T, V); rows that are not kept hold no meaning."""
+        return self.decode_text(batch, self.streams(batch, tap), last_stream=last_stream, tap=tap)
+
+    def decode_text(
+        self, batch: Batch, streams: dict[str, Stream], *, last_stream: bool = False, tap: Tap = no_tap
+    ) -> Tensor:
+        """As `forward`, over streams that are already there."""
+        embeds_BTD, rows, _ = self.embed_text(batch, tap)
+        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, last_stream=last_stream, tap=tap)
+        logits_BTV = self.decoder.logits(x_BTD)
+        tap("logits", logits_BTV)
+        return logits_BTV
+
+    def loss(self, batch: Batch, *, threshold: float | None = None) -> Tensor:
+        """Scalar training loss of a batch with labels (§8); ``threshold`` None = the configuration's. ValueError without."""
+        if batch.labels_BT is None:
+            raise ValueError("the batch holds no labels_BT; a loss needs them")
+        logits_BTV = self(batch)
+        labels_BT = self.embed_text(batch)[2]
+        assert labels_BT is not None
+        threshold = self.config.loss_threshold if threshold is None else threshold
+        return loss.mean_above(loss.per_token(logits_BTV, labels_BT), labels_BT, threshold)
+
+    def prefill(self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None) -> tuple[Tensor, Cache]:
+        """Logits (B, V) after each row's own last kept token, and the cache to decode from.
+
+        ``capacity``: text tokens that the cache can hold, the prompt included.
+        """
+        embeds_BTD, rows, _ = self.embed_text(batch)
+        lengths_B = rows.lengths_B.long()
+        capacity = max(capacity, embeds_BTD.shape[1])
+        cache = Cache.empty(self.config.decoder, lengths_B, capacity, self.dtype, self.device)
+        streams = self.streams(batch) if streams is None else streams
+        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, cache=cache)
+        last_BD = x_BTD[torch.arange(len(x_BTD), device=self.device), lengths_B - 1]
+        return self.decoder.logits(last_BD), cache
+
+    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        """One new token a row: (B,) ids -> (B, V) logits of the next one; ``cache`` grows by it."""
+        return self.decoder.step(ids_B, cache, backend=self.backend)
+
+
+def frame_chunks(images: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """Consecutive frames of all videos joined, at most ``size`` at a time; chunks may straddle videos."""
+    pending: list[Tensor] = []
+    count = 0
+    for video in images:
+        for part in video.split(size):
+            while count + len(part) >= size:
+                take = size - count
+                yield torch.cat([*pending, part[:take]])
+                pending, count, part = [], 0, part[take:]
+            if len(part):
+                pending, count = [*pending, part], count + len(part)
+    if pending:
+        yield torch.cat(pending)

@@ -1,0 +1,34 @@
+"""Where the forward pass leaves the model's dtype (spec §5, §7).
+
+Steps that the specification fixes to float32 are written as promotion to *at least* float32: in a bf16 or fp16 model
+they are the specified casts, in a float64 model they vanish and the same code is pure mathematics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["at_least_float32", "cast_model", "promoted", "sqrt_in"]
+
+
+def promoted(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a "float32 step" inside a model of ``dtype``."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(promoted(x.dtype))
+
+
+def sqrt_in(value: int, dtype: torch.dtype) -> float:
+    """sqrt(value) rounded to ``dtype``: the factor on embeddings is 59.75 in bf16 and 59.875 in fp16 at D = 3584 (§6)."""
+    return torch.tensor(value, dtype=torch.float64).sqrt().to(dtype).item()
+
+
+def cast_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast ``model`` in place to ``dtype``, its position MLPs to at least float32 (§5). Returns the model."""
+    exact = {id(p) for m in model.modules() if getattr(m, "at_least_float32", False) for p in m.parameters()}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(promoted(dtype) if id(parameter) in exact else dtype)
+    return model
