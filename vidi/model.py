@@ -5,7 +5,7 @@ Dims: B samples, F frames, P audio pieces, T text tokens, D decoder width, V voc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ class VidiModel(nn.Module):
         self.backend = dispatch.check(backend)
         self.tower_backend = dispatch.check(tower_backend)
         self.frame_chunk = frame_chunk
+        self.position_noise: position.Noise = position.draw_noise
         self.vision_tower = VisionTower(config.vision)
         self.audio_tower = AudioTower(config.audio)
         self.bridge = Bridge(config)
@@ -69,7 +70,7 @@ class VidiModel(nn.Module):
             self.vision_tower(pixels.normalize(chunk, self.dtype, self.device), self.tower_backend)
             for chunk in frame_chunks(images, self.frame_chunk)
         )
-        signal_B = mask.has_signal([x[:0].new_ones(1) if x.dtype == torch.uint8 else x for x in images])
+        signal_B = mask.has_signal(images)
         return self.fold_features(features, [len(x) for x in images], signal_B, tap)
 
     def fold_features(
@@ -82,6 +83,8 @@ class VidiModel(nn.Module):
 
     def encode_audio(self, audios: Sequence[Tensor], sizes_B: Sequence[int], tap: Tap = no_tap) -> Stream | None:
         """One (P, M, mel frames) tensor a sample and its mel frames of sound -> audio stream, None if too short (§4)."""
+        if not any(audio_bridge.num_tokens(size, self.config) for size in sizes_B):
+            return None
         pieces = torch.cat(list(audios)).to(self.device, self.dtype)
         tower_PLC = self.audio_tower(pieces, self.tower_backend)
         return audio_bridge.encode(
@@ -98,14 +101,14 @@ class VidiModel(nn.Module):
     def streams(self, batch: Batch, tap: Tap = no_tap) -> dict[str, Stream]:
         """Streams by modality, "v" and "a"; what the batch does not hold is absent."""
         found: dict[str, Stream | None] = {}
-        if batch.images is not None:
+        if batch.images is not None and any(map(len, batch.images)):
             found["v"] = self.encode_images(batch.images, tap)
         if batch.audios is not None and batch.audio_sizes is not None:
             found["a"] = self.encode_audio(batch.audios, batch.audio_sizes, tap)
         return {modality: stream for modality, stream in found.items() if stream is not None}
 
-    def _noise(self) -> Callable[[int], Tensor] | None:
-        return position.draw_noise if self.training else None
+    def _noise(self) -> position.Noise | None:
+        return self.position_noise if self.training else None
 
     # ---- text and decoder ---------------------------------------------------------------------------------------
 

@@ -5,13 +5,14 @@ Dims: B samples, P pieces of all samples joined, L tower positions, C encoder wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from vidi.bridge import pack, position
 from vidi.bridge.bridge import Bridge
+from vidi.bridge.position import Noise
 from vidi.config import VidiConfig
 from vidi.inputs import batch
 from vidi.stream import Stream
@@ -49,10 +50,10 @@ def encode(
     signal_B: Tensor,
     config: VidiConfig,
     *,
-    noise: Callable[[int], Tensor] | None = None,
+    noise: Noise | None = None,
     tap: Tap = no_tap,
-) -> Stream | None:
-    """Features of all pieces to one right-padded stream; None where no sample has a whole token (§10).
+) -> Stream:
+    """Features of all pieces to one right-padded stream; at least one sample must hold a whole token (`num_tokens`).
 
     ``sizes_B``: mel frames of sound per sample. ``signal_B`` (B,) bool: that sample's log-mel is not all zero.
     """
@@ -61,8 +62,6 @@ def encode(
     tokens_B = [n // config.audio_pool_size for n in positions_B]
     trimmed_BLC = trim(tower_PLC, num_pieces_B, positions_B)
     tap("audio.trim", trimmed_BLC)
-    if not any(tokens_B):
-        return None
     pooled_BDA = pool(trimmed_BLC, bridge.audio_pool)
     tap("audio.pool", pooled_BDA)
     x = torch.cat([row.T[:n] for row, n in zip(pooled_BDA, tokens_B, strict=True)])
@@ -73,7 +72,7 @@ def encode(
     embeds = []
     for b, length in enumerate(tokens_B):
         if length:
-            embeds.append(bridge.pos_t(length, x.dtype, noise(length) if noise else None))
+            embeds.append(position.embed(bridge.pos_t, f"t_a.{b}", length, noise, x.dtype))
             tap(f"audio.pos_t.embed.{b}", embeds[-1])
     x = position.add(x, torch.cat(embeds))
     tap("audio.pos_t", x)

@@ -11,8 +11,11 @@ __all__ = ["has_signal", "keep_tokens"]
 
 
 def has_signal(raw: Sequence[Tensor]) -> Tensor:
-    """(B,) bool: is any value of a sample's raw input (frames, or log-mel) non-zero?"""
-    return torch.stack([(x != 0).any() for x in raw])
+    """(B,) bool: is any value of a sample's raw input (frames, or log-mel) non-zero?
+
+    uint8 pixels stand for floats none of which is 0 (`inputs.pixels`), so any frame of them is a signal.
+    """
+    return torch.stack([torch.tensor(len(x) > 0) if x.dtype == torch.uint8 else (x != 0).any().cpu() for x in raw])
 
 
 def keep_tokens(packed_BLD: Tensor, signal_B: Tensor) -> Tensor:

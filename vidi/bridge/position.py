@@ -8,6 +8,7 @@ torch on the CPU, kept as `pos.freq` among the goldens, replaceable by the store
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as nnf
@@ -18,13 +19,17 @@ from vidi.bridge import norm
 __all__ = [
     "NOISE_LIMIT",
     "NOISE_SCALE",
+    "Noise",
     "PositionEmbedding",
     "add",
     "draw_noise",
+    "embed",
     "frequencies",
     "positions",
     "sinusoid",
 ]
+
+Noise = Callable[[str, int], Tensor]  #: axis, length -> (L,) added to the index in training
 
 NOISE_SCALE = 0.45
 NOISE_LIMIT = 0.45
@@ -53,14 +58,19 @@ def sinusoid(p_L: Tensor, freq_K: Tensor) -> Tensor:
     return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
-def draw_noise(length: int, generator: torch.Generator | None = None) -> Tensor:
-    """Training noise on the index: normal · 0.45, cut at ±0.45; (L,) float32 on the CPU."""
+def draw_noise(axis: str, length: int, generator: torch.Generator | None = None) -> Tensor:
+    """Training noise on the index along any axis: normal · 0.45, cut at ±0.45; (L,) float32 on the CPU."""
     return (torch.randn(length, generator=generator) * NOISE_SCALE).clamp(-NOISE_LIMIT, NOISE_LIMIT)
 
 
 def add(x: Tensor, embed: Tensor) -> Tensor:
     """x + rms(embedding), the embedding already broadcastable and in the dtype of ``x`` (§3.6)."""
     return x + norm.rms(embed)
+
+
+def embed(module: PositionEmbedding, axis: str, length: int, noise: Noise | None, dtype: torch.dtype) -> Tensor:
+    """The embeddings along one axis ("h", "w", "t_v.b", "t_a.b"), before rms(): (L, D), cast to the model's ``dtype``."""
+    return module(length, noise(axis, length) if noise else None).to(dtype)
 
 
 class PositionEmbedding(nn.Module):
@@ -75,9 +85,9 @@ class PositionEmbedding(nn.Module):
         self.fc1 = nn.Linear(width, width, dtype=torch.float32)
         self.fc2 = nn.Linear(width, width, dtype=torch.float32)
 
-    def forward(self, length: int, dtype: torch.dtype, noise_L: Tensor | None = None) -> Tensor:
-        """The embeddings of ``length`` evenly spaced positions, before rms(): (L, D), cast to ``dtype``."""
+    def forward(self, length: int, noise_L: Tensor | None = None) -> Tensor:
+        """The embeddings of ``length`` evenly spaced positions, before rms(): (L, D), in the weights' dtype."""
         weight = self.fc1.weight
         p_L = positions(length, self.extent, weight.dtype, noise_L).to(weight.device)
         table_LD = sinusoid(p_L, self.freq_K.to(weight))
-        return self.fc2(nnf.gelu(self.fc1(table_LD))).to(dtype)
+        return self.fc2(nnf.gelu(self.fc1(table_LD)))

@@ -7,46 +7,62 @@ Everything up to packing acts on single frames, so frames pass in chunks of any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vidi.bridge import fold, pack, position
 from vidi.bridge.bridge import Bridge
+from vidi.bridge.position import Noise
 from vidi.config import VidiConfig
 from vidi.stream import Stream
 from vidi.tap import Tap, no_tap
 
-__all__ = ["encode", "grid_sides", "split_at"]
-
-Noise = Callable[[int], Tensor]
+__all__ = ["Group", "encode", "groups", "split_at"]
 
 
-def grid_sides(num_frames_B: Sequence[int], config: VidiConfig) -> list[int]:
-    """Side of the (padded, maybe shrunk) patch grid of each video, before folding (§3.3).
+@dataclass(frozen=True)
+class Group:
+    """Consecutive videos that share one token budget, hence one grid."""
 
-    Scope "batch": the frames of all videos share one budget, as in the official release. Scope "video": each video has
-    its own, so that a result does not depend on its neighbours.
+    videos: range
+    num_frames: int
+    side: int  #: of the padded, maybe shrunk patch grid, before folding
+    suffix: str  #: appended to the ids of stages that differ in shape between groups
+
+
+def groups(num_frames_B: Sequence[int], config: VidiConfig) -> list[Group]:
+    """Which videos share the visual token budget, and the grid that leaves them (§3.3).
+
+    Scope "batch": one group, as in the official release. Scope "video": a group each, so that a result does not depend
+    on its neighbours; the ids from `vision.resize` to `vision.pos_t` then end in the video's number.
     """
     side = config.vision.patches_per_side
     side += -side % config.image_pool_size
-    total = sum(num_frames_B)
-    return [
-        fold.resized_side(total if config.budget_scope == "batch" else n, side, config.visual_token_budget)
-        for n in num_frames_B
-    ]
+    shared = config.budget_scope == "batch"
+    parts = [range(len(num_frames_B))] if shared else [range(b, b + 1) for b in range(len(num_frames_B))]
+    found = []
+    for videos in parts:
+        total = sum(num_frames_B[b] for b in videos)
+        shrunk = fold.resized_side(total, side, config.visual_token_budget, config.image_pool_size)
+        found.append(Group(videos, total, shrunk, "" if shared else f".{videos[0]}"))
+    return found
 
 
-def split_at(chunks_FLC: Iterable[Tensor], cuts: Iterable[int]) -> Iterator[Tensor]:
-    """Cut a sequence of frame chunks further, at the absolute frame numbers ``cuts`` (ascending)."""
-    start, pending = 0, list(cuts)
+def split_at(chunks_FLC: Iterable[Tensor], sizes: Iterable[int]) -> Iterator[Tensor]:
+    """Cut a sequence of frame chunks further, so that none reaches over the end of a run of ``sizes`` frames."""
+    ends = itertools.accumulate(sizes)
+    start, end = 0, next(ends)
     for chunk in chunks_FLC:
-        while pending and pending[0] < start + len(chunk):
-            cut = pending.pop(0) - start
-            if cut > 0:
-                yield chunk[:cut]
-                chunk, start = chunk[cut:], start + cut
+        while start + len(chunk) > end:
+            if end > start:
+                yield chunk[: end - start]
+                chunk, start = chunk[end - start :], end
+            end = next(ends, math.inf)
         if len(chunk):
             yield chunk
         start += len(chunk)
@@ -64,67 +80,58 @@ def encode(
 ) -> Stream:
     """Tower features, in chunks of consecutive frames of the joined videos, to one right-padded stream.
 
-    ``signal_B`` (B,) bool: the raw frames of that video are not all zero. ``noise`` (training): length -> index noise.
-    Raises ValueError where the chunks do not hold exactly the announced frames.
+    ``signal_B`` (B,) bool: the raw frames of that video are not all zero. ``noise`` (training): index noise by axis
+    ("h", "w", "t_v.b") and length. Raises ValueError where the chunks do not hold exactly the announced frames.
     """
-    sides = grid_sides(num_frames_B, config)
-    starts = [sum(num_frames_B[:b]) for b in range(len(num_frames_B) + 1)]
-    side_cuts = [starts[b] for b in range(1, len(sides)) if sides[b] != sides[b - 1]]
-    dtype, device = bridge.llm_norm.weight.dtype, bridge.llm_norm.weight.device
-
-    def embed(module: position.PositionEmbedding, length: int) -> Tensor:
-        return module(length, dtype, noise(length) if noise else None)
-
-    along_side = {
-        s: (embed(bridge.pos_h, s // 2)[None, :, None], embed(bridge.pos_w, s // 2)[None, None]) for s in sides
-    }
-    time_FD = []
-    for b, frames in enumerate(num_frames_B):
-        time_FD.append(embed(bridge.pos_t, frames))
-        tap(f"vision.pos_t.embed.{b}", time_FD[b][:, None, None])
-    time_FD = torch.cat(time_FD)
-
-    tokens: list[Tensor] = []
-    done = 0
-    tapped_side = None
-    for chunk in split_at(features_FLC, side_cuts):
-        video = next(b for b in range(len(sides)) if starts[b + 1] > done)
-        side = sides[video]
-        pos_h, pos_w = along_side[side]
-        if side != tapped_side:
-            tap("vision.pos_h.embed", pos_h)
-            tap("vision.pos_w.embed", pos_w)
-            tapped_side = side
-        time_F11D = time_FD[done : done + len(chunk), None, None].to(device)
-        tokens.append(_frame_tokens(bridge, chunk, side, pos_h, pos_w, time_F11D, config.image_pool_size, tap))
-        done += len(chunk)
-    if done != starts[-1]:
-        raise ValueError(f"the tower gave {done} frames, {starts[-1]} were announced ({list(num_frames_B)} per video)")
-
-    rows = torch.cat([t.flatten(0, 2) for t in tokens])
-    tokens_B = [
-        frames * (side // config.image_pool_size) ** 2 for frames, side in zip(num_frames_B, sides, strict=True)
-    ]
-    return pack.to_stream(rows, tokens_B, signal_B, bridge.llm_norm, "vision", tap)
+    plan = [group for group in groups(num_frames_B, config) if group.num_frames]
+    chunks = split_at(features_FLC, [group.num_frames for group in plan])
+    dtype = bridge.llm_norm.weight.dtype
+    pool, tokens, tokens_B = config.image_pool_size, [], [0] * len(num_frames_B)
+    for group in plan:
+        pos_h, pos_w = (
+            position.embed(module, axis, group.side // pool, noise, dtype)
+            for module, axis in ((bridge.pos_h, "h"), (bridge.pos_w, "w"))
+        )
+        along = {"pos_h": pos_h[None, :, None], "pos_w": pos_w[None, None]}
+        time = []
+        for b in group.videos:
+            tokens_B[b] = num_frames_B[b] * (group.side // pool) ** 2
+            if num_frames_B[b]:
+                time.append(position.embed(bridge.pos_t, f"t_v.{b}", num_frames_B[b], noise, dtype)[:, None, None])
+                tap(f"vision.pos_t.embed.{b}", time[-1])
+        for name, embedding in along.items():
+            tap(f"vision.{name}.embed{group.suffix}", embedding)
+        time_F11D = torch.cat(time)
+        done = 0
+        while done < group.num_frames:
+            chunk = next(chunks, None)
+            if chunk is None:
+                raise ValueError(f"the tower gave too few frames; {list(num_frames_B)} per video were announced")
+            embeddings = along | {"pos_t": time_F11D[done : done + len(chunk)]}
+            tokens.append(_frame_tokens(bridge, chunk, group, embeddings, pool, tap).flatten(0, 2))
+            done += len(chunk)
+    if next(chunks, None) is not None:
+        raise ValueError(f"the tower gave too many frames; {list(num_frames_B)} per video were announced")
+    return pack.to_stream(torch.cat(tokens), tokens_B, signal_B, bridge.llm_norm, "vision", tap)
 
 
 def _frame_tokens(
-    bridge: Bridge, tower_FLC: Tensor, side: int, pos_h: Tensor, pos_w: Tensor, time_F11D: Tensor, pool: int, tap: Tap
+    bridge: Bridge, tower_FLC: Tensor, group: Group, embeddings: Mapping[str, Tensor], pool: int, tap: Tap
 ) -> Tensor:
     """(f, L, C) -> (f, h, w, D): fold, project, norm, then the three embeddings in the order height, width, time."""
     tap("vision.tower", tower_FLC)
     grid = fold.pad(tower_FLC, pool)
     tap("vision.pad", grid)
-    if grid.shape[-1] != side:
-        grid = fold.resize(grid, side)
-        tap("vision.resize", grid)
+    if grid.shape[-1] != group.side:
+        grid = fold.resize(grid, group.side)
+        tap(f"vision.resize{group.suffix}", grid)
     folded = fold.space_to_depth(grid, pool)
-    tap("vision.space_to_depth", folded)
+    tap(f"vision.space_to_depth{group.suffix}", folded)
     x = bridge.image_projector(folded.permute(0, 2, 3, 1))
-    tap("vision.projector", x)
+    tap(f"vision.projector{group.suffix}", x)
     x = bridge.image_norm(x)
-    tap("vision.norm", x)
-    for name, embedding in (("pos_h", pos_h), ("pos_w", pos_w), ("pos_t", time_F11D)):
+    tap(f"vision.norm{group.suffix}", x)
+    for name, embedding in embeddings.items():
         x = position.add(x, embedding)
-        tap(f"vision.{name}", x)
+        tap(f"vision.{name}{group.suffix}", x)
     return x
