@@ -6,7 +6,11 @@ reader which is one frame off, swaps axes or resizes otherwise is seen.
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import struct
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -15,7 +19,18 @@ from pathlib import Path
 import av
 import numpy as np
 
-__all__ = ["Sound", "make_picture", "make_sound", "make_video", "rotate_mp4", "truncate"]
+from tests.not_run import not_run
+
+__all__ = [
+    "Sound",
+    "ffmpeg_command",
+    "make_picture",
+    "make_sound",
+    "make_video",
+    "rotate_mp4",
+    "run_ffmpeg",
+    "truncate",
+]
 
 VIDEO_CODECS = {".mp4": "libx264", ".mkv": "libx264", ".webm": "libvpx"}
 AUDIO_CODECS = {".mp4": "aac", ".mkv": "aac", ".webm": "libopus"}
@@ -60,28 +75,31 @@ def make_video(
     sound: Sound | None = None,
     pts_ms: Sequence[int] | None = None,
     faststart: bool = False,
+    sound_first: bool = False,
     color: int | None = None,
 ) -> Path:
     """Write a video of `num_frames` pictures (0: no video stream) with `sound` (None: no audio stream).
 
     The container and the codecs follow the suffix. `pts_ms` gives each frame its own time (variable frame rate);
-    `faststart` puts an mp4's index before its data; `color` tags a colour matrix (1 is BT.709).
+    `faststart` puts an mp4's index before its data; `sound_first` numbers the sound 0 and the pictures 1;
+    `color` tags a colour matrix (1 is BT.709).
     """
     options = {"movflags": "+faststart"} if faststart else {}
     with av.open(str(path), "w", options=options) as container:
         video = audio = None
-        if num_frames:
-            codec = VIDEO_CODECS[path.suffix]
-            speed = {"preset": "ultrafast"} if codec == "libx264" else {"deadline": "realtime", "cpu-used": "8"}
-            video = container.add_stream(codec, rate=Fraction(fps), options=speed)
-            video.width, video.height, video.pix_fmt = width, height, "yuv420p"
-            if color is not None:
-                video.codec_context.colorspace = color
-            if pts_ms is not None:
-                video.codec_context.time_base = Fraction(1, 1000)
-        if sound is not None:
-            audio = container.add_stream(sound.codec or AUDIO_CODECS[path.suffix], rate=sound.rate_hz)
-            audio.layout = "mono" if sound.channels == 1 else "stereo"
+        for kind in ("audio", "video") if sound_first else ("video", "audio"):
+            if kind == "video" and num_frames:
+                codec = VIDEO_CODECS[path.suffix]
+                speed = {"preset": "ultrafast"} if codec == "libx264" else {"deadline": "realtime", "cpu-used": "8"}
+                video = container.add_stream(codec, rate=Fraction(fps), options=speed)
+                video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+                if color is not None:
+                    video.codec_context.colorspace = color
+                if pts_ms is not None:
+                    video.codec_context.time_base = Fraction(1, 1000)
+            elif kind == "audio" and sound is not None:
+                audio = container.add_stream(sound.codec or AUDIO_CODECS[path.suffix], rate=sound.rate_hz)
+                audio.layout = "mono" if sound.channels == 1 else "stereo"
         if audio is not None:
             assert sound is not None
             frame = av.AudioFrame.from_ndarray(
@@ -119,3 +137,34 @@ def rotate_mp4(path: Path, degrees: int) -> Path:
     data[start : start + 36] = struct.pack(">9i", cos * one, sin * one, 0, -sin * one, cos * one, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
     return path
+
+
+def ffmpeg_command(*, same_generation: bool = False) -> str:
+    """An ffmpeg command: $VIDI_FFMPEG, the one of the package imageio-ffmpeg, or the machine's; else NOT RUN.
+
+    ``same_generation``: one that drops the padding at an mp4's end and whose resampler rounds as PyAV's does. Version
+    9 was seen to, version 5 not; nothing in between was tried.
+    """
+    command = os.environ.get("VIDI_FFMPEG") or _packaged_ffmpeg() or shutil.which("ffmpeg")
+    if command is None:
+        not_run("no ffmpeg command; apt-get install ffmpeg, or pip install imageio-ffmpeg")
+    if same_generation:
+        banner = subprocess.run([command, "-version"], capture_output=True, text=True, check=True).stdout.split("\n")[0]
+        found = re.search(r"version n?(?:\d+:)?(\d+)", banner)
+        if found is None or int(found[1]) < 9:
+            not_run(f"ffmpeg 9 or newer is needed for equal bits ({banner}); pip install imageio-ffmpeg")
+    return command
+
+
+def run_ffmpeg(command: str, path: Path, *output: str) -> bytes:
+    """What ffmpeg writes to its standard output for ``path``."""
+    call = [command, "-v", "error", "-i", str(path), *output, "-"]
+    return subprocess.run(call, capture_output=True, check=True).stdout
+
+
+def _packaged_ffmpeg() -> str | None:
+    try:
+        import imageio_ffmpeg
+    except ImportError:
+        return None
+    return imageio_ffmpeg.get_ffmpeg_exe()

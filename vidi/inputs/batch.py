@@ -73,7 +73,8 @@ class Batch:
             if len(self.audio_sizes) != len(self):
                 raise ValueError(f"{len(self.audio_sizes)} audio_sizes for {len(self)} samples; one each is needed")
             for row, (audio, size) in enumerate(zip(self.audios, self.audio_sizes, strict=True)):
-                if not 0 <= size <= (most := audio.shape[0] * audio.shape[2]):
+                most = audio.shape[0] * audio.shape[2]
+                if not 0 <= size <= most:
                     raise ValueError(
                         f"audio_sizes[{row}] is {size}, but its {audio.shape[0]} pieces of {audio.shape[2]} mel frames "
                         f"hold 0 to {most}; sizes count mel frames (samples // 160), not samples"

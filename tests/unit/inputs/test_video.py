@@ -1,0 +1,204 @@
+"""Frames against PyAV frame by frame, Pillow, the reference image processor, and the ffmpeg command."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.media import Sound, ffmpeg_command, make_video, rotate_mp4, run_ffmpeg, truncate
+from tests.not_run import not_run
+from vidi.inputs import pixels, video
+
+SIZE = 26
+
+
+def every_frame(path):
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def squares(frames):
+    resized = [Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for frame in frames]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("average_fps", "fps", "step"),
+    [
+        (30000 / 1001, 1, 30),
+        (24000 / 1001, 1, 24),
+        (0.5, 1, 1),  # round gives 0: the next frame is the nearest there is
+        (1.5, 1, 2),
+        (2.5, 1, 2),  # half to even, downwards
+        (3.5, 1, 4),  # half to even, upwards
+        (25, 2, 12),
+        (10, 0.25, 40),
+        (10, 100, 1),
+    ],
+)
+def test_step_follows_the_rule(average_fps, fps, step):
+    assert video.frame_step(average_fps, fps) == step
+
+
+@pytest.mark.parametrize("fps", [0, -1.0, float("nan"), float("inf")])
+def test_rates_that_are_none_are_refused(fps, tmp_path):
+    with pytest.raises(ValueError, match="fps"):
+        video.read_frames(tmp_path / "absent.mp4", fps=fps)
+
+
+@pytest.mark.parametrize(
+    ("name", "fps", "num_frames", "indices"),
+    [
+        ("a.mp4", 10, 25, [0, 10, 20]),
+        ("b.mkv", 10, 20, [0, 10]),
+        ("c.webm", 10, 21, [0, 10, 20]),
+        ("d.mp4", Fraction(30000, 1001), 61, [0, 30, 60]),
+        ("e.mkv", Fraction(24000, 1001), 49, [0, 24, 48]),
+        ("f.webm", Fraction(5, 2), 7, [0, 2, 4, 6]),
+        ("g.mp4", Fraction(1, 2), 3, [0, 1, 2]),
+        ("h.mkv", 10, 1, [0]),
+        ("i.mp4", 10, 1, [0]),
+    ],
+)
+def test_frames_are_the_files_own_at_the_rules_indices(tmp_path, name, fps, num_frames, indices):
+    path = make_video(tmp_path / name, fps=fps, num_frames=num_frames)
+    frames = video.read_frames(path, size=SIZE)
+    truth = every_frame(path)
+    assert len(truth) == num_frames == frames.num_frames
+    assert list(frames.indices) == indices
+    assert torch.equal(frames.images_u8, squares([truth[index] for index in indices]))
+    assert frames.average_fps == float(fps)
+    # To a nanosecond, not to a container's millisecond: times are rounded down to seconds later.
+    assert frames.duration_sec == pytest.approx(num_frames / float(fps), abs=1e-9)
+
+
+def test_another_rate_takes_other_frames(tmp_path):
+    path = make_video(tmp_path / "a.mp4", num_frames=25)
+    assert list(video.read_frames(path, fps=4, size=SIZE).indices) == list(range(0, 25, 2))
+
+
+def test_sound_before_pictures_loses_no_frame(tmp_path):
+    path = make_video(tmp_path / "a.mkv", num_frames=15, sound=Sound(1.5), sound_first=True)
+    assert video.read_frames(path, size=SIZE).num_frames == 15
+
+
+def test_length_of_a_variable_rate_is_the_timestamps_span(tmp_path):
+    path = make_video(tmp_path / "v.mkv", num_frames=5, pts_ms=[0, 100, 900, 5000, 5100])
+    assert video.read_frames(path, size=SIZE).duration_sec == pytest.approx(5.2, abs=0.002)
+
+
+def test_sound_that_outlasts_the_pictures_does_not_stretch_them(tmp_path):
+    path = make_video(tmp_path / "a.mp4", num_frames=10, sound=Sound(3.0))
+    assert video.read_frames(path, size=SIZE).duration_sec == 1.0
+
+
+def test_progress_tells_seconds(tmp_path):
+    seen = []
+    path = make_video(tmp_path / "a.mp4", num_frames=25)
+    video.read_frames(path, size=SIZE, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0.0, 2.5), (1.0, 2.5), (2.0, 2.5)]
+
+
+@pytest.mark.parametrize(("degrees", "turns"), [(90, 3), (180, 2), (270, 1)])
+def test_rotation_turns_pictures_upright(tmp_path, degrees, turns):
+    path = make_video(tmp_path / "a.mp4", num_frames=2)
+    stored = every_frame(path)
+    frames = video.read_frames(rotate_mp4(path, degrees), fps=10, size=SIZE)
+    assert torch.equal(frames.images_u8, squares([np.rot90(frame, turns).copy() for frame in stored]))
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotation_and_colours_equal_the_ffmpeg_command(tmp_path, degrees):
+    command = ffmpeg_command()
+    path = make_video(tmp_path / "a.mp4", num_frames=3, color=1)
+    if degrees:
+        rotate_mp4(path, degrees)
+    raw = run_ffmpeg(command, path, "-pix_fmt", "rgb24", "-f", "rawvideo")
+    shape = (3, 96, 64, 3) if degrees in (90, 270) else (3, 64, 96, 3)
+    frames = video.read_frames(path, fps=10, size=SIZE)
+    assert torch.equal(frames.images_u8, squares(np.frombuffer(raw, np.uint8).reshape(shape)))
+
+
+@pytest.mark.parametrize("size", [26, 384])
+def test_floats_equal_the_reference_processor(tmp_path, monkeypatch, size):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    try:
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    except ImportError:
+        not_run("transformers is missing; pip install 'vidi-parity[oracle]'")
+    path = make_video(tmp_path / "a.mp4", num_frames=25)
+    processor = SiglipImageProcessorPil(size={"height": size, "width": size})
+    whole = every_frame(path)
+    truth = processor([Image.fromarray(whole[i]) for i in (0, 10, 20)], return_tensors="pt")["pixel_values"]
+    frames = video.read_frames(path, size=size)
+    assert torch.equal(pixels.normalize(frames.images_u8, torch.float32, "cpu"), truth)
+
+
+def test_every_pixel_value_equals_the_reference_processor(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    try:
+        from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+    except ImportError:
+        not_run("transformers is missing; pip install 'vidi-parity[oracle]'")
+    ramp = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    processor = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+    truth = processor(Image.fromarray(ramp), return_tensors="pt")["pixel_values"]
+    ours = pixels.normalize(torch.from_numpy(ramp).permute(2, 0, 1)[None], torch.float32, "cpu")
+    assert torch.equal(ours, truth)
+
+
+# ---- files that are none ------------------------------------------------------------------------------------------
+
+
+def test_no_pictures(tmp_path):
+    path = make_video(tmp_path / "a.mp4", num_frames=0, sound=Sound(0.5))
+    with pytest.raises(video.NoVideoError, match=r"a\.mp4: no video in it, only audio"):
+        video.read_frames(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), (b"", "is empty"), (b"no video" * 500, "no readable media file")]
+)
+def test_what_is_no_media_file(tmp_path, content, message):
+    path = tmp_path / "a.mp4"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(video.MediaError, match=rf"a\.mp4: .*{message}"):
+        video.read_frames(path)
+
+
+def test_a_folder(tmp_path):
+    with pytest.raises(video.MediaError, match="a folder"):
+        video.read_frames(tmp_path)
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.9])
+@pytest.mark.parametrize(
+    ("name", "faststart", "message"),
+    [
+        ("a.mp4", False, "no readable media file"),  # the index is at the end and gone
+        ("b.mp4", True, "cut short|corrupt"),
+        ("c.mkv", False, "cut short|corrupt"),
+        ("d.webm", False, "cut short|corrupt"),
+    ],
+)
+def test_a_file_that_ends_early(tmp_path, name, faststart, message, fraction):
+    path = make_video(tmp_path / name, num_frames=60, sound=Sound(6.0), faststart=faststart)
+    video.read_frames(path, size=SIZE)
+    with pytest.raises(video.MediaError, match=message):
+        video.read_frames(truncate(path, fraction), size=SIZE)
+
+
+def test_a_hole_in_the_data(tmp_path):
+    path = make_video(tmp_path / "a.mp4", num_frames=40, width=160, height=128)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 3
+    data[middle : middle + 4000] = bytes(4000)
+    path.write_bytes(data)
+    with pytest.raises(video.MediaError, match=r"a\.mp4: corrupt video data after \d+ decoded frames"):
+        video.read_frames(path, size=SIZE)
