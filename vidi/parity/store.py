@@ -1,0 +1,280 @@
+"""Reading goldens: cases of recorded or computed tensors, verified before use. No torch, no model.
+
+A golden folder holds sets (`official`, `small`, ...), or is a set itself. A set holds per case `CASE.json` (manifest)
+and `CASE.h5` (inputs and targets), and safetensors files with weights. Whatever is missing, extra, orphaned, altered,
+truncated or not finite raises GoldenError, which names it and says what to do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from safetensors.numpy import load_file
+
+from vidi.parity.golden import Golden, GoldenError, Sampled, Sketched, Whole
+from vidi.parity.ids import sort_ids
+from vidi.parity.manifest import content_sha256, parse, restore_hint, weights_sha256
+from vidi.parity.sketch import Sketch, SketchSpec
+
+__all__ = [
+    "PARTS", "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "open_case", "synthetic_tower",
+    "verify",
+]  # fmt: skip
+
+# Arrays that a stored form consists of, in the order of the manifest.
+PARTS = {
+    "rows": ("sample", "index", "row_sum", "row_sum_index", "stats"),
+    "sketch": ("blocks", "block_max", "top_index", "top_value", "sample_value"),
+}
+
+
+@dataclass(frozen=True)
+class CaseRef:
+    """Where a case lies: `name` in the set `folder`."""
+
+    folder: Path
+    name: str
+
+    @property
+    def set(self) -> str:
+        return self.folder.name
+
+
+def goldens_dir(given: str | Path | None = None) -> Path:
+    """The golden folder: the given one, the packaged `vidi/goldens`, or `goldens/` beside the package."""
+    package = Path(__file__).resolve().parents[1]
+    places = [Path(given)] if given is not None else [package / "goldens", package.parent / "goldens"]
+    for place in places:
+        if place.is_dir() and list_cases(place):
+            return place
+    raise GoldenError(
+        f"no goldens in {' or '.join(map(str, places))}: give --goldens DIR with CASE.json files or sets of them"
+    )
+
+
+def list_cases(folder: Path) -> list[CaseRef]:
+    """All cases of a golden folder, sorted by set and name."""
+    sets = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    return [
+        CaseRef(at, path.stem) for at in sets for path in sorted(at.glob("*.json")) if path.with_suffix(".h5").exists()
+    ]
+
+
+class Targets(Mapping[str, Golden]):
+    """The golden tensors of one variant of a case by stage id, in pipeline order, read and verified on access."""
+
+    def __init__(self, case: Case, variant: str) -> None:
+        self._case, self.variant = case, variant
+        self._entries: dict[str, Any] = case.manifest["targets"][variant]
+        self._ids = sort_ids(self._entries)
+
+    def __getitem__(self, stage: str) -> Golden:
+        if stage not in self._entries:
+            raise KeyError(f"{self._case.name} has no target {stage} in {self.variant}")
+        return self._case._golden(f"{self.variant}/{stage}", self._entries[stage])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One golden case. Opened by `open_case`; arrays are read lazily."""
+
+    folder: Path
+    name: str
+    manifest: dict[str, Any]
+
+    @property
+    def set(self) -> str:
+        return self.folder.name
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The official config dict, with `vision_config` and `audio_config` in it."""
+        return self.manifest["config"]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What a case needs besides tensors: loss thresholds, sliding windows of the generate variants, ..."""
+        return self.manifest["info"]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return self.manifest["provenance"]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Ids of the source that are no target here, with the reason."""
+        return self.manifest["left_out"]
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """`recorded`, or the oracle's casts: `none` first, then `official`."""
+        return tuple(sorted(self.manifest["targets"]))
+
+    @cached_property
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Input arrays by id. Frames kept as bytes only are given as `inputs.images.B` too (u8/127.5 - 1, float32)."""
+        found = {stage: self._array(f"inputs/{stage}", entry) for stage, entry in self.manifest["inputs"].items()}
+        for stage in list(found):
+            twin = stage.replace("images_u8", "images")
+            if twin not in found:
+                found[twin] = found[stage].astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+        return {stage: found[stage] for stage in sorted(found)}
+
+    @property
+    def targets(self) -> Targets:
+        """Targets of the first variant."""
+        return Targets(self, self.variants[0])
+
+    def variant(self, name: str) -> Targets:
+        """Targets of one variant (`recorded`, `none`, `official`)."""
+        if name not in self.manifest["targets"]:
+            raise GoldenError(f"{self.name}: no variant {name}; there are {', '.join(self.variants)}")
+        return Targets(self, name)
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """The weights by official name, verified."""
+        named = self.manifest["weights"]
+        path = self.folder / str(named["file"])
+        if not path.is_file() or path.parent != self.folder:
+            raise GoldenError(f"{self.name}: weights file {named['file']} is missing: {restore_hint(path)}")
+        try:
+            tensors = load_file(path)
+        except Exception as error:  # the reader's errors share no base class
+            raise GoldenError(
+                f"{self.name}: weights file {path.name} is unreadable ({error}): {restore_hint(path)}"
+            ) from None
+        if weights_sha256(tensors) != named["sha256"]:
+            raise GoldenError(f"{self.name}: weights file {path.name} is altered: {restore_hint(path)}")
+        return tensors
+
+    def _golden(self, place: str, entry: Mapping[str, Any]) -> Golden:
+        dtype, shape = entry.get("as", entry["dtype"]), tuple(entry["shape"])
+        if entry["form"] == "whole":
+            return Whole(self._array(place, entry), dtype)
+        parts: dict[str, Any] = {
+            part: self._array(f"{place}/{part}", entry["parts"][part]) for part in PARTS[entry["form"]]
+        }
+        if entry["form"] == "rows":
+            return Sampled(shape, dtype, entry["axis"], **parts)
+        spec = SketchSpec(**{field.name: entry["spec"][field.name] for field in fields(SketchSpec)})
+        whole: dict[str, Any] = {
+            "rows": entry["rows"],
+            "columns": entry["columns"],
+            "sum_squares": entry["sum_squares"],
+        }
+        return Sketched(shape, dtype, Sketch(spec=spec, **whole, **parts))
+
+    def _array(self, place: str, entry: Mapping[str, Any]) -> np.ndarray:
+        path = self.folder / f"{self.name}.h5"
+        try:
+            with h5py.File(path, "r") as file:
+                data = file.get(place)
+                if not isinstance(data, h5py.Dataset):
+                    raise GoldenError(f"{self.name}: {place} is missing from {path.name}: {restore_hint(path)}")
+                if data.dtype.name != entry["dtype"] or list(data.shape) != entry["shape"]:
+                    found = f"{data.dtype.name} {list(data.shape)}"
+                    wanted = f"{entry['dtype']} {entry['shape']}"
+                    raise GoldenError(f"{self.name}: {place} is {found}, manifest says {wanted}: {restore_hint(path)}")
+                array = np.asarray(data[()])
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise GoldenError(f"{self.name}: {place} cannot be read ({error}): {restore_hint(path)}") from None
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            first = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
+            raise GoldenError(f"{self.name}: {place} holds NaN or Inf, first at {first}: {restore_hint(path)}")
+        if content_sha256(array) != entry["sha256"]:
+            raise GoldenError(f"{self.name}: {place} is altered, its content hash does not match: {restore_hint(path)}")
+        return array
+
+
+def open_case(folder: Path | str, name: str) -> Case:
+    """Open a case of a set and verify its manifest, its data file's bytes and the set of keys in it."""
+    folder = Path(folder)
+    case = Case(folder, name, parse(folder / f"{name}.json"))
+    if case.manifest["case"] != name:
+        raise GoldenError(f"{folder / name}.json: manifest of another case ({case.manifest['case']}): rename it back")
+    path, container = folder / f"{name}.h5", case.manifest["container"]
+    if not path.is_file():
+        raise GoldenError(f"{name}: data file {path.name} is missing: {restore_hint(path)}")
+    size = path.stat().st_size
+    if size != container["bytes"]:
+        state = "truncated" if size < container["bytes"] else "longer than it was"
+        raise GoldenError(
+            f"{name}: data file {path.name} is {state} ({size} of {container['bytes']} bytes): {restore_hint(path)}"
+        )
+    if _file_sha256(path) != container["sha256"]:
+        raise GoldenError(f"{name}: data file {path.name} is altered: {restore_hint(path)}")
+    _check_keys(case, path)
+    return case
+
+
+def verify(folder: Path | str) -> int:
+    """Verify a whole set: every tensor, every weights file, nothing missing, nothing orphaned. Returns tensors read."""
+    folder = Path(folder)
+    names = {path.stem for path in folder.glob("*.json")}
+    if not names:
+        raise GoldenError(f"{folder}: holds no CASE.json: give a folder made by the import or regeneration tool")
+    for path in sorted(folder.glob("*.h5")):
+        if path.stem not in names:
+            raise GoldenError(f"{path.name}: orphaned, no manifest {path.stem}.json: delete it or restore the manifest")
+    count, used = 0, set()
+    for name in sorted(names):
+        case = open_case(folder, name)
+        used.add(case.manifest["weights"]["file"])
+        count += len(case.inputs) + len(case.weights())
+        count += sum(len(list(case.variant(v).items())) for v in case.variants)
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in used:
+            raise GoldenError(f"{path.name}: orphaned, no case uses these weights: delete it or restore its case")
+    return count
+
+
+def synthetic_tower(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Tower output (F, patches, C) float32 of a case without frames: feat_table[feat_index]/64 · feat_scale."""
+    table, index, scale = (inputs[f"inputs.feat_{part}"] for part in ("table", "index", "scale"))
+    return table[index].astype(np.float32) / np.float32(64.0) * scale[:, None, None].astype(np.float32)
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_keys(case: Case, path: Path) -> None:
+    wanted = {f"inputs/{stage}" for stage in case.manifest["inputs"]}
+    for variant, entries in case.manifest["targets"].items():
+        for stage, entry in entries.items():
+            parts = PARTS.get(entry["form"])
+            wanted |= {f"{variant}/{stage}/{part}" for part in parts} if parts else {f"{variant}/{stage}"}
+    found: set[str] = set()
+    try:
+        with h5py.File(path, "r") as file:
+            # visititems reports a hard link once only, and links are how equal tensors share their content.
+            _walk(file, "", found)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise GoldenError(f"{case.name}: data file {path.name} is unreadable ({error}): {restore_hint(path)}") from None
+    for kind, places in (("missing from", wanted - found), ("not in the manifest of", found - wanted)):
+        if places:
+            some = ", ".join(sorted(places)[:3]) + (", ..." if len(places) > 3 else "")
+            raise GoldenError(f"{case.name}: {some} {kind} {path.name}: {restore_hint(path)}")
+
+
+def _walk(group: h5py.Group, prefix: str, found: set[str], depth: int = 0) -> None:
+    for key in group:
+        item = group.get(key)
+        if isinstance(item, h5py.Group) and depth < 3:
+            _walk(item, f"{prefix}{key}/", found, depth + 1)
+        else:
+            found.add(f"{prefix}{key}")

@@ -1,0 +1,112 @@
+"""Budgets from `goldens/tolerances.toml` and `goldens/baselines.json`: which rule judges which stage of which run.
+
+A gate is named DTYPE-REFERENCE: the dtype of the run, and what it is held against: `none` (oracle without casts),
+`official` (oracle with the spec's casts) or `recorded` (recordings of the official release). Numbers live in the files
+alone; a gate without a reason, or a floor of 0 beside a baseline, is refused.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from vidi.parity.compare import EXACT, Result, Rule
+from vidi.parity.ids import is_exact
+
+__all__ = ["METRICS", "Tolerances", "baseline_of", "gate_name", "load"]
+
+METRICS = ("rms", "max", "row", "head")
+_FIELDS = {"why", "max", "rms", "row", "head", "max_abs", "floor_ulp", "eps", *(f"c_{m}" for m in METRICS)}
+
+
+def gate_name(dtype: str, reference: str) -> str:
+    """Name of the gate for a run in `dtype` held against `reference` (none, official, recorded)."""
+    return f"{dtype}-{reference}"
+
+
+def baseline_of(results: list[Result]) -> dict[str, float]:
+    """The worst error of several runs of one stage, as stored in baselines.json (multiples of the golden's rms)."""
+    return {m: max(r.errors[m] for r in results) for m in METRICS if all(m in r.errors for r in results)}
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """The loaded tables. gates: NAME -> fields with a list `stage`. baselines: dtype -> case -> stage -> errors."""
+
+    gates: Mapping[str, Mapping[str, Any]]
+    baselines: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
+
+    def rule(self, gate: str, stage: str, case: str | None = None, baseline: Mapping[str, float] | None = None) -> Rule:
+        """The rule for a stage under a gate.
+
+        case: names the baseline in baselines.json; `baseline` gives it directly (errors as multiples of rms). Raises
+        ValueError for an unknown gate, or where a baseline is needed and none was measured.
+        """
+        if is_exact(stage):
+            return EXACT
+        if gate not in self.gates:
+            raise ValueError(f"no gate named {gate!r} in tolerances.toml: there are {', '.join(sorted(self.gates))}")
+        fields = self._fields(gate, stage)
+        budgets: dict[str, Any] = {key: fields[key] for key in (*METRICS, "max_abs") if key in fields}
+        factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
+        if factors:
+            measured = baseline if baseline is not None else self._baseline(gate, stage, case)
+            budgets |= {m: c * measured[m] for m, c in factors.items() if m in measured}
+        floor: dict[str, Any] = {key: float(fields.get(key, 0.0)) for key in ("floor_ulp", "eps")}
+        return replace(Rule(gate, fields["why"]), **budgets, **floor)
+
+    def _fields(self, gate: str, stage: str) -> dict[str, Any]:
+        table = self.gates[gate]
+        common = {key: value for key, value in table.items() if key != "stage"}
+        for special in table.get("stage", ()):
+            if any(fnmatch.fnmatchcase(stage, glob) for glob in special["glob"].split(",")):
+                own = {key: value for key, value in special.items() if key != "glob"}
+                if "max_abs" in own:
+                    common.pop("max", None)
+                    common.pop("rms", None)
+                return common | own
+        return common
+
+    def _baseline(self, gate: str, stage: str, case: str | None) -> Mapping[str, float]:
+        dtype = gate.split("-")[0]
+        try:
+            return self.baselines[dtype][case or ""][stage]
+        except KeyError:
+            raise ValueError(
+                f"no baseline for {dtype} {case} {stage} in baselines.json: run tools/measure_baselines.py"
+            ) from None
+
+
+def load(folder: Path) -> Tolerances:
+    """Read tolerances.toml and baselines.json of a golden folder.
+
+    Raises ValueError naming the gate and field for an unknown field, a missing reason, a number that is not positive,
+    or a baseline gate without a floor.
+    """
+    gates = tomllib.loads((folder / "tolerances.toml").read_text()).get("gate", {})
+    for name, table in gates.items():
+        for entry in (table, *table.get("stage", ())):
+            _check(name, entry, is_stage=entry is not table)
+        if any(f"c_{m}" in table for m in METRICS) and not (table.get("floor_ulp", 0) > 0 and table.get("eps", 0) > 0):
+            raise ValueError(f"gate {name}: a budget from baselines needs floor_ulp and eps above 0")
+    path = folder / "baselines.json"
+    baselines = json.loads(path.read_text()) if path.exists() else {}
+    return Tolerances(gates, baselines.get("errors", {}))
+
+
+def _check(name: str, entry: Mapping[str, Any], is_stage: bool) -> None:
+    allowed = _FIELDS | ({"glob"} if is_stage else {"stage"})
+    unknown = sorted(set(entry) - allowed)
+    if unknown:
+        raise ValueError(f"gate {name}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(allowed))}")
+    if not str(entry.get("why", "")).strip():
+        raise ValueError(f"gate {name}: every number needs a reason in `why`")
+    for key in _FIELDS - {"why"}:
+        value = entry.get(key)
+        if value is not None and not (isinstance(value, int | float) and value > 0):
+            raise ValueError(f"gate {name}: {key} = {value!r} must be a number above 0")
