@@ -5,7 +5,7 @@ Dims: B samples, T text tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +58,10 @@ def greedy(
 
 
 @torch.inference_mode()
-def forced_logits(model: VidiModel, batch: Batch, tokens_B: Sequence[Sequence[int]]) -> Tensor:
-    """Logits (B, steps, V) of cached decoding along given tokens: entry s is the logit after prompt + tokens[:s]."""
-    steps = len(tokens_B[0])
-    ids_BS = torch.tensor(tokens_B, device=model.device)
+def forced_logits(model: VidiModel, batch: Batch, tokens_BS: Tensor) -> Tensor:
+    """Logits (B, S, V) of cached decoding along given tokens (B, S): entry s is the logit after prompt + tokens[:s]."""
+    steps = tokens_BS.shape[1]
+    ids_BS = tokens_BS.to(model.device)
     logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + steps)
     out = [logits_BV]
     for step in range(steps - 1):

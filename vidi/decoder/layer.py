@@ -13,7 +13,7 @@ Dims: B samples, T text tokens, L stream tokens, S cached text keys, D width, G 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -93,16 +93,21 @@ class DecoderLayer(nn.Module):
         ``cache`` receives this call's keys and values, and self-attention then reads all it holds.
         """
         n_BTD = self.input_norm(x_BTD)
-        mixed_BTD = self.text_to_text(n_BTD, text, cache)
-        tap(f"layer.{self.layer_idx}.t2t", mixed_BTD)
+        branches = [self.text_to_text(n_BTD, text, cache)]
+        tap(f"layer.{self.layer_idx}.t2t", branches[0])
         for modality, keys in cross.items():
-            branch_BTD = self.text_to_stream(n_BTD, text, keys, modality, tap)
-            tap(f"layer.{self.layer_idx}.t2{modality}", branch_BTD)
-            mixed_BTD = mixed_BTD + branch_BTD
-        x_BTD = x_BTD + self.post_attn_norm(mixed_BTD)
-        x_BTD = self.feed_forward(x_BTD)
+            branches.append(self.text_to_stream(n_BTD, text, keys, modality, tap))
+            tap(f"layer.{self.layer_idx}.t2{modality}", branches[-1])
+        x_BTD = self.merge(x_BTD, branches)
         tap(f"layer.{self.layer_idx}.output", x_BTD)
         return x_BTD
+
+    def merge(self, x_BTD: Tensor, branches: Sequence[Tensor]) -> Tensor:
+        """The text after this layer, from the text before it and its attentions in the order self, visual, audio."""
+        mixed_BTD = branches[0]
+        for branch_BTD in branches[1:]:
+            mixed_BTD = mixed_BTD + branch_BTD
+        return self.feed_forward(x_BTD + self.post_attn_norm(mixed_BTD))
 
     def text_to_text(self, n_BTD: Tensor, text: TextRows, cache: LayerTextCache | None = None) -> Tensor:
         """Causal self-attention of normed text, after the output projection: (B, T, D). Even layers see a window."""

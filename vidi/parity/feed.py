@@ -1,0 +1,98 @@
+"""From a golden case to what the model takes: weights loaded by name, arrays as a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vidi import precision
+from vidi.checkpoint import names
+from vidi.config import VidiConfig
+from vidi.inputs.batch import Batch
+from vidi.model import VidiModel
+from vidi.parity.store import Case
+
+__all__ = ["DTYPES", "batch_of", "load_model", "noise_of", "to_torch", "with_window"]
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", backend: str = "eager") -> VidiModel:
+    """The case's model with the case's weights, cast as the specification says. Raises ValueError naming tensors that
+    do not fit."""
+    config = VidiConfig.from_official(case.config)
+    model = VidiModel(config, backend=backend)
+    state = {}
+    for official, array in case.weights().items():
+        ours = names.our_name(official)
+        if ours is not None:
+            state[ours] = torch.from_numpy(array)
+        elif official != names.HEAD:
+            raise ValueError(f"{case.name}: the weights hold {official}, which no part of the model reads")
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{case.name}: the weights do not fit the configuration: {error}") from None
+    return precision.cast_model(model, dtype).to(device)
+
+
+def with_window(model: VidiModel, window: int) -> VidiModel:
+    """The same weights under another sliding window (the recordings hold a decoding run with a wider one)."""
+    if window == model.config.decoder.sliding_window:
+        return model
+    decoder = dataclasses.replace(model.config.decoder, sliding_window=window)
+    with torch.device("meta"):
+        twin = VidiModel(dataclasses.replace(model.config, decoder=decoder), backend=model.backend)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    return twin
+
+
+def batch_of(inputs: Mapping[str, np.ndarray], ids: str = "inputs.input_ids") -> Batch:
+    """The arrays of a case as a batch; ``ids`` names the prompt (a decoding case holds several, without a mask each)."""
+    input_ids_BT = torch.from_numpy(inputs[ids])
+    samples = range(len(input_ids_BT))
+    own_mask = ids == "inputs.input_ids"
+    audios = _per_sample(inputs, "inputs.audios", samples)
+    sizes = inputs.get("inputs.audio_sizes")
+    return Batch(
+        input_ids_BT,
+        keep_BT=_optional(inputs, "inputs.attention_mask") if own_mask else None,
+        images=_per_sample(inputs, "inputs.images", samples),
+        audios=audios,
+        audio_sizes=tuple(int(size) for size in sizes) if audios is not None and sizes is not None else None,
+        labels_BT=_optional(inputs, "inputs.labels") if own_mask else None,
+    )
+
+
+def noise_of(inputs: Mapping[str, np.ndarray]) -> Mapping[str, Tensor]:
+    """Training noise that a case gives, by axis ("h", "w", "t_v.b", "t_a.b"); empty for evaluation."""
+    prefix = "inputs.pos_noise."
+    return {name.removeprefix(prefix): torch.from_numpy(x) for name, x in inputs.items() if name.startswith(prefix)}
+
+
+def to_torch(array: np.ndarray, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A golden array as a tensor, real values in ``dtype``."""
+    tensor = torch.from_numpy(array.copy()).to(device)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _optional(inputs: Mapping[str, np.ndarray], name: str) -> Tensor | None:
+    return torch.from_numpy(inputs[name]) if name in inputs else None
+
+
+def _per_sample(inputs: Mapping[str, np.ndarray], prefix: str, samples: range) -> tuple[Tensor, ...] | None:
+    """One tensor a sample, empty where a sample has none; None where no sample has any."""
+    found = {b: torch.from_numpy(inputs[f"{prefix}.{b}"]) for b in samples if f"{prefix}.{b}" in inputs}
+    if not found:
+        return None
+    nothing = next(iter(found.values()))[:0]
+    return tuple(found.get(b, nothing) for b in samples)
