@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vidi.attention import limits
 from vidi.attention.unpad import Rows, check_query_mask
 
 __all__ = ["BACKENDS", "attend", "check"]
@@ -51,7 +52,8 @@ def attend(
         raise ValueError("a window needs query positions (q_pos_BT): it limits keys behind the query")
     if keep_q is not None and q_BTNH.shape[1] != 1:
         check_query_mask(keep_q.keep_BL, q_BTNH.shape[1], window=window)
-    kernel: Any = importlib.import_module(f"vidi.attention.{check(backend)}")
+    limits.check(check(backend), dtype=q_BTNH.dtype, device=q_BTNH.device, head_dim=q_BTNH.shape[-1], softcap=softcap)
+    kernel: Any = importlib.import_module(f"vidi.attention.{backend}")
     return kernel.attend(
         q_BTNH,
         k_BSGH,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from vidi.attention import mask
+from vidi.attention import limits, mask
 from vidi.attention.unpad import Rows
 
 __all__ = ["attend"]
@@ -24,15 +24,14 @@ def attend(
     q_pos_BT: Tensor | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """See `dispatch.attend`. Raises ValueError for a softcap."""
-    if softcap is not None:
-        raise ValueError(
-            f"backend 'sdpa' cannot cap attention scores (softcap {softcap:g}); 'eager', 'flash' and 'flex' can"
-        )
+    """See `dispatch.attend`. A softcap is refused (`limits`)."""
+    limits.check("sdpa", dtype=q_BTNH.dtype, device=q_BTNH.device, head_dim=q_BTNH.shape[-1], softcap=softcap)
     keep = None
     if keep_k is not None and not keep_k.full:
         keep = keep_k.keep_BL[:, None, None]
-        v_BSGH = v_BSGH.masked_fill(~keep_k.keep_BL[:, :, None, None], 0)
+        # Masks are added to scores inside: NaN in a key that is not kept would stay NaN, and 0 · NaN in its value.
+        hidden = ~keep_k.keep_BL[:, :, None, None]
+        k_BSGH, v_BSGH = k_BSGH.masked_fill(hidden, 0), v_BSGH.masked_fill(hidden, 0)
     if q_pos_BT is not None:
         sees = mask.sees(q_pos_BT, torch.arange(k_BSGH.shape[1], device=k_BSGH.device), window)[:, None]
         keep = sees if keep is None else keep & sees

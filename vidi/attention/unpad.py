@@ -27,13 +27,18 @@ class Rows:
     @classmethod
     def all_kept(cls, samples: int, length: int, device: torch.device | str = "cpu") -> Rows:
         rows = cls(torch.ones(samples, length, dtype=torch.bool, device=device))
-        rows.__dict__["full"] = True  # known without asking the device
+        rows.__dict__.update(full=True, prefix=True)  # known without asking the device
         return rows
 
     @cached_property
     def full(self) -> bool:
         """Every row is kept: nothing to unpad."""
         return bool(self.keep_BL.all())
+
+    @cached_property
+    def prefix(self) -> bool:
+        """The kept rows of each sample are its first ones: padding at the right, no holes."""
+        return bool((self.keep_BL[:, 1:] <= self.keep_BL[:, :-1]).all())
 
     @cached_property
     def lengths_B(self) -> Tensor:
