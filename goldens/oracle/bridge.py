@@ -118,7 +118,7 @@ def audio_tokens(
 def _grid(
     ar: Arithmetic, sizes: Sizes, w: Weights, chunks: Iterator[np.ndarray], total: int, trace: Trace, suffix: str
 ) -> np.ndarray:
-    """Tower features of one video, a few frames at a time, through pad, resize, fold, projector and norm -> (F, y, x, D).
+    """Tower features of one video, a few frames at a time, through pad, resize, fold, projector, norm -> (F, y, x, D).
     `total` counts the frames that share the token budget."""
     done: list[np.ndarray] = []
     for tower_FLC in chunks:
@@ -204,7 +204,7 @@ def _noise(inputs: Inputs, axis: str, own_grid: bool) -> np.ndarray | None:
 
 
 def _packed(ar: Arithmetic, w: Weights, flat: list[np.ndarray], seen: list[bool], path: str, trace: Trace) -> Tokens:
-    """Pad the batch at the right, find the kept tokens, norm, blank the others. `seen`: the raw input is not all zero."""
+    """Pad the batch at the right, find the kept tokens, norm, blank the others. `seen`: the raw input is not all 0."""
     packed_BLD = _right_padded(flat)
     trace.put(f"{path}.packed", packed_BLD)
     keep_BL = (np.sum(np.abs(packed_BLD), axis=-1) != 0) & np.asarray(seen)[:, None]

@@ -1,13 +1,15 @@
-"""Which number format each step of the oracle uses: exact, as the release casts, or rounded like a half-precision model.
+"""Which number format each step of the oracle uses: exact, cast as in the release, or rounded as in half precision.
 
 Three regimes, chosen by `Arithmetic(casts, round_to, order_seed)`:
 
     casts="none"                     float64 everywhere: the mathematics, nothing else
     casts="official"                 float64, but float32 exactly where the spec forces it (`wide` below)
     casts="official", round_to=...   every stored tensor rounded to "bf16", "fp16" or "fp32", sums in float32:
-                                     a naive low-precision model, whose error against float64 is the baseline of a budget
+                                     a naive low-precision model; its error against float64 is the baseline of a budget
 
-`order_seed` permutes and splits every contraction, so that several such runs differ as two honest kernels differ.
+`order_seed` makes several such runs differ as honest kernels differ: it permutes and splits every contraction, its
+lowest bit adds biases after the product's rounding (unfused) and its next one divides by the softmax's sum after the
+values are averaged (as flash kernels do). Order alone changes few bits of a half-precision run.
 """
 
 import numpy as np
@@ -48,8 +50,8 @@ def round_fp16(x: np.ndarray) -> np.ndarray:
 
 def _sum_in_lanes(x: np.ndarray) -> np.ndarray:
     """float32 sum over the last axis in the order of the recordings' machine: 4 accumulators of 8 lanes run along the
-    axis, then fold. Any order is as right; this one gives the recorded norms bit for bit from the recorded inputs, which
-    leaves a comparison with them its full power."""
+    axis, then fold. Any order is as right; this one gives the recorded norms bit for bit from the recorded inputs,
+    which leaves a comparison with them its full power."""
     length = x.shape[-1]
     blocks = x[..., : length - length % 32].reshape(*x.shape[:-1], length // 32, 4, 8)
     total = np.zeros(x.shape[:-1], x.dtype)
@@ -82,6 +84,8 @@ class Arithmetic:
             raise ValueError("round_to needs casts='official': a rounded run without float32 steps is no model's")
         self.round_to = round_to
         self.order_seed = order_seed
+        self.adds_bias_late = order_seed is not None and order_seed % 2 == 1
+        self.normalises_late = order_seed is not None and order_seed // 2 % 2 == 1
         self.work: type[np.floating] = np.float64 if round_to is None else np.float32
         self.wide: type[np.floating] = np.float64 if casts == "none" else np.float32
 
@@ -118,6 +122,7 @@ class Arithmetic:
         return source.permutation(length), int(source.integers(length // 4, length - length // 4 + 1))
 
     def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-        """x (..., in) by weight (out, in), stored. The bias joins before the one rounding, as in a fused kernel."""
+        """x (..., in) by weight (out, in), stored; the bias joins before the one rounding unless `adds_bias_late`."""
         y = self.contract(x, np.swapaxes(weight, -1, -2))
+        y = self.store(y) if self.adds_bias_late else y
         return self.store(y if bias is None else y + bias)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .case import Sizes, Trace, Weights
 from .casts import Arithmetic
-from .pointwise import gelu_tanh, masked_softmax, rsqrt, softcap
+from .pointwise import gelu_tanh, rsqrt, softcap, softmax_average
 from .unpad import trace_unpadded
 
 __all__ = ["StreamLayer", "attend", "carry_stream", "gemma_norm", "rope_tables", "run_text", "scaled", "window_mask"]
@@ -42,9 +42,7 @@ def gemma_norm(ar: Arithmetic, x: np.ndarray, weight: np.ndarray, eps: float) ->
 def rope_tables(ar: Arithmetic, sizes: Sizes, length: int, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin (1, T, H) for positions 0 … T-1; the H/2 angles stand twice. Frequencies and angles in float32."""
     powers = np.arange(0, sizes.head_dim, 2, dtype=np.float64) / sizes.head_dim
-    freq = ar.wide(1) / ar.widen(
-        float(sizes.rope_theta) ** powers
-    )  # as a quotient: two roundings where wide is float32
+    freq = ar.wide(1) / ar.widen(float(sizes.rope_theta) ** powers)  # a quotient: float32 rounds twice
     positions = np.arange(length, dtype=np.int64)[None]
     trace.put("rope.position_ids", positions)
     angles = np.concatenate([positions[..., None].astype(ar.wide) * freq] * 2, axis=-1).astype(np.float64)
@@ -74,8 +72,8 @@ def attend(
     keep broadcasts to (B, T, L); a query that keeps no key gives 0. Scores and softmax are not rounded."""
     k_BNLH, v_BNLH = (np.repeat(x, sizes.num_heads // sizes.num_kv_heads, axis=1) for x in (k_BGLH, v_BGLH))
     scores_BNTL = ar.contract(q_BNTH, np.swapaxes(k_BNLH, 2, 3)) * ar.work(sizes.score_scale)
-    probs_BNTL = ar.store(masked_softmax(softcap(scores_BNTL, sizes.attn_softcap), keep[:, None]))
-    return ar.store(ar.contract(probs_BNTL, v_BNLH)).transpose(0, 2, 1, 3)
+    out_BNTH = softmax_average(ar, softcap(scores_BNTL, sizes.attn_softcap), keep[:, None], v_BNLH)
+    return out_BNTH.transpose(0, 2, 1, 3)
 
 
 def carry_stream(
@@ -92,10 +90,8 @@ def carry_stream(
     for i in range(sizes.num_layers):
         attention = f"model.layers.{i}.self_attn."
         n_BLD = _norm(ar, sizes, w, i, "input_layernorm", x_BLD)
-        v_BLX = ar.linear(n_BLD, w(attention + "v_proj.weight"))
-        k_BGLH, v_BGLH = (
-            _heads(x, sizes.num_kv_heads) for x in (ar.linear(n_BLD, w(attention + "k_proj.weight")), v_BLX)
-        )
+        k_BGLH = _heads(ar.linear(n_BLD, w(attention + "k_proj.weight")), sizes.num_kv_heads)
+        v_BGLH = _heads(ar.linear(n_BLD, w(attention + "v_proj.weight")), sizes.num_kv_heads)
         layers.append(StreamLayer(k_BGLH, v_BGLH, keep_BL))
         repeated_BNLH = np.repeat(v_BGLH, sizes.num_heads // sizes.num_kv_heads, axis=1)
         out_BLD = ar.linear(_joined(repeated_BNLH.transpose(0, 2, 1, 3)), w(attention + "o_proj.weight"))
@@ -140,7 +136,7 @@ def run_text(
                 _trace_cross(sizes, f"xattn.{i}.{modality}", q_BNTH, stream, keep_BT, out_BTNH, trace)
             cross_BTD = ar.linear(_joined(out_BTNH), w(attention + "o_proj.weight"))
             trace.put(stage, cross_BTD)
-            trace.put(f"{stage}.gate", stream.keep_BL.any(axis=1))
+            trace.put(f"{stage}.gate", np.asarray(stream.keep_BL.any(axis=1)))
             added_BTD = ar.store(added_BTD + cross_BTD)  # (self + vis) + aud, in this order
 
         x_BTD = ar.store(x_BTD + _norm(ar, sizes, w, i, "post_attention_layernorm", added_BTD))

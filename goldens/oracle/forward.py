@@ -79,12 +79,13 @@ def forward(
 
     config: the official config.json as a dict, with "vision_config" and "audio_config" (Hugging Face names), optionally
       "visual_token_budget" (60000) and "budget_scope" ("batch" or "video").
-    weights: official names. inputs: `inputs.input_ids` (B, S) with -200 as placeholder; optional `inputs.attention_mask`
-      (absent: all kept), `inputs.images.b` (F_b, 3, S, S) or `inputs.images_u8.b`, `inputs.audios.b` (P_b, M, mel) with
-      `inputs.audio_sizes` (B) in mel frames, `inputs.labels` (B, S), `inputs.pos_noise.{h,w,t_v.b,t_a.b}`, or
-      `inputs.feat_{table,index,scale}` in place of one video's frames.
-    casts, round_to, order_seed: see `Arithmetic`. pos_freq: the table w (D/2) of §5, as torch on the CPU makes it; data,
-      in every regime. keep: which stages to hold (glob, globs or predicate); a long case needs it to stay small.
+    weights: official names.
+    inputs: `inputs.input_ids` (B, S) with -200 as placeholder; optional `inputs.attention_mask` (absent: all kept),
+      `inputs.images.b` (F_b, 3, S, S) or `inputs.images_u8.b`, `inputs.audios.b` (P_b, M, mel) and
+      `inputs.audio_sizes` (B) in mel frames, `inputs.labels` (B, S), `inputs.pos_noise.{h,w,t_v.b,t_a.b}`;
+      `inputs.feat_{table,index,scale}` stand in for the tower's output of one video.
+    casts, round_to, order_seed: see `Arithmetic`. pos_freq: the table w (D/2) of §5, as torch on the CPU makes it;
+      data, in every regime. keep: which stages to hold (glob, globs or predicate); a long case needs it to stay small.
 
     Stages hold float64 (float32 with round_to); masks bool; ids int64. A modality that no sample has leaves no stage.
     With labels: `text.labels`, `loss.per_token` (B·T,) and `loss.none` too. Raises ValueError for a missing weight, a

@@ -33,8 +33,9 @@ def loss(
     """Cross-entropy of packed text: {"loss.per_token": (B·T,), "loss.NAME": () for each threshold}.
 
     labels_BT are `text.labels`: not shifted, -100 ignored. They move left by one within each row; ignored tokens count
-    0 per token. thresholds maps a name to τ, or to None for the plain mean (the default, named "none"). With τ: the mean
-    of the losses above cut, where cut = 0 if all are below τ, else τ; none left gives NaN. float32 unless casts="none".
+    0 per token. thresholds maps a name to τ, or to None for the plain mean (the default, named "none"). With τ: the
+    mean of the losses above cut, where cut = 0 if all are below τ, else τ; none left gives NaN. float32, but float64
+    with casts="none".
     """
     wide = Arithmetic(casts).wide
     targets = np.concatenate([labels_BT[:, 1:], np.full_like(labels_BT[:, :1], IGNORED_LABEL)], axis=1).reshape(-1)

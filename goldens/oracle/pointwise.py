@@ -6,7 +6,7 @@ import numpy as np
 
 from .casts import Arithmetic
 
-__all__ = ["fused", "gelu_erf", "gelu_erf_float32", "gelu_tanh", "layer_norm", "masked_softmax", "rsqrt", "softcap"]
+__all__ = ["fused", "gelu_erf", "gelu_erf_float32", "gelu_tanh", "layer_norm", "rsqrt", "softcap", "softmax_average"]
 
 _erf_objects = np.frompyfunc(math.erf, 1, 1)
 
@@ -65,12 +65,18 @@ def layer_norm(ar: Arithmetic, x: np.ndarray, weight: np.ndarray, bias: np.ndarr
     return ar.store(centred * rsqrt(ar.mean(centred * centred) + x.dtype.type(eps)) * weight + bias)
 
 
-def masked_softmax(scores: np.ndarray, keep: np.ndarray | None) -> np.ndarray:
-    """Softmax over the last axis of the kept entries only. keep broadcasts to scores, True = attend; a row that keeps
-    nothing becomes all zero, so that attending to nothing contributes exactly 0 (spec §7)."""
+def softmax_average(ar: Arithmetic, scores: np.ndarray, keep: np.ndarray | None, values: np.ndarray) -> np.ndarray:
+    """Softmax of scores (..., Q, K) over the kept keys, times values (..., K, H), stored -> (..., Q, H).
+
+    keep broadcasts to scores, True = attend. A query that keeps nothing gives exactly 0 (spec §7). Scores and weights
+    are float32 in a half-precision run; the weights are stored before they meet the values, as a model must.
+    """
     if keep is not None:
         scores = np.where(keep, scores, scores.dtype.type(-np.inf))
     peak = np.max(scores, axis=-1, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(peak), peak, scores.dtype.type(0)))
     total = np.sum(weights, axis=-1, keepdims=True)
-    return weights / np.where(total > 0, total, scores.dtype.type(1))
+    total = np.where(total > 0, total, scores.dtype.type(1))
+    if ar.normalises_late:
+        return ar.store(ar.contract(ar.store(weights), values) / total)
+    return ar.store(ar.contract(ar.store(weights / total), values))

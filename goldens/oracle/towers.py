@@ -7,7 +7,7 @@ import numpy as np
 
 from .case import Sizes, Weights
 from .casts import Arithmetic
-from .pointwise import gelu_erf, gelu_tanh, layer_norm, masked_softmax
+from .pointwise import gelu_erf, gelu_tanh, layer_norm, softmax_average
 
 __all__ = ["siglip", "whisper"]
 
@@ -76,8 +76,8 @@ def _attention(ar: Arithmetic, w: Weights, name: str, x_BLC: np.ndarray, num_hea
 
     q_BELH, k_BELH, v_BELH = heads("q_proj"), heads("k_proj"), heads("v_proj")
     scale = ar.work((width // num_heads) ** -0.5)
-    probs_BELL = ar.store(masked_softmax(ar.contract(q_BELH, np.swapaxes(k_BELH, 2, 3)) * scale, None))
-    out_BELH = ar.store(ar.contract(probs_BELL, v_BELH))
+    scores_BELL = ar.contract(q_BELH, np.swapaxes(k_BELH, 2, 3)) * scale
+    out_BELH = softmax_average(ar, scores_BELL, None, v_BELH)
     return ar.linear(
         out_BELH.transpose(0, 2, 1, 3).reshape(batch, length, width),
         w(name + "out_proj.weight"),
