@@ -19,7 +19,7 @@ from torch import Tensor
 from vidi.inputs import container as media
 from vidi.inputs.container import MediaError
 
-__all__ = ["HOP", "SAMPLE_RATE_HZ", "log_mel", "mel_filters", "mel_size", "read_audio"]
+__all__ = ["HOP", "SAMPLE_RATE_HZ", "log_mel", "mel_filters", "read_audio"]
 
 SAMPLE_RATE_HZ = 16000
 N_FFT = 400
@@ -79,12 +79,6 @@ def _head(frame: av.AudioFrame, samples: int) -> av.AudioFrame:
     return head
 
 
-def mel_size(num_samples: int, mel_frames: int = 3000) -> int:
-    """Mel frames that hold sound: the sum over pieces of floor(samples / 160) (spec §2)."""
-    whole, rest = divmod(num_samples, mel_frames * HOP)
-    return whole * mel_frames + rest // HOP
-
-
 def log_mel(
     samples: Tensor, num_mel_bins: int = 128, *, mel_frames: int = 3000, device: torch.device | str | None = None
 ) -> tuple[Tensor, int]:
@@ -112,7 +106,8 @@ def log_mel(
         power_KT = (spectrum[..., :-1].abs() ** 2).contiguous()
         log_MT = torch.clamp(filters_MK @ power_KT, min=1e-10).log10()[0]
         mel_MT.copy_((torch.maximum(log_MT, log_MT.max() - 8.0) + 4.0) / 4.0)
-    return mel_PMT, mel_size(len(samples), mel_frames)
+    # The sum over pieces of floor(samples/160): every piece but the last is a whole number of hops.
+    return mel_PMT, len(samples) // HOP
 
 
 @lru_cache(maxsize=4)

@@ -71,7 +71,10 @@ def decoded(container: InputContainer, stream: Stream, path: str | Path) -> Iter
 
     Raises MediaError where data is corrupt, and at the end where the file stops well before the length in its header.
     """
-    stream.codec_context.thread_type = "AUTO"  # type: ignore[attr-defined]
+    codec: Any = stream.codec_context
+    if codec is None:
+        raise MediaError(f"{path}: no decoder for its {stream.type} stream; convert it: ffmpeg -i {path} converted.mp4")
+    codec.thread_type = "AUTO"
     count, end_sec = 0, Fraction(0)
     try:
         for packet in container.demux():
@@ -102,7 +105,8 @@ def _refuse_truncated(container: InputContainer, end_sec: Fraction, path: str | 
     video = first_stream(container, "video")
     rate = video.average_rate if video is not None else None
     slack = max(0.2, 1.5 / float(rate) if rate else 0.0)
-    seen = float(end_sec) - (container.start_time or 0) / av.time_base
+    # A header counts from zero also where the first frame comes later.
+    seen = float(end_sec) - min(0, container.start_time or 0) / av.time_base
     if declared - seen > slack:
         raise MediaError(
             f"{path}: cut short: its header states {declared:.2f} s, its data ends at {seen:.2f} s. Download it again, "

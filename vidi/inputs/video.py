@@ -93,7 +93,7 @@ def read_frames(
             if frame.pts is not None:
                 shown_sec = frame.pts * frame.time_base
                 start_sec = shown_sec if start_sec is None else start_sec
-                end_sec = shown_sec + (frame.duration * frame.time_base or 1 / rate)
+                end_sec = shown_sec + ((frame.duration or 0) * frame.time_base or 1 / rate)
         if count == 0:
             raise NoVideoError(f"{path}: a video stream without a single decodable frame; download or encode it again")
     duration_sec = count / rate

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.media import Sound, ffmpeg_command, make_video, rotate_mp4, run_ffmpeg, truncate
+from tests.media import Sound, ffmpeg_command, make_picture, make_sound, make_video, rotate_mp4, run_ffmpeg, truncate
 from tests.not_run import not_run
 from vidi.inputs import pixels, video
 
@@ -155,6 +155,23 @@ def test_every_pixel_value_equals_the_reference_processor(monkeypatch):
 # ---- files that are none ------------------------------------------------------------------------------------------
 
 
+def test_a_cover_picture_is_no_video(tmp_path):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream("aac", rate=16000)
+        sound.layout = "mono"
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        samples = av.AudioFrame.from_ndarray(make_sound(Sound(0.5, 16000, 1)), format="s16", layout="mono")
+        samples.sample_rate, samples.pts = 16000, 0
+        container.mux([*sound.encode(samples), *sound.encode(None)])
+        picture = av.VideoFrame.from_ndarray(make_picture(0, 32, 32), format="rgb24").reformat(format="yuvj420p")
+        container.mux([*cover.encode(picture), *cover.encode(None)])
+    with pytest.raises(video.NoVideoError, match=r"a\.mp4: no video in it"):
+        video.read_frames(path)
+
+
 def test_no_pictures(tmp_path):
     path = make_video(tmp_path / "a.mp4", num_frames=0, sound=Sound(0.5))
     with pytest.raises(video.NoVideoError, match=r"a\.mp4: no video in it, only audio"):
@@ -192,6 +209,19 @@ def test_a_file_that_ends_early(tmp_path, name, faststart, message, fraction):
     video.read_frames(path, size=SIZE)
     with pytest.raises(video.MediaError, match=message):
         video.read_frames(truncate(path, fraction), size=SIZE)
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
+def test_a_file_that_starts_late_is_not_cut_short(tmp_path, name):
+    path = make_video(tmp_path / name, num_frames=4, pts_ms=[900, 1000, 1100, 1200])
+    assert video.read_frames(path, size=SIZE).duration_sec == pytest.approx(0.4, abs=0.002)
+
+
+def test_a_codec_without_a_decoder(tmp_path):
+    path = make_video(tmp_path / "a.mp4", num_frames=4, sound=Sound(0.4))
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzzz"))
+    with pytest.raises(video.MediaError, match=r"no decoder for its video stream"):
+        video.read_frames(path, size=SIZE)
 
 
 def test_a_hole_in_the_data(tmp_path):
