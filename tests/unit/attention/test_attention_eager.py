@@ -98,4 +98,5 @@ def test_gradients_against_finite_differences() -> None:
 
 def test_rows_known_full_ask_no_device() -> None:
     rows = Rows.all_kept(2, 3)
-    assert rows.__dict__["full"] and rows.__dict__["prefix"]
+    assert rows.__dict__["full"]
+    assert rows.__dict__["prefix"]

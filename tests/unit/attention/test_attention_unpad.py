@@ -19,7 +19,8 @@ def test_rows_of_a_mask() -> None:
     assert rows.lengths_B.dtype == rows.cu_seqlens.dtype == torch.int32
     assert rows.indices.tolist() == [0, 1, 3, 9]
     assert rows.max_seqlen == 3
-    assert not rows.full and not rows.prefix
+    assert not rows.full
+    assert not rows.prefix
 
 
 @pytest.mark.parametrize(
@@ -48,23 +49,31 @@ def test_unpad_then_pad_is_the_identity_on_kept_rows() -> None:
 def test_nan_in_padding_leaves_no_trace_in_gradients() -> None:
     x = torch.randn(3, 4, 5).masked_fill(~KEEP[..., None], torch.nan).requires_grad_()
     unpad(x, Rows(KEEP)).square().sum().backward()
-    assert torch.isfinite(x.grad).all() and not x.grad[~KEEP].any()
+    assert torch.isfinite(x.grad).all()
+    assert not x.grad[~KEEP].any()
 
 
 def test_unpadded_queries_and_keys() -> None:
     q, k, v = torch.randn(3, 5, 4, 8), torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2, 8)
     q_rows, k_rows = Rows(keep_first((5, 0, 2), 5)), Rows(KEEP)
     got = _unpad_xattn_input(q, k, v, q_rows, k_rows)
-    assert got.q.shape == (7, 4, 8) and got.k.shape == got.v.shape == (4, 2, 8)
-    assert got.cu_seqlens_q.tolist() == [0, 5, 5, 7] and got.cu_seqlens_k.tolist() == [0, 3, 3, 4]
-    assert got.indices_q.tolist() == [0, 1, 2, 3, 4, 10, 11] and got.max_seqlen == (5, 3)
-    assert torch.equal(got.q[5:], q[2, :2]) and torch.equal(got.k[2], k[0, 3]) and torch.equal(got.v[3], v[2, 1])
+    assert got.q.shape == (7, 4, 8)
+    assert got.k.shape == got.v.shape == (4, 2, 8)
+    assert got.cu_seqlens_q.tolist() == [0, 5, 5, 7]
+    assert got.cu_seqlens_k.tolist() == [0, 3, 3, 4]
+    assert got.indices_q.tolist() == [0, 1, 2, 3, 4, 10, 11]
+    assert got.max_seqlen == (5, 3)
+    assert torch.equal(got.q[5:], q[2, :2])
+    assert torch.equal(got.k[2], k[0, 3])
+    assert torch.equal(got.v[3], v[2, 1])
 
 
 def test_a_single_query_row_is_kept_whatever_the_text_mask_says() -> None:
     q, k = torch.randn(3, 1, 4, 8), torch.randn(3, 4, 2, 8)
     got = _unpad_xattn_input(q, k, k, Rows(torch.zeros(3, 7, dtype=torch.bool)), Rows(KEEP))
-    assert torch.equal(got.q, q[:, 0]) and got.cu_seqlens_q.tolist() == [0, 1, 2, 3] and got.max_seqlen == (1, 3)
+    assert torch.equal(got.q, q[:, 0])
+    assert got.cu_seqlens_q.tolist() == [0, 1, 2, 3]
+    assert got.max_seqlen == (1, 3)
 
 
 def test_keys_must_fit_their_mask() -> None:
@@ -99,6 +108,6 @@ def test_attention_refuses_a_mask_that_does_not_fit() -> None:
     for length, text in ((7, "image placeholder"), (4, "they must be equal")):
         with pytest.raises(ValueError, match=text):
             dispatch.attend(q, k, k, scale=1.0, keep_q=Rows.all_kept(2, length), keep_k=keep_k)
+    pos = torch.arange(6).expand(2, 6)
     with pytest.raises(ValueError, match="sliding layer"):
-        pos = torch.arange(6).expand(2, 6)
         dispatch.attend(q, q, q, scale=1.0, keep_q=Rows.all_kept(2, 4), q_pos_BT=pos, window=4)
