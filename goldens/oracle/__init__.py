@@ -7,11 +7,11 @@ Read in the order the data flows:
     towers.py     frames and log-mel to features            positions.py  where a token stands, rms()
     bridge.py     features to visual and audio tokens       text.py       ids to packed embeddings
     decoder.py    decomposed attention                      unpad.py      its varlen form, for the record
-    head.py       logits and loss                           forward.py    all of it, and greedy decoding
+    head.py       logits and loss                           run.py        all of it, and greedy decoding
 """
 
 from .casts import Arithmetic, round_bf16, round_fp16
-from .forward import Greedy, forward, greedy, teacher_forced
 from .head import loss
+from .run import Greedy, forward, greedy, teacher_forced
 
 __all__ = ["Arithmetic", "Greedy", "forward", "greedy", "loss", "round_bf16", "round_fp16", "teacher_forced"]
