@@ -67,7 +67,7 @@ def test_inputs_of_a_file(tmp_path):
     assert torch.equal(batch.audios[0], mel.double())
     assert batch.audio_sizes == (size,) == (250,)
     assert batch.input_ids_BT.tolist() == [prompt.build_ids(TINY, "a car")]
-    assert stages == ["frames"] * 5 + ["sound"] * 2
+    assert stages == ["frames"] * 6 + ["sound"] * 2
 
 
 def test_a_file_without_sound_gives_a_batch_without_sound(tmp_path):

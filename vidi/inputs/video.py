@@ -66,7 +66,7 @@ def read_frames(
     (a variable rate in mkv or webm, whose average rate is a guess), it is the span of the timestamps, from the first
     frame to the end of the last. The header's length is not used: it covers the sound, too.
 
-    ``progress(done_sec, total_sec or None)`` is called at each kept frame.
+    ``progress(done_sec, total_sec or None)`` is called at each kept frame, and once at the end.
 
     Raises NoVideoError where the file holds no pictures, MediaError where it is missing, damaged or cut short, and
     ValueError for rates or sizes that are not positive.
@@ -99,6 +99,8 @@ def read_frames(
     duration_sec = count / rate
     if start_sec is not None and end_sec is not None and abs(end_sec - start_sec - duration_sec) > 1 / rate:
         duration_sec = end_sec - start_sec
+    if progress is not None:
+        progress(float(duration_sec), float(duration_sec))
     images_u8 = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, 3, size, size)
     return Frames(images_u8, float(duration_sec), float(rate), count, step)
 

@@ -101,7 +101,7 @@ def test_progress_tells_seconds(tmp_path):
     seen = []
     path = make_video(tmp_path / "a.mp4", num_frames=25)
     video.read_frames(path, size=SIZE, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(0.0, 2.5), (1.0, 2.5), (2.0, 2.5)]
+    assert seen == [(0.0, 2.5), (1.0, 2.5), (2.0, 2.5), (2.5, 2.5)]
 
 
 @pytest.mark.parametrize(("degrees", "turns"), [(90, 3), (180, 2), (270, 1)])
