@@ -1,0 +1,88 @@
+"""What the fast path keeps between steps: flat keys and values of all stream tokens, and a text cache of fixed size.
+
+The cross cache has no padding: tokens of all samples and both modalities stand in one row, visual before audio within a
+sample, and spans say whose they are. Keys and values of a token lie side by side, as one product writes them.
+
+Dims: L layers, B samples, S tokens or text capacity, X = 2·G·H, G key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from vidi.attention import rope
+from vidi.config import DecoderConfig
+from vidi.fast import plan
+from vidi.fast.plan import Plan
+
+if TYPE_CHECKING:
+    from vidi.fast.step import Step
+
+__all__ = ["FastCache", "Span", "spans_of"]
+
+Span = tuple[int, int]
+
+
+def spans_of(lengths: Mapping[str, Sequence[int]]) -> tuple[dict[str, list[Span]], int]:
+    """Kept tokens per modality and sample -> their (first, stop) in the flat row, and the row's length."""
+    spans: dict[str, list[Span]] = {modality: [] for modality in lengths}
+    at = 0
+    for b in range(max((len(x) for x in lengths.values()), default=0)):
+        for modality, counts in lengths.items():
+            spans[modality].append((at, at + counts[b]))
+            at += counts[b]
+    return spans, at
+
+
+@dataclass
+class FastCache:
+    """cross_LSX: keys, then values of stream tokens. text_L2BSGH: rotated keys and values of the text.
+
+    lengths_B: tokens of each row so far (device). cos_SH, sin_SH: rotary factors of every position of the capacity.
+    plans: how the keys of each sample are split. step: the captured decoding step, made by the first one.
+    """
+
+    cross_LSX: Tensor
+    spans: dict[str, list[Span]]
+    text_L2BSGH: Tensor
+    lengths_B: Tensor
+    cos_SH: Tensor
+    sin_SH: Tensor
+    plans: list[Plan]
+    held: int = 0  # tokens of the longest row so far, as the host counts them
+    step: Step | None = field(default=None, repr=False)
+
+    @classmethod
+    def empty(
+        cls,
+        config: DecoderConfig,
+        lengths_B: Tensor,
+        capacity: int,
+        cross_LSX: Tensor,
+        spans: dict[str, list[Span]],
+    ) -> FastCache:
+        """Room for ``capacity`` text tokens a row beside finished stream keys and values."""
+        dtype, device, samples = cross_LSX.dtype, cross_LSX.device, len(lengths_B)
+        shape = (config.num_layers, 2, samples, capacity, config.num_kv_heads, config.head_dim)
+        pos_1S = torch.arange(capacity, device=device)[None]
+        cos_1SH, sin_1SH = rope.angles(pos_1S, config.head_dim, config.rope_theta, dtype)
+        nothing = [(0, 0)] * samples
+        visual, audio = spans.get("v", nothing), spans.get("a", nothing)
+        return cls(
+            cross_LSX=cross_LSX,
+            spans=spans,
+            text_L2BSGH=torch.zeros(shape, dtype=dtype, device=device),
+            lengths_B=lengths_B,
+            cos_SH=cos_1SH[0],
+            sin_SH=sin_1SH[0],
+            plans=[plan.make(capacity, visual[b], audio[b], device) for b in range(samples)],
+        )
+
+    @property
+    def capacity(self) -> int:
+        return self.text_L2BSGH.shape[3]

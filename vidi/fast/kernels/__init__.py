@@ -1,0 +1,20 @@
+"""The fused operations in Triton, one function for each of `vidi.fast.twins`, with the same arguments.
+
+Importing this package imports Triton: `vidi.fast.ops` does it where the model is on a GPU.
+"""
+
+from vidi.fast.kernels.attend import attend
+from vidi.fast.kernels.product import gate_up_step, head_step, product_step, qkv_step
+from vidi.fast.kernels.rows import add_gemma_norm, add_layer_norm, gelu_mul, gelu_product
+
+__all__ = [
+    "add_gemma_norm",
+    "add_layer_norm",
+    "attend",
+    "gate_up_step",
+    "gelu_mul",
+    "gelu_product",
+    "head_step",
+    "product_step",
+    "qkv_step",
+]

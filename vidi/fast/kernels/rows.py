@@ -1,0 +1,144 @@
+"""Row-wise kernels between the products of a prefill: norms with their residuals, and activations.
+
+All are bound by memory: each tensor is read once and written once. Values are rounded to the tensors' dtype where the
+plain path stores one, so both paths round alike.
+
+Dims: R rows, D or C width, I inner width, K branches.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vidi.fast import twins
+
+__all__ = ["add_gemma_norm", "add_layer_norm", "gelu_mul", "gelu_product", "gelu_tanh", "rounded"]
+
+
+@triton.jit
+def rounded(x, like):
+    """float32 after one rounding to the dtype that the pointer ``like`` points to."""
+    return x.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def gelu_tanh(x):
+    # 0.5 · (1 + tanh(u)) = sigmoid(2u)
+    return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+
+
+@triton.jit
+def _add_gemma_norm(
+    x_ptr, branch_ptr, post_ptr, next_ptr, out_ptr, branch_stride, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr, BRANCHES: tl.constexpr, NEXT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * D
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    x = tl.load(x_ptr + row + d, mask=inside, other=0).to(tl.float32)
+    if BRANCHES > 0:
+        y = tl.load(branch_ptr + row + d, mask=inside, other=0).to(tl.float32)
+        for k in tl.static_range(1, BRANCHES):
+            more = tl.load(branch_ptr + k * branch_stride + row + d, mask=inside, other=0).to(tl.float32)
+            y = rounded(y + more, x_ptr)
+        post = tl.load(post_ptr + d, mask=inside, other=0).to(tl.float32)
+        y = rounded(y * tl.rsqrt(tl.sum(y * y, 0) / D + eps) * (1 + post), x_ptr)
+        x = rounded(x + y, x_ptr)
+        tl.store(x_ptr + row + d, x, mask=inside)
+    if NEXT:
+        weight = tl.load(next_ptr + d, mask=inside, other=0).to(tl.float32)
+        n = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * (1 + weight)
+        tl.store(out_ptr + row + d, n, mask=inside)
+
+
+def add_gemma_norm(
+    x_RD: Tensor, branches_KRD: Tensor | None, post_D: Tensor | None, next_D: Tensor | None, eps: float, out_RD: Tensor
+) -> None:
+    """See `twins.add_gemma_norm`."""
+    assert x_RD.is_contiguous() and out_RD.is_contiguous()
+    branches = 0 if branches_KRD is None else len(branches_KRD)
+    assert branches_KRD is None or branches_KRD[0].is_contiguous()
+    _add_gemma_norm[(len(x_RD),)](
+        x_RD, branches_KRD, post_D, next_D, out_RD, 0 if branches_KRD is None else branches_KRD.stride(0), eps,
+        D=x_RD.shape[1], BLOCK=triton.next_power_of_2(x_RD.shape[1]), BRANCHES=branches, NEXT=next_D is not None,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gelu_mul(in_ptr, out_ptr, inner, BLOCK: tl.constexpr):
+    row = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < inner
+    gate = tl.load(in_ptr + row * 2 * inner + i, mask=inside, other=0).to(tl.float32)
+    up = tl.load(in_ptr + row * 2 * inner + inner + i, mask=inside, other=0).to(tl.float32)
+    tl.store(out_ptr + row * inner + i, rounded(gelu_tanh(gate), in_ptr) * up, mask=inside)
+
+
+def gelu_mul(gate_up_R2I: Tensor, out_RI: Tensor) -> None:
+    """See `twins.gelu_mul`."""
+    assert gate_up_R2I.is_contiguous() and out_RI.is_contiguous()
+    rows, inner = out_RI.shape
+    block = min(2048, triton.next_power_of_2(inner))
+    # The second axis of a grid ends at 65,535.
+    for start in range(0, rows, 65535):
+        part = slice(start, min(start + 65535, rows))
+        grid = (triton.cdiv(inner, block), part.stop - part.start)
+        _gelu_mul[grid](gate_up_R2I[part], out_RI[part], inner, BLOCK=block, num_warps=4)
+
+
+@triton.jit
+def _add_layer_norm(
+    x_ptr, branch_ptr, weight_ptr, bias_ptr, out_ptr, rows, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BRANCH: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (c < C)[None, :]
+    at = row.to(tl.int64)[:, None] * C + c[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0).to(tl.float32)
+    if BRANCH:
+        x = rounded(x + tl.load(branch_ptr + at, mask=inside, other=0).to(tl.float32), x_ptr)
+        tl.store(x_ptr + at, x, mask=inside)
+    if NORM:
+        mean = tl.sum(x, 1) / C
+        centred = tl.where(inside, x - mean[:, None], 0)
+        scale = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
+        weight = tl.load(weight_ptr + c, mask=c < C, other=0).to(tl.float32)
+        bias = tl.load(bias_ptr + c, mask=c < C, other=0).to(tl.float32)
+        tl.store(out_ptr + at, centred * scale[:, None] * weight[None, :] + bias[None, :], mask=inside)
+
+
+def add_layer_norm(
+    x_RC: Tensor, branch_RC: Tensor | None, norm: tuple[Tensor, Tensor] | None, eps: float, out_RC: Tensor
+) -> None:
+    """See `twins.add_layer_norm`."""
+    assert x_RC.is_contiguous() and out_RC.is_contiguous() and (branch_RC is None or branch_RC.is_contiguous())
+    rows, width = x_RC.shape
+    weight, bias = norm or (None, None)
+    _add_layer_norm[(triton.cdiv(rows, 2),)](
+        x_RC, branch_RC, weight, bias, out_RC, rows, eps,
+        C=width, BLOCK=triton.next_power_of_2(width), ROWS=2, BRANCH=branch_RC is not None, NORM=norm is not None,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gelu_erf(x_ptr, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < count, other=0).to(tl.float32)
+    tl.store(x_ptr + i, 0.5 * x * (1 + tl.erf(x * 0.7071067811865476)), mask=i < count)
+
+
+def gelu_product(x_RC: Tensor, weight_IC: Tensor, bias_I: Tensor, exact: bool, out_RI: Tensor) -> None:
+    """See `twins.gelu_product`. The tanh form is the epilogue of the product itself (cuBLASLt); the erf form is not."""
+    if exact:
+        torch.addmm(bias_I, x_RC, weight_IC.T, out=out_RI)
+        _gelu_erf[(triton.cdiv(out_RI.numel(), 4096),)](out_RI, out_RI.numel(), BLOCK=4096, num_warps=4)
+    elif x_RC.dtype == torch.float32:
+        twins.gelu_product(x_RC, weight_IC, bias_I, exact, out_RI)
+    else:
+        torch._addmm_activation(bias_I, x_RC, weight_IC.T, use_gelu=True, out=out_RI)

@@ -1,0 +1,117 @@
+"""One decoding step of one sample, six kernels a layer, captured once as a CUDA graph and replayed.
+
+A step is bound by reading 18 GB of weights and the cached keys; each kernel streams one matrix and does the row's norm,
+residual, rotation or activation on the way. Everything that changes from step to step (token id, position) stands in
+device memory, so the same graph serves all steps.
+
+Dims: D width, X = N·H, I inner width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vidi import precision
+from vidi.config import DecoderConfig
+from vidi.fast import ops
+from vidi.fast.cache import FastCache
+from vidi.fast.weights import LayerWeights
+
+__all__ = ["Step"]
+
+
+class Step:
+    """Buffers of a step, and its graph. A step reads ``cache`` at its position and writes the new token's keys to it."""
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        embed_VD: Tensor,
+        final_norm_D: Tensor,
+        config: DecoderConfig,
+        cache: FastCache,
+        *,
+        graph: bool,
+    ) -> None:
+        assert len(cache.plans) == 1, "one sample a step; more go through text.run"
+        self.layers, self.embed_VD, self.final_norm_D = layers, embed_VD, final_norm_D
+        self.config, self.cache = config, cache
+        self.op = ops.pick(embed_VD.device)
+        width, query_width = config.hidden_size, config.num_heads * config.head_dim
+
+        def buffer(*shape: int) -> Tensor:
+            return embed_VD.new_empty(shape)
+
+        self.id_1 = torch.zeros(1, dtype=torch.int64, device=embed_VD.device)
+        self.pos_1 = cache.lengths_B.clone()
+        self.x_D, self.next_D, self.down_1D, self.branches_3D = (
+            buffer(width),
+            buffer(width),
+            buffer(1, width),
+            buffer(3, width),
+        )
+        self.q_1X, self.rotated_1X, self.mixed_31X = (
+            buffer(1, query_width),
+            buffer(1, query_width),
+            buffer(3, 1, query_width),
+        )
+        self.acted_1I = buffer(1, layers[0].down_DI.shape[1])
+        self.logits_V = buffer(config.vocab_size)
+        self.graph = self._captured() if graph and embed_VD.is_cuda else None
+
+    def __call__(self, ids_1: Tensor) -> Tensor:
+        """Id (1,) of the token to add -> logits (1, V) of the next."""
+        self.id_1.copy_(ids_1)
+        if self.graph is None:
+            self._run()
+        else:
+            self.graph.replay()
+        return self.logits_V[None].clone()
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        """The graph of one step. Running it once before (kernels compile) must leave no trace in the position."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.pos_1.copy_(self.cache.lengths_B)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        return graph
+
+    def _run(self) -> None:
+        op, cache, config, eps = self.op, self.cache, self.config, self.config.rms_norm_eps
+        torch.mul(
+            self.embed_VD.index_select(0, self.id_1)[0],
+            precision.sqrt_in(config.hidden_size, self.embed_VD.dtype),
+            out=self.x_D,
+        )
+        branch_1D: Tensor | None = None
+        post_D: Tensor | None = None
+        for i, w in enumerate(self.layers):
+            k_SGH, v_SGH = cache.text_L2BSGH[i, 0, 0], cache.text_L2BSGH[i, 1, 0]
+            op.qkv_step(
+                *(self.x_D, branch_1D, post_D, w.input_norm_D, eps, self.next_D),
+                *(w.qkv_XD, self.pos_1, cache.cos_SH, cache.sin_SH, self.q_1X[0], self.rotated_1X[0], k_SGH, v_SGH),
+            )
+            op.attend(
+                *(self.q_1X, self.rotated_1X, self.pos_1, k_SGH, v_SGH, cache.cross_LSX[i], cache.plans[0]),
+                *(w.window, config.scale, config.attn_softcap, self.mixed_31X),
+            )
+            op.product_step(self.mixed_31X[:, 0], w.o_DX, self.branches_3D)
+            op.gate_up_step(
+                *(self.next_D, self.branches_3D, w.post_attn_norm_D, w.pre_ffn_norm_D, eps, self.x_D),
+                *(w.gate_up_2ID, self.acted_1I[0]),
+            )
+            op.product_step(self.acted_1I, w.down_DI, self.down_1D)
+            branch_1D, post_D = self.down_1D, w.post_ffn_norm_D
+        op.head_step(
+            *(self.x_D, branch_1D, post_D, self.final_norm_D, eps, self.next_D),
+            *(self.embed_VD, config.final_softcap, self.logits_V),
+        )
+        self.pos_1 += 1
