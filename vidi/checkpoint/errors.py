@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["CheckpointError"]
+__all__ = ["CheckpointError", "printable"]
 
 
 class CheckpointError(ValueError):
@@ -16,10 +16,13 @@ class CheckpointError(ValueError):
     def __init__(self, problem: str, *, file: str | Path | None = None, tensor: str | None = None) -> None:
         self.problem, self.file, self.tensor = problem, None if file is None else str(file), tensor
         where = [self.file or "", f"tensor {_short(tensor)}" if tensor is not None else ""]
-        super().__init__(": ".join([*filter(None, where), problem]))
+        super().__init__(printable(": ".join([*filter(None, where), problem])))
+
+
+def printable(text: str) -> str:
+    """One line that a terminal can show: names come out of files, and control characters in them are escaped."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _short(name: str, limit: int = 200) -> str:
-    """Names come out of files: bounded, and quoted where they hold anything unprintable."""
-    name = name if len(name) <= limit else f"{name[:limit]}… ({len(name)} characters)"
-    return name if name.isprintable() else ascii(name)
+    return name if len(name) <= limit else f"{name[:limit]}… ({len(name)} characters)"

@@ -57,7 +57,8 @@ def read_folder(folder: str | Path) -> Folder:
         raise CheckpointError(f"holds no {CONFIG_NAME}; a checkpoint folder has it beside the shards", file=path)
     config = read_json(config_path)
     index_path = safe_file(path, INDEX_NAME)
-    index = None if index_path is None else _index(read_json(index_path), index_path)
+    raw_index = {} if index_path is None else read_json(index_path)
+    index = None if index_path is None else _index(raw_index, index_path)
     names, absent = _shard_names(path, files, index)
     shards, notes = [], _notes(files, names)
     for name in names:
@@ -86,7 +87,7 @@ def read_folder(folder: str | Path) -> Folder:
     if index is not None:
         problems += _disagreements(index, shards, set(absent))
         total = sum(entry.nbytes for shard in shards for entry in shard.tensors.values())
-        claimed = _total_size(read_json(index_path)) if index_path else None
+        claimed = _total_size(raw_index)
         if not absent and claimed not in (None, total):
             notes.append(f"the index claims a total_size of {claimed:,} bytes, the shards hold {total:,}")
     return Folder(

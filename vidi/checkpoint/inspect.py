@@ -6,12 +6,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from vidi.checkpoint import explain, names
-from vidi.checkpoint.errors import CheckpointError
+from vidi.checkpoint.errors import CheckpointError, printable
 from vidi.checkpoint.folder import CONFIG_NAME, Folder, Problem, read_folder
 from vidi.checkpoint.headers import Entry
 from vidi.config import VidiConfig
@@ -82,7 +82,7 @@ class Inspection:
             lines.append(f"… and {len(grouped) - SHOWN_PROBLEMS:,} more kinds of problem; --json has them")
         lines += [f"note: {note}" for note in self.notes]
         lines.append("fits" if self.fits else f"does not fit: {len(self.problems):,} problems")
-        return "\n".join(_printable(line) for line in lines)
+        return "\n".join(printable(line) for line in lines)
 
     def _wanted(self) -> int:
         return sum(part.wanted for part in self.parts) + 1
@@ -132,11 +132,26 @@ def read_config(found: Folder) -> VidiConfig:
     """The folder's config. Raises CheckpointError naming the file and the fields."""
     file = found.path / CONFIG_NAME
     try:
-        return VidiConfig.from_official(found.config)
+        config = VidiConfig.from_official(found.config)
     except ValueError as error:
         raise CheckpointError(str(error)[:2000], file=file) from None
     except (TypeError, AttributeError, ArithmeticError, KeyError) as error:
         raise CheckpointError(f"a field has the wrong type ({str(error)[:200]})", file=file) from None
+    for part in (config, config.vision, config.audio, config.decoder):
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if not _has_type(value, str(field.type)):
+                raise CheckpointError(f"{field.name} = {repr(value)[:80]}: {field.type} is needed", file=file)
+    return config
+
+
+def _has_type(value: object, wanted: str) -> bool:
+    """Whether a config value is the number that its field is declared to be (the other fields are checked there)."""
+    if wanted == "int":
+        return type(value) is int
+    if wanted in ("float", "float | None") and value is not None:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    return value is not None or wanted != "float"
 
 
 def _compare(found: Folder, wanted: Mapping[str, names.Expected], config: VidiConfig) -> list[Problem]:
@@ -235,7 +250,3 @@ def _ranges(numbers: list[int]) -> str:
 
 def _bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
-
-
-def _printable(line: str) -> str:
-    return line if line.isprintable() else ascii(line)[1:-1]
