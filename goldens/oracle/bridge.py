@@ -16,7 +16,7 @@ from .towers import siglip, whisper
 
 __all__ = ["audio_tokens", "grid_side", "resize_matrix", "space_to_depth", "visual_tokens"]
 
-FRAMES_AT_ONCE = 8
+FRAMES_AT_ONCE = 4
 Inputs = Mapping[str, np.ndarray]
 Tokens = tuple[np.ndarray, np.ndarray]
 
@@ -131,7 +131,7 @@ def _grid(
         trace.put("vision.pad", x_FCyx)
         side = grid_side(sizes, total, patches + short)
         if side is not None:
-            matrix = resize_matrix(patches + short, side).astype(ar.work)
+            matrix = resize_matrix(patches + short, side, ar.work).astype(ar.work)
             x_FCyx = ar.store(matrix @ x_FCyx @ matrix.T)
             trace.put(f"vision.resize{suffix}", x_FCyx)
         x_FCyx = space_to_depth(x_FCyx, sizes.image_pool)
@@ -153,9 +153,13 @@ def grid_side(sizes: Sizes, total_frames: int, side: int) -> int | None:
     return max(smaller - smaller % 2, 10)
 
 
-def resize_matrix(before: int, after: int) -> np.ndarray:
-    """Bilinear resampling of one axis as a matrix (after, before), half-pixel centres, no antialias, edges clamped."""
-    source = np.maximum((np.arange(after) + 0.5) * (before / after) - 0.5, 0.0)
+def resize_matrix(before: int, after: int, dtype: type[np.floating] = np.float64) -> np.ndarray:
+    """Bilinear resampling of one axis as a matrix (after, before), half-pixel centres, no antialias, edges clamped.
+
+    dtype holds the source positions: a low-precision model computes them in float32, an error of up to a position's ulp.
+    """
+    ratio = dtype(before) / dtype(after)
+    source = np.maximum((np.arange(after).astype(dtype) + dtype(0.5)) * ratio - dtype(0.5), dtype(0.0))
     low = np.minimum(source.astype(np.int64), before - 1)
     high = np.minimum(low + 1, before - 1)
     part = source - low

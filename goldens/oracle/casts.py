@@ -85,7 +85,8 @@ class Arithmetic:
         self.round_to = round_to
         self.order_seed = order_seed
         self.adds_bias_late = order_seed is not None and order_seed % 2 == 1
-        self.normalises_late = order_seed is not None and order_seed // 2 % 2 == 1
+        # without rounding the division's place is free, and after the average it is over fewer numbers
+        self.normalises_late = round_to is None or (order_seed is not None and order_seed // 2 % 2 == 1)
         self.work: type[np.floating] = np.float64 if round_to is None else np.float32
         self.wide: type[np.floating] = np.float64 if casts == "none" else np.float32
 

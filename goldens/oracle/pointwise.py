@@ -74,7 +74,8 @@ def softmax_average(ar: Arithmetic, scores: np.ndarray, keep: np.ndarray | None,
     if keep is not None:
         scores = np.where(keep, scores, scores.dtype.type(-np.inf))
     peak = np.max(scores, axis=-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(peak), peak, scores.dtype.type(0)))
+    weights = scores - np.where(np.isfinite(peak), peak, scores.dtype.type(0))
+    np.exp(weights, out=weights)  # in place: a tower's scores are the largest array of a pass
     total = np.sum(weights, axis=-1, keepdims=True)
     total = np.where(total > 0, total, scores.dtype.type(1))
     if ar.normalises_late:

@@ -50,7 +50,7 @@ def _channels_last_in_fold(patch: pytest.MonkeyPatch) -> None:
 
 
 def _corners_aligned(patch: pytest.MonkeyPatch) -> None:
-    def matrix(before, after):
+    def matrix(before, after, dtype):
         source = np.arange(after) * ((before - 1) / (after - 1))
         return np.maximum(0.0, 1.0 - np.abs(source[:, None] - np.arange(before)))
 
