@@ -11,13 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from vidi.attention import mask
 from vidi.attention.unpad import Rows
 
-__all__ = ["attend"]
+__all__ = ["SMALLEST_HEAD", "attend"]
+
+SMALLEST_HEAD = 16  # of the compiled kernel; columns of zeros change no score
 
 Mod = Callable[..., Tensor]
 
@@ -55,15 +58,17 @@ def attend(
             k_BSGH.shape[1],
             device=q_BTNH.device,
         )
+    head_dim = q_BTNH.shape[-1]
+    missing = 0 if on_cpu else max(SMALLEST_HEAD - head_dim, 0)
     run: Any = _uncompiled if on_cpu else _compiled()
     out = run(
-        *(x.transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
+        *(nnf.pad(x, (0, missing)).transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
         score_mod=_capped(softcap),
         block_mask=blocks,
         scale=scale,
         enable_gqa=q_BTNH.shape[2] != k_BSGH.shape[2],
     )
-    return mask.zero_rows(out.transpose(1, 2), keep_q)
+    return mask.zero_rows(out[..., :head_dim].transpose(1, 2), keep_q)
 
 
 def _sees(keep_k: Rows | None, q_pos_BT: Tensor | None, window: int | None) -> Mod:

@@ -28,11 +28,11 @@ class Limits:
 LIMITS: Mapping[str, Limits] = {
     "eager": Limits(),
     "sdpa": Limits(softcap=False),
-    # flash-attn 2 rounds a head up to the next kernel it was built with: 32, 64, 96, 128 and 256.
+    # flash-attn 2 pads a head to the next kernel it was built with: 32, 64, 96, 128 and 256, here not 192.
     "flash": Limits(
         dtypes={"cuda": HALVES},
-        head_dims=frozenset({*range(8, 129, 8), *range(200, 257, 8)}),
-        head_dims_text="multiples of 8 up to 128, and from 200 to 256",
+        head_dims=frozenset({*range(1, 129), *range(193, 257)}),
+        head_dims_text="up to 128, and from 193 to 256",
     ),
     "flex": Limits(dtypes={"cuda": SINGLE_AND_HALVES, "cpu": ALL}),
 }
