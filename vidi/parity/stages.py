@@ -90,6 +90,8 @@ class Bench:
 
     @cached_property
     def num_frames(self) -> list[int]:
+        if "inputs.feat_index" in self.inputs:
+            return [len(self.inputs["inputs.feat_index"])]
         return [len(x) for x in self.batch.images or ()]
 
     @cached_property
@@ -106,7 +108,8 @@ class Bench:
 
     def signal(self, modality: str) -> Tensor:
         raw = self.batch.images if modality == "v" else self.batch.audios
-        assert raw is not None
+        if raw is None:
+            raise NotHeld("the case gives the tower's output in place of raw input")
         return mask.has_signal(raw).to(self.model.device)
 
 
@@ -170,7 +173,8 @@ class Site:
 
 
 def _vision_tower(s: Site) -> Tensor:
-    assert s.bench.batch.images is not None
+    if s.bench.batch.images is None:
+        raise NotHeld("the case gives the tower's output in place of frames")
     frames = torch.cat([pixels.normalize(x, s.model.dtype, s.model.device) for x in s.bench.batch.images])
     return s.model.vision_tower(frames, s.model.tower_backend)
 
