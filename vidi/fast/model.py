@@ -50,7 +50,7 @@ class FastModel:
         self.train(model.training)
         self.stream_chunk, self.frame_batch, self.piece_batch = stream_chunk, frame_batch, piece_batch
         self.graph = graph
-        self.layers = [weights.decoder_layer(layer) for layer in model.decoder.layers]  # type: ignore[arg-type]
+        self.layers = [weights.decoder_layer(layer) for layer in model.decoder.layers]
         self.final_norm_D = model.decoder.norm.weight.data
         self.embed_VD = model.decoder.embed.weight.data
         self.vision_tower = FastVisionTower(model.vision_tower)
@@ -89,9 +89,9 @@ class FastModel:
             found["v"] = self.fold_features(
                 features, [len(x) for x in batch.images], mask.has_signal(batch.images), tap
             )
-        if batch.audios is not None and batch.audio_sizes is not None:
-            if any(audio_bridge.num_tokens(size, self.config) for size in batch.audio_sizes):
-                found["a"] = self._audio(batch.audios, batch.audio_sizes, tap)
+        sizes_B = batch.audio_sizes or ()
+        if batch.audios is not None and any(audio_bridge.num_tokens(size, self.config) for size in sizes_B):
+            found["a"] = self._audio(batch.audios, sizes_B, tap)
         return found
 
     def fold_features(
@@ -104,9 +104,7 @@ class FastModel:
         pieces = torch.cat(list(audios)).to(self.device, self.dtype)
         parts = [self.audio_tower(pieces[part]) for part in even_chunks(len(pieces), self.piece_batch)]
         num_pieces_B, signal_B = [len(x) for x in audios], mask.has_signal(audios)
-        return audio_bridge.encode(
-            self.bridge, torch.cat(parts), num_pieces_B, sizes_B, signal_B, self.config, tap=tap
-        )
+        return audio_bridge.encode(self.bridge, torch.cat(parts), num_pieces_B, sizes_B, signal_B, self.config, tap=tap)
 
     # ---- decoder ------------------------------------------------------------------------------------------------
 

@@ -43,8 +43,8 @@ def flatten(streams: Mapping[str, Stream], like_BTD: Tensor) -> tuple[Tensor, di
 
 def chunk_rows(total: int, most: int) -> int:
     """Even chunks of at most ``most`` rows, rounded up to whole tiles of a product."""
-    pieces = max(1, -(-total // most))
-    rows = -(-total // pieces)
+    total = max(total, 1)
+    rows = -(-total // -(-total // most))
     return min(rows + -rows % ROW_MULTIPLE, most)
 
 

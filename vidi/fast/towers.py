@@ -30,19 +30,15 @@ def run_layers(
     last_norm: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """All layers over rows of sequences of ``length`` (R, C), used up; with a last norm its result, else the sum."""
-    op = ops.pick(x_RC.device)
+    op, width = ops.pick(x_RC.device), x_RC.shape[1]
     n_RC = torch.empty_like(x_RC)
     inner_RI = x_RC.new_empty(len(x_RC), layers[0].fc1[0].shape[0])
     branch_RC: Tensor | None = None
     for w in layers:
         op.add_layer_norm(x_RC, branch_RC, w.norm1, eps, n_RC)
-        qkv_3FNLH = (
-            torch.addmm(w.qkv[1], n_RC, w.qkv[0].T)
-            .unflatten(-1, (3, w.num_heads, -1))
-            .unflatten(0, (-1, length))
-            .permute(2, 0, 3, 1, 4)
-        )
-        heads_FNLH = nnf.scaled_dot_product_attention(*qkv_3FNLH, scale=w.scale)
+        qkv_RX = torch.addmm(w.qkv[1], n_RC, w.qkv[0].T)
+        q, k, v = qkv_RX.view(-1, length, 3, w.num_heads, width // w.num_heads).permute(2, 0, 3, 1, 4)
+        heads_FNLH = nnf.scaled_dot_product_attention(q, k, v, scale=w.scale)
         heads_RC = heads_FNLH.transpose(1, 2).reshape(x_RC.shape)
         op.add_layer_norm(x_RC, torch.addmm(w.out[1], heads_RC, w.out[0].T), w.norm2, eps, n_RC)
         op.gelu_product(n_RC, *w.fc1, exact_gelu, inner_RI)

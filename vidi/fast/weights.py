@@ -52,7 +52,7 @@ class TowerWeights:
     scale: float
 
 
-def fuse(parameters: Sequence[nn.Parameter]) -> Tensor:
+def fuse(parameters: Sequence[Tensor]) -> Tensor:
     """Move parameters below each other into one buffer, of which they become views; returns the buffer.
 
     Parameters that already lie so are left alone, so a model can be accelerated twice.
@@ -83,7 +83,8 @@ def fold_output(o_DX: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     return wide.sum(2).flatten(1).to(o_DX.dtype)
 
 
-def decoder_layer(layer: DecoderLayer) -> LayerWeights:
+def decoder_layer(layer: nn.Module) -> LayerWeights:
+    assert isinstance(layer, DecoderLayer)
     attention, mlp, config = layer.attention, layer.mlp, layer.attention.config
     qkv_XD = fuse([attention.q.weight, attention.k.weight, attention.v.weight])
     return LayerWeights(
@@ -101,7 +102,9 @@ def decoder_layer(layer: DecoderLayer) -> LayerWeights:
     )
 
 
-def tower_layer(layer: TowerLayer) -> TowerWeights:
+def tower_layer(layer: nn.Module) -> TowerWeights:
+    assert isinstance(layer, TowerLayer)
+
     def pair(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
         return module.weight.data, module.bias.data
 

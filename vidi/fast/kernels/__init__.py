@@ -3,7 +3,7 @@
 Importing this package imports Triton: `vidi.fast.ops` does it where the model is on a GPU.
 """
 
-from vidi.fast.kernels.attend import attend
+from vidi.fast.kernels.attention import attend
 from vidi.fast.kernels.product import gate_up_step, head_step, product_step, qkv_step
 from vidi.fast.kernels.rows import add_gemma_norm, add_layer_norm, gelu_mul, gelu_product
 

@@ -106,7 +106,7 @@ def _launch(
     eps: float, x_out_D: Tensor, weight: Tensor, half: int, out: Tensor, cap: float = 1.0,
     rope: tuple[Tensor | None, ...] = (None,) * 6, heads: tuple[int, int, int] = (1, 1, 2),
 ) -> None:  # fmt: skip
-    assert weight.is_contiguous() and (branches_KD is None or branches_KD.is_contiguous())
+    assert all(x.is_contiguous() for x in (x_D, weight, *([] if branches_KD is None else [branches_KD])))
     width, pairs = x_D.shape[0], len(weight) // 2
     blocks = triton.cdiv(pairs, shape.rows)
     _pairs[(min(shape.programs or blocks, blocks),)](
@@ -178,7 +178,8 @@ def _product(
 def product_step(rows_KX: Tensor, weight_DX: Tensor, out_KD: Tensor) -> None:
     """See `twins.product_step`."""
     count, inner = rows_KX.shape
-    assert count in (1, 3) and weight_DX.is_contiguous() and out_KD.is_contiguous() and rows_KX.stride(1) == 1
+    assert count in (1, 3)
+    assert all(x.is_contiguous() for x in (rows_KX[0], weight_DX, out_KD))
     shape, num_rows = SHAPES["product"], len(weight_DX)
     blocks = triton.cdiv(num_rows, shape.rows)
     _product[(min(shape.programs or blocks, blocks),)](

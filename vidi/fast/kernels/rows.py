@@ -58,9 +58,8 @@ def add_gemma_norm(
     x_RD: Tensor, branches_KRD: Tensor | None, post_D: Tensor | None, next_D: Tensor | None, eps: float, out_RD: Tensor
 ) -> None:
     """See `twins.add_gemma_norm`."""
-    assert x_RD.is_contiguous() and out_RD.is_contiguous()
     branches = 0 if branches_KRD is None else len(branches_KRD)
-    assert branches_KRD is None or branches_KRD[0].is_contiguous()
+    assert all(x.is_contiguous() for x in (x_RD, out_RD, *(() if branches_KRD is None else branches_KRD)))
     _add_gemma_norm[(len(x_RD),)](
         x_RD, branches_KRD, post_D, next_D, out_RD, 0 if branches_KRD is None else branches_KRD.stride(0), eps,
         D=x_RD.shape[1], BLOCK=triton.next_power_of_2(x_RD.shape[1]), BRANCHES=branches, NEXT=next_D is not None,
@@ -80,7 +79,7 @@ def _gelu_mul(in_ptr, out_ptr, inner, BLOCK: tl.constexpr):
 
 def gelu_mul(gate_up_R2I: Tensor, out_RI: Tensor) -> None:
     """See `twins.gelu_mul`."""
-    assert gate_up_R2I.is_contiguous() and out_RI.is_contiguous()
+    assert all(x.is_contiguous() for x in (gate_up_R2I, out_RI))
     rows, inner = out_RI.shape
     block = min(2048, triton.next_power_of_2(inner))
     # The second axis of a grid ends at 65,535.
@@ -116,7 +115,7 @@ def add_layer_norm(
     x_RC: Tensor, branch_RC: Tensor | None, norm: tuple[Tensor, Tensor] | None, eps: float, out_RC: Tensor
 ) -> None:
     """See `twins.add_layer_norm`."""
-    assert x_RC.is_contiguous() and out_RC.is_contiguous() and (branch_RC is None or branch_RC.is_contiguous())
+    assert all(x.is_contiguous() for x in (x_RC, out_RC, *(() if branch_RC is None else (branch_RC,))))
     rows, width = x_RC.shape
     weight, bias = norm or (None, None)
     _add_layer_norm[(triton.cdiv(rows, 2),)](

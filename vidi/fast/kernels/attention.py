@@ -134,7 +134,7 @@ def attend(
     rows, width = q_TX.shape
     groups, head_dim = k_SGH.shape[1:]
     heads = width // head_dim
-    assert all(x.is_contiguous() for x in (q_TX, rotated_TX, k_SGH, v_SGH, cross_SX)) and out_3TX[0].is_contiguous()
+    assert all(x.is_contiguous() for x in (q_TX, rotated_TX, k_SGH, v_SGH, cross_SX, out_3TX[0]))
     programs, tile_rows = len(plan.runs_P3), rows * (heads // groups)
     acc = torch.empty(programs, groups, tile_rows, head_dim, dtype=torch.float32, device=q_TX.device)
     top, total = acc.new_empty(2, programs, groups, tile_rows)

@@ -1,0 +1,38 @@
+"""`vidi bench` on a CPU: the tiny model runs, the file holds what the table shows, the fit is a fit."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+
+from vidi import bench
+from vidi.fast import measure
+
+
+def test_bench_on_a_cpu(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    target = tmp_path / "out" / "bench.json"
+    args = parser.parse_args(
+        ["--device", "cpu", "--frames", "2,3,4", "--plain", "2", "--max-new-tokens", "2", "--json", str(target)]
+    )
+    assert bench.run(args) == 0
+    printed = capsys.readouterr().out
+    assert "device: CPU" in printed
+    assert "linear fit over 3 lengths" in printed
+    report = json.loads(target.read_text())
+    assert [row["frames"] for row in report["fast"]] == [2, 3, 4]
+    assert [row["frames"] for row in report["plain"]] == [2]
+    for row in report["fast"] + report["plain"]:
+        for name, floor in row["floors"].items():
+            assert row["ratios"][name] == pytest.approx(row[name] / floor)
+            assert row[name] > 0
+
+
+def test_the_fit_finds_a_line():
+    fit = measure.linear_fit([1.0, 2.0, 5.0], [5.0, 8.0, 17.0])
+    assert fit["base"] == pytest.approx(2)
+    assert fit["slope"] == pytest.approx(3)
+    assert fit["worst_relative_deviation"] < 1e-9

@@ -1,0 +1,148 @@
+"""The fast path against the plain one, on the tiny model: every stage, every token, ragged batches, chunks of any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vidi import generate
+from vidi.checkpoint import synthetic
+from vidi.config import VidiConfig
+from vidi.fast import accelerate
+from vidi.inputs.batch import Batch
+from vidi.model import VidiModel
+
+CONFIG = VidiConfig.tiny()
+
+
+def ragged(samples: int, *, floats: bool = False) -> Batch:
+    """One to three samples; the third has no frames, the second a shorter text, all other lengths."""
+    random = torch.Generator().manual_seed(1)
+    ids_BT = torch.randint(3, 500, (samples, 12), generator=random)
+    ids_BT[:, 4] = CONFIG.image_placeholder
+    keep_BT = torch.ones(samples, 12, dtype=torch.bool)
+    keep_BT[1:2, 9:] = False
+    images = [torch.randint(0, 256, (n, 3, 26, 26), dtype=torch.uint8, generator=random) for n in (5, 3, 0)]
+    if floats:
+        images = [x / 127.5 - 1 for x in images]
+        images[1].zero_()  # silent: keeps no token
+    audios = [torch.randn(n, 16, 100, generator=random) for n in (2, 1, 1)]
+    return Batch(ids_BT, keep_BT, tuple(images[:samples]), tuple(audios[:samples]), (150, 80, 60)[:samples])
+
+
+def model(dtype: torch.dtype = torch.float64) -> VidiModel:
+    return synthetic.create(CONFIG, 0, dtype=dtype)
+
+
+def stages(runner, batch: Batch) -> dict[str, torch.Tensor]:
+    found: dict[str, list[torch.Tensor]] = {}
+    with torch.no_grad():
+        runner(batch, last_stream=True, tap=lambda stage, x: found.setdefault(stage, []).append(x.clone()))
+    return {stage: torch.cat(parts) for stage, parts in found.items()}
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("floats", [False, True])
+def test_every_stage_is_the_plain_one_in_float64(samples, floats):
+    # Red for any wrong operator, order, chunk border, span or fold: nothing but summation order may differ.
+    plain = model()
+    batch = ragged(samples, floats=floats)
+    expected = stages(plain, batch)
+    found = stages(accelerate(plain, stream_chunk=256, frame_batch=2, piece_batch=1), batch)
+    assert set(found) == set(expected)
+    kept = expected["text.mask"]
+    for stage, value in expected.items():
+        assert found[stage].shape == value.shape, stage
+        if not value.is_floating_point():
+            assert torch.equal(found[stage], value), stage
+            continue
+        mine = found[stage]
+        if value.shape[:2] == kept.shape:  # what a text row that is not kept holds has no meaning
+            value, mine = value[kept], mine[kept]
+        assert (mine - value).abs().max() <= 1e-12 * value.square().mean().sqrt() + 1e-13, stage
+
+
+def test_padded_rows_are_exact_zeros():
+    found = stages(accelerate(model()), ragged(3))
+    dropped = ~found["text.mask"]
+    for i in range(CONFIG.decoder.num_layers):
+        assert not found[f"layer.{i}.output"][dropped].any()
+        assert not found[f"layer.{i}.image_stream"][~found["vision.mask"]].any()
+        assert not found[f"layer.{i}.audio_stream"][~found["audio.mask"]].any()
+
+
+@pytest.mark.parametrize("chunk", [256, 512, 32768])
+def test_the_chunk_is_only_a_memory_knob(chunk):
+    plain, batch = model(), ragged(1)
+    many = Batch(batch.input_ids_BT, None, (batch.images[0].repeat(3, 1, 1, 1),), batch.audios, batch.audio_sizes)
+    expected = plain(many)
+    torch.testing.assert_close(accelerate(plain, stream_chunk=chunk)(many), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_tokens_are_those_of_the_plain_path(samples):
+    # The window (8) is shorter than prompt and answer: positions, window and cache must agree at every step.
+    plain, batch = model(), ragged(samples)
+    expected = generate.greedy(plain, batch, max_new_tokens=20)
+    assert generate.greedy(accelerate(plain), batch, max_new_tokens=20) == expected
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_cached_logits_are_those_of_whole_passes(samples):
+    fast, batch = accelerate(model()), ragged(samples)
+    tokens = torch.randint(3, 500, (samples, 15), generator=torch.Generator().manual_seed(2))
+    cached = generate.forced_logits(fast, batch, tokens)
+    for step in (0, 1, 7, 14):
+        for b in range(samples):
+            row = batch.input_ids_BT[b][batch.keep_BT[b]]
+            longer = Batch(
+                torch.cat([row, tokens[b, :step]])[None],
+                None,
+                batch.images[b : b + 1],
+                batch.audios[b : b + 1],
+                batch.audio_sizes[b : b + 1],
+            )
+            torch.testing.assert_close(cached[b, step], fast(longer)[0, -1], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("frames", "sound"), [(0, 0), (3, 0), (0, 100)])
+def test_absent_modalities(frames, sound):
+    random = torch.Generator().manual_seed(3)
+    images = (torch.randint(0, 256, (frames, 3, 26, 26), dtype=torch.uint8, generator=random),) if frames else None
+    audios = (torch.randn(1, 16, 100, generator=random),) if sound else None
+    batch = Batch(torch.tensor([[2, 5, -200, 9]]), None, images, audios, (sound,) if sound else None)
+    plain = model()
+    torch.testing.assert_close(accelerate(plain)(batch), plain(batch), rtol=0, atol=1e-12)
+    fast = generate.greedy(accelerate(plain), batch, max_new_tokens=4)
+    assert fast == generate.greedy(plain, batch, max_new_tokens=4)
+
+
+def test_fusing_shares_memory_and_keeps_the_plain_model():
+    plain = model()
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    fast = accelerate(plain)
+    again = accelerate(plain)
+    layer = plain.decoder.layers[0]
+    assert fast.layers[0].qkv_XD.data_ptr() == layer.attention.q.weight.data_ptr() == again.layers[0].qkv_XD.data_ptr()
+    assert fast.layers[0].gate_up_2ID.data_ptr() == layer.mlp.gate.weight.data_ptr()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_full_cache_and_a_training_model_are_refused():
+    plain, batch = model(), ragged(1)
+    fast = accelerate(plain)
+    logits_BV, cache = fast.prefill(batch, 12)
+    fast.step(logits_BV.argmax(-1), cache)
+    with pytest.raises(ValueError, match="holds its 12 tokens"):
+        fast.step(logits_BV.argmax(-1), cache)
+    with pytest.raises(ValueError, match=r"model\.eval"):
+        accelerate(plain.train())
+
+
+def test_wrong_sizes_are_refused():
+    fast = accelerate(model())
+    with pytest.raises(ValueError, match="the tower reads"):
+        fast.vision_tower(torch.zeros(1, 3, 24, 24))
+    with pytest.raises(ValueError, match="the tower reads"):
+        fast.audio_tower(torch.zeros(1, 16, 99))
