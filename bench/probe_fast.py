@@ -1,0 +1,232 @@
+# ruff: noqa: B023 (closures over loop variables run before the loop goes on)
+"""Launch shapes of the fast path's kernels, measured side by side on a GPU; what it prints chose the constants in code.
+
+python bench/probe_fast.py --json FILE [--only step,attend,stream,vision]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vidi.config import VidiConfig
+from vidi.fast import kernels, measure, plan
+from vidi.fast.kernels import attention, product, rows
+
+CUDA = torch.device("cuda")
+BF16 = torch.bfloat16
+
+
+def graph_ms(calls: list, repeats: int = 12) -> float:
+    """Median milliseconds of one call, from a replayed graph of all of them."""
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(calls))
+    return sorted(times)[len(times) // 2]
+
+
+def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, device=CUDA) * scale).to(BF16)
+
+
+def best(found: list[dict[str, Any]], top: int = 6) -> list[dict[str, Any]]:
+    found.sort(key=lambda row: row["ms"])
+    for row in found[:top]:
+        print("   ", row)
+    return found
+
+
+def step(report: dict[str, Any]) -> None:
+    d = VidiConfig.full().decoder
+    width, inner, q = d.hidden_size, d.intermediate_size, d.num_heads * d.head_dim
+    x, b, w1 = draw(width), draw(3, width), draw(width, scale=0.1)
+    out, acted, hidden = draw(width), draw(inner), draw(q)
+    k, v = (draw(1100, d.num_kv_heads, d.head_dim) for _ in range(2))
+    cos, pos = draw(1100, d.head_dim), torch.tensor([900], device=CUDA)
+    logits = draw(65536)
+    heads = draw(3, q)
+    shapes = {
+        "gate_up": (2 * inner, width, 6, lambda w: kernels.gate_up_step(x, b, w1, w1, 1e-6, out, w, acted)),
+        "qkv": (
+            *(8192, width, 12),
+            lambda w: kernels.qkv_step(x, b[:1], w1, w1, 1e-6, out, w, pos, cos, cos, hidden, heads[0], k, v),
+        ),
+        "head": (65536, width, 3, lambda w: kernels.head_step(x, b[:1], w1, w1, 1e-6, out, w, 30.0, logits)),
+        "down": (width, inner, 10, lambda w: kernels.product_step(acted[None], w, b[:1])),
+        "o": (width, q, 24, lambda w: kernels.product_step(heads, w, b)),
+    }
+    for name, (height, columns, copies, call) in shapes.items():
+        weights = [draw(height, columns, scale=columns**-0.5) for _ in range(copies)]
+        calls = [lambda w=w, call=call: call(w) for w in weights]
+        one = draw(columns)
+        library = graph_ms([lambda w=w, one=one: torch.mv(w, one) for w in weights])
+        key = "product" if name in ("down", "o") else name
+        found = []
+        for rows_, warps, programs in itertools.product((1, 2, 4, 8), (4, 8), (0, 264, 396, 528, 792, 1056, 1584)):
+            if name not in ("down", "o") and rows_ == 8:
+                continue
+            product.SHAPES[key] = product.Shape(rows_, warps, programs)
+            ms = graph_ms(calls)
+            rate = weights[0].nbytes / ms / 1e9
+            found.append({"ms": round(ms, 5), "tb_s": round(rate, 3), "shape": (rows_, warps, programs)})
+        print(f"{name} ({height} x {columns}): library mv {library:.4f} ms")
+        report[name] = {"library_ms": library, "found": best(found)}
+        del weights, calls
+
+
+def attend(report: dict[str, Any]) -> None:
+    d = VidiConfig.full().decoder
+    chosen = attention._shape
+    for keys, queries in itertools.product((12360, 61800, 126000), (1, 30)):
+        copies = max(2, 250_000 // keys)
+        cross = [draw(keys, 2 * d.num_kv_heads * d.head_dim) for _ in range(copies)]
+        k, v = (draw(1100, d.num_kv_heads, d.head_dim) for _ in range(2))
+        q, r = (draw(queries, d.num_heads * d.head_dim) for _ in range(2))
+        pos, out = torch.arange(900, 900 + queries, device=CUDA), draw(3, queries, d.num_heads * d.head_dim)
+        found = []
+        options = [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (128, 8, 2), (64, 8, 3), (32, 4, 2), (64, 8, 2)]
+        for shape, programs in itertools.product(options, (16, 33, 50, 66, 99, 132)):
+            attention._shape = lambda m, t, shape=shape: shape
+            split = plan.make(1100, (0, keys * 9 // 10), (keys * 9 // 10, keys), CUDA, programs)
+            try:
+                ms = graph_ms(
+                    [
+                        lambda c=c, s=split: kernels.attend(q, r, pos, k, v, c, s, 4096, d.scale, 50.0, out)
+                        for c in cross
+                    ]
+                )
+            except Exception as error:
+                found.append({"ms": 1e9, "shape": (*shape, programs), "error": type(error).__name__})
+                continue
+            rate = cross[0].nbytes / ms / 1e9
+            found.append({"ms": round(ms, 5), "tb_s": round(rate, 3), "shape": (*shape, programs)})
+        attention._shape = chosen
+        print(f"attend: {queries} queries, {keys} keys")
+        report[f"attend {queries} {keys}"] = best(found, 4)
+        del cross
+
+
+def stream(report: dict[str, Any], limit: float) -> None:
+    d = VidiConfig.full().decoder
+    width, inner, kv = d.hidden_size, d.intermediate_size, 2 * d.num_kv_heads * d.head_dim
+    w_kv, w_own, w_gu, w_down = (
+        draw(*shape, scale=shape[1] ** -0.5)
+        for shape in ((kv, width), (width, kv // 2), (2 * inner, width), (width, inner))
+    )
+    w_full, norm = draw(width, 2 * kv // 2, scale=0.01), draw(width, scale=0.1)
+    for count in (4096, 8192, 12544, 16384, 24576, 31744, 32768, 63232):
+        x, n, y = draw(count, width), draw(count, width), draw(1, count, width)
+        keys_values, gate_up, acted = draw(count, kv), draw(count, 2 * inner), draw(count, inner)
+        heads = draw(count, kv)
+        parts = {
+            "kv": lambda: torch.mm(n, w_kv.T, out=keys_values),
+            "own": lambda: torch.mm(keys_values[:, kv // 2 :], w_own.T, out=y[0]),
+            "norm1": lambda: kernels.add_gemma_norm(x, y, norm, norm, 1e-6, n),
+            "gate_up": lambda: torch.mm(n, w_gu.T, out=gate_up),
+            "gelu_mul": lambda: kernels.gelu_mul(gate_up, acted),
+            "down": lambda: torch.mm(acted, w_down.T, out=y[0]),
+            "norm2": lambda: kernels.add_gemma_norm(x, y, norm, norm, 1e-6, n),
+        }
+        times = {name: graph_ms([call] * 3, 8) for name, call in parts.items()}
+        times["o unfolded"] = graph_ms([lambda: torch.mm(heads, w_full.T, out=y[0])] * 3, 8)
+        whole = graph_ms(list(parts.values()) * 3, 8) * len(parts)
+        floor = 1e3 * count * 2 * (width * kv * 2 + 3 * width * inner) / limit
+        print(f"stream {count}: layer {whole:.3f} ms, floor {floor:.3f}, {whole / floor:.3f}x;",
+              {name: round(value, 3) for name, value in times.items()})  # fmt: skip
+        report[f"stream {count}"] = {"layer_ms": whole, "floor_ms": floor, **times}
+        del x, n, y, keys_values, gate_up, acted, heads, parts
+
+
+def vision(report: dict[str, Any]) -> None:
+    v = VidiConfig.full().vision
+    width, inner, length, heads = v.hidden_size, v.intermediate_size, 729, v.num_heads
+    for frames in (32, 60, 64, 128):
+        count = frames * length
+        x, n, y, h = draw(count, width), draw(count, width), draw(count, width), draw(count, inner)
+        w_qkv, b_qkv = draw(3 * width, width, scale=0.03), draw(3 * width)
+        w_o, b_o = draw(width, width, scale=0.03), draw(width)
+        w_1, b_1, w_2 = draw(inner, width, scale=0.03), draw(inner), draw(width, inner, scale=0.015)
+        norm = (draw(width), draw(width))
+        qkv = torch.addmm(b_qkv, n, w_qkv.T)
+        parts = {
+            "add_norm": lambda: kernels.add_layer_norm(x, y, norm, 1e-6, n),
+            "qkv": lambda: torch.addmm(b_qkv, n, w_qkv.T),
+            "out": lambda: torch.addmm(b_o, n, w_o.T),
+            "fc1+gelu": lambda: kernels.gelu_product(n, w_1, b_1, False, h),
+            "fc2": lambda: torch.addmm(b_o, h, w_2.T),
+            "fc1": lambda: torch.addmm(b_1, n, w_1.T),
+            "gelu": lambda: nnf.gelu(h, approximate="tanh"),
+            "gelu_erf": lambda: rows._gelu_erf[(-(-h.numel() // 4096),)](h, h.numel(), BLOCK=4096, num_warps=4),
+        }
+        q, k, vv = qkv.view(-1, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        for name, backend in (
+            ("default", None),
+            ("cudnn", SDPBackend.CUDNN_ATTENTION),
+            ("flash", SDPBackend.FLASH_ATTENTION),
+            ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+        ):
+
+            def call(backend=backend, q=q, k=k, vv=vv):
+                if backend is None:
+                    out = nnf.scaled_dot_product_attention(q, k, vv)
+                else:
+                    with sdpa_kernel(backend):
+                        out = nnf.scaled_dot_product_attention(q, k, vv)
+                return out.transpose(1, 2).reshape(-1, width)
+
+            parts["sdpa " + name] = call
+        times = {}
+        for name, part in parts.items():
+            try:
+                times[name] = round(graph_ms([part] * 3, 8), 4)
+            except Exception as error:
+                times[name] = type(error).__name__
+        print(f"vision {frames}:", times)
+        report[f"vision {frames}"] = times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", default="step,attend,stream,vision")
+    args = parser.parse_args()
+    limits = measure.ceilings(CUDA)
+    report: dict[str, Any] = {
+        "device": measure.device_name(CUDA),
+        "product_tflops": limits.product_flops / 1e12,
+        "copy_tb_s": limits.copy_bytes / 1e12,
+    }
+    print(report)
+    for name in args.only.split(","):
+        found: dict[str, Any] = {}
+        if name == "stream":
+            stream(found, limits.product_flops)
+        else:
+            {"step": step, "attend": attend, "vision": vision}[name](found)
+        report[name] = found
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()
