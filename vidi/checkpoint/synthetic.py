@@ -57,10 +57,10 @@ RECIPES: tuple[tuple[str, int | tuple[float, int] | str], ...] = (
     ("bridge.*_norm.weight", (1.0, 19)),
     # Sharp attention: scores with a std of about 4, as if trained; else thousands of keys average to nothing.
     ("decoder.layers.*.attention.[qk].weight", 1),
-    # Small embeddings and a last norm of 1 + 3: what the layers add outweighs the token itself in the tied head, so
+    # Small embeddings and a last norm of 1 + 7: what the layers add outweighs the token itself in the tied head, so
     # greedy decoding does not repeat one token.
-    ("decoder.embed.weight", -2),
-    ("decoder.norm.weight", (3.0, 19)),
+    ("decoder.embed.weight", -3),
+    ("decoder.norm.weight", (7.0, 19)),
     # After a block 1 + w = 1/2: 84 of them add up to an rms below 5.
     ("decoder.layers.*.post_*_norm.weight", (-0.5, 19)),
     ("decoder.*_norm.weight", (0.0, 19)),

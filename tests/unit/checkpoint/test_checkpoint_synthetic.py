@@ -53,10 +53,10 @@ def bf16_by_hand(value: float) -> int:
         ("model.layers.3.mlp.up_proj.weight", 0.0, 18),  # fan-in 40, gain 0: 2^-2.661 wanted, 2^-2.792 chosen
         ("model.layers.3.mlp.down_proj.weight", 0.0, 18),  # fan-in 96: 2^-3.292 wanted, 2^-2.792 chosen
         ("model.layers.0.self_attn.q_proj.weight", 0.0, 17),  # fan-in 40, gain 1
-        ("model.embed_tokens.weight", 0.0, 20),  # width 40, gain -2
+        ("model.embed_tokens.weight", 0.0, 21),  # width 40, gain -3
         ("model.layers.0.input_layernorm.weight", 0.0, 19),
         ("model.layers.0.post_attention_layernorm.weight", -0.5, 19),
-        ("model.norm.weight", 3.0, 19),
+        ("model.norm.weight", 7.0, 19),
         ("model.mm_rand_llm_norm.weight", 2.0**-5, 24),
         ("model.mm_vis.vision_model.encoder.layers.1.layer_norm2.weight", 1.0, 19),
         ("model.mm_vis.vision_model.encoder.layers.1.layer_norm2.bias", 0.0, 18),
@@ -156,7 +156,7 @@ def test_gains_at_full_size() -> None:
         ("model.layers.9.mlp.up_proj.weight", 2**-0.5, 2**0.5),
         ("model.layers.9.self_attn.k_proj.weight", 2**0.5, 2**1.5),
         ("model.mm_vis.vision_model.encoder.layers.3.mlp.fc2.weight", 2**-1.5, 2**-0.5),
-        (EMBED, 2**-2.5, 2**-1.5),
+        (EMBED, 2**-3.5, 2**-2.5),
     ):
         fan_in = wanted[name].shape[1]
         assert low <= std * 2.0 ** -synthetic.recipe(wanted[name], config).shift * math.sqrt(fan_in) <= high, name
@@ -212,6 +212,6 @@ def test_activations_stay_of_order_one() -> None:
     assert logits.isfinite().all()
     kept = {name: value for name, value in rms.items() if name.startswith(("layer.", "vision.tower", "audio.tower"))}
     assert len(kept) > 42 * 4
-    assert all(0.1 < value < 8 for value in kept.values()), {n: v for n, v in kept.items() if not 0.1 < v < 8}
+    assert all(0.05 < value < 8 for value in kept.values()), {n: v for n, v in kept.items() if not 0.05 < v < 8}
     assert 0.3 < rms["logits"] < 4
-    assert 0.5 < rms["final.norm"] < 8
+    assert 2 < rms["final.norm"] < 16
