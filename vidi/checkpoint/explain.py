@@ -60,12 +60,23 @@ def _shape_reason(want: Expected, got: tuple[int, ...], config: VidiConfig) -> s
         return f"a vocabulary of {got[0]}; the config has {d.vocab_size}. Tokens were added or cut"
     if got == want.shape[::-1]:
         return "transposed; rows are outputs here, columns inputs"
-    if ".attention." in want.ours and want.part == "decoder" and len(got) == 2 and got[1] == want.shape[1]:
+    heads_differ = want.ours.endswith((".q.weight", ".k.weight", ".v.weight")) and want.part == "decoder"
+    if heads_differ and len(got) == 2 and got[1] == want.shape[1]:
         heads = d.num_heads if want.ours.endswith("q.weight") else d.num_kv_heads
         return f"{got[0] / d.head_dim:g} heads of {d.head_dim}; the config has {heads}"
+    if widths := _other_width(want.shape, got, d.hidden_size):
+        return f"a decoder of width {widths}; the config has {d.hidden_size}"
     if math.prod(got) == math.prod(want.shape):
         return "the same number of values in another shape"
     return "another size of model than the config describes"
+
+
+def _other_width(want: tuple[int, ...], got: tuple[int, ...], width: int) -> int | None:
+    """The one size that stands in ``got`` wherever ``want`` has the decoder's width; None if that is not all."""
+    if len(want) != len(got) or any(a != b for a, b in zip(want, got, strict=True) if a != width):
+        return None
+    found = {b for a, b in zip(want, got, strict=True) if a == width}
+    return found.pop() if len(found) == 1 else None
 
 
 def dtype(want: Expected, got: str) -> str:

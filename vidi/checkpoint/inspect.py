@@ -19,6 +19,8 @@ from vidi.config import VidiConfig
 __all__ = ["Inspection", "PartCount", "inspect_folder", "read_config"]
 
 SHOWN_PROBLEMS = 30
+SEVEN_B = "Vidi 7B"
+IN_MISSING_SHARD = "in the missing shard"
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,10 @@ class Inspection:
         )
         lines.append("")
         grouped = _grouped(self.problems)
-        lines += grouped[:SHOWN_PROBLEMS]
-        if len(grouped) > SHOWN_PROBLEMS:
-            lines.append(f"… and {len(grouped) - SHOWN_PROBLEMS:,} more kinds of problem; --json has them")
+        shown = SHOWN_PROBLEMS if self.recognised != SEVEN_B else 4  # of another model, not all is news
+        lines += grouped[:shown]
+        if len(grouped) > shown:
+            lines.append(f"… and {len(grouped) - shown:,} more kinds of problem; --json has them")
         lines += [f"note: {note}" for note in self.notes]
         lines.append("fits" if self.fits else f"does not fit: {len(self.problems):,} problems")
         return "\n".join(printable(line) for line in lines)
@@ -110,7 +113,7 @@ def inspect_folder(folder: str | Path, *, config: VidiConfig | None = None) -> I
     if signs:
         text = f"Vidi 7B: {'; '.join(signs)}. This model is Vidi 1.5 9B and cannot run it"
         problems.insert(0, Problem("model", text, file=CONFIG_NAME))
-        recognised = "Vidi 7B"
+        recognised = SEVEN_B
     else:
         recognised = "Vidi 1.5 9B" if judged_by == VidiConfig.full() else "Vidi 1.5 of another size"
     notes = [*found.notes, *_dtype_notes(found.tensors, wanted)]
@@ -162,7 +165,7 @@ def _compare(found: Folder, wanted: Mapping[str, names.Expected], config: VidiCo
         entry = found.tensors.get(name)
         if entry is None:
             file = away.get(name)
-            text = "in the missing shard" if file else explain.missing(want, stored_layers)
+            text = IN_MISSING_SHARD if file else explain.missing(want, stored_layers)
             problems.append(Problem("missing", text, name, file, want.part))
         elif entry.shape != want.shape:
             text = explain.shape(want, entry.shape, config)
@@ -220,6 +223,8 @@ def _grouped(problems: tuple[Problem, ...]) -> list[str]:
     """One line for each kind of tensor and reason; layers joined."""
     groups: dict[tuple[str, str, str, str], list[Problem]] = {}
     for problem in problems:
+        if problem.text == IN_MISSING_SHARD:
+            continue  # the shard's own line counts them
         key = (problem.kind, names.without_layer(problem.tensor or ""), problem.text, problem.file or "")
         if problem.tensor is not None and names.layer_of(problem.tensor) is not None:
             key = (*key[:3], "")  # the layers of one kind lie in several shards

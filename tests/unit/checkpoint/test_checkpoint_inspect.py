@@ -197,6 +197,11 @@ MISFITS: dict[str, tuple[Callable[[Path], object], str, str]] = {
         "shape",
         "the same number of values in another shape",
     ),
+    "other-width": (
+        lambda f: replace_tensor(f, UP, shape=[96, 48]),
+        "shape",
+        "a decoder of width 48; the config has 40",
+    ),
     "other-size": (lambda f: replace_tensor(f, UP, shape=[97, 40]), "shape", "another size of model"),
     "quantised": (
         lambda f: replace_tensor(f, UP, dtype="I8"),
@@ -354,6 +359,16 @@ def test_vidi_7b_is_recognised(model_type: str, tmp_path: Path) -> None:
         assert sign in text
     assert ("a Mistral decoder" in text) == (model_type == "dattn_mistral")
     assert run(str(folder)) == 1
+
+
+def test_a_missing_shard_is_one_line(broken: Path) -> None:
+    """Its tensors are counted there; --json lists them."""
+    (broken / "model-00003-of-00005.safetensors").unlink()
+    report = inspect_folder(broken)
+    lines = [line for line in report.render().splitlines() if line.startswith(("missing", "shard"))]
+    lost = [problem for problem in report.problems if problem.kind == "missing"]
+    assert len(lines) == 1
+    assert f"the index places {len(lost)} tensors in it" in lines[0]
 
 
 def test_one_odd_shape_is_not_yet_a_7b(broken: Path) -> None:
