@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
+from vidi.stream import Stream
 
 __all__ = ["Generated", "forced_logits", "greedy"]
 
@@ -31,15 +32,16 @@ def greedy(
     batch: Batch,
     *,
     max_new_tokens: int = 1024,
+    streams: dict[str, Stream] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """The most likely token at each step, until every row has met the end-of-turn token or ``max_new_tokens``.
 
-    ``progress`` is called with (tokens so far, limit). Raises ValueError for a limit below 1.
+    ``streams``: of these videos, where they are there already (several questions about one video). ``progress`` is called with (tokens so far, limit). Raises ValueError for a limit below 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1")
-    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens)
+    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens, streams)
     stop = model.config.end_of_turn_id
     tokens: list[list[int]] = [[] for _ in logits_BV]
     stopped = [False] * len(tokens)
@@ -58,11 +60,13 @@ def greedy(
 
 
 @torch.inference_mode()
-def forced_logits(model: VidiModel, batch: Batch, tokens_BS: Tensor) -> Tensor:
+def forced_logits(
+    model: VidiModel, batch: Batch, tokens_BS: Tensor, *, streams: dict[str, Stream] | None = None
+) -> Tensor:
     """Logits (B, S, V) of cached decoding along given tokens (B, S): entry s is the logit after prompt + tokens[:s]."""
     steps = tokens_BS.shape[1]
     ids_BS = tokens_BS.to(model.device)
-    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + steps)
+    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + steps, streams)
     out = [logits_BV]
     for step in range(steps - 1):
         out.append(model.step(ids_BS[:, step], cache))

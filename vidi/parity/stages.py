@@ -48,6 +48,11 @@ class Stage:
     spec: str
     what: str
 
+    @property
+    def reads_raw(self) -> bool:
+        """Only raw inputs feed this stage, so that run alone or chained it has the same error: its own."""
+        return all(name.startswith("inputs.") for name in self.inputs)
+
     @cached_property
     def pattern(self) -> re.Pattern[str]:
         places = {
@@ -709,11 +714,14 @@ def find(stage_id: str) -> tuple[Stage, dict[str, str]] | None:
 
 
 def isolated(bench: Bench, stage_ids: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """(id, tensor) of every stage that this case can feed from its goldens."""
+    """(id, tensor) of every stage that this case can feed from its goldens.
+
+    A stage that reads raw inputs alone is left out: fed alone or chained, it is the same run.
+    """
     bench.model.eval()
     for stage_id in stage_ids:
         found = find(stage_id)
-        if found is None:
+        if found is None or found[0].reads_raw:
             continue
         try:
             with torch.no_grad():

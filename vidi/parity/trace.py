@@ -21,6 +21,7 @@ from vidi.model import VidiModel
 from vidi.parity import feed, store
 from vidi.parity.golden import Whole
 from vidi.parity.store import Case
+from vidi.stream import Stream
 
 __all__ = ["Trace", "capture", "cross_attention", "decoding"]
 
@@ -136,13 +137,15 @@ def decoding(case: Case, model: VidiModel) -> dict[str, Tensor]:
     """Each variant V of a decoding case: logits along its golden tokens, `V.nocache.logits` by whole passes and
     `V.cached.logits` step by step, and what the model decodes on its own, `V.tokens` and `V.lengths`."""
     found = {}
+    with torch.inference_mode():
+        streams = model.streams(feed.batch_of(case.inputs))
     for variant, settings in case.info["generate"].items():
         runner = feed.with_window(model, settings["window"])
         own_prompt = f"{variant}.prompt_ids" in case.inputs
         batch = feed.batch_of(case.inputs, f"{variant}.prompt_ids" if own_prompt else "inputs.input_ids")
         golden = case.targets.get(f"{variant}.tokens")
         tokens = golden.array if isinstance(golden, Whole) else case.inputs[f"{variant}.tokens"]
-        free = generate.greedy(runner, batch, max_new_tokens=tokens.shape[1])
+        free = generate.greedy(runner, batch, max_new_tokens=tokens.shape[1], streams=streams)
         rows = [
             row + [model.config.end_of_turn_id] * ended for row, ended in zip(free.tokens, free.stopped, strict=True)
         ]
@@ -151,13 +154,13 @@ def decoding(case: Case, model: VidiModel) -> dict[str, Tensor]:
         )
         found[f"{variant}.lengths"] = torch.tensor([len(row) for row in rows])
         forced_BS = torch.from_numpy(tokens)
-        found[f"{variant}.nocache.logits"] = whole_pass_logits(runner, batch, forced_BS)
-        found[f"{variant}.cached.logits"] = generate.forced_logits(runner, batch, forced_BS)
+        found[f"{variant}.nocache.logits"] = whole_pass_logits(runner, batch, forced_BS, streams)
+        found[f"{variant}.cached.logits"] = generate.forced_logits(runner, batch, forced_BS, streams=streams)
     return found
 
 
 @torch.inference_mode()
-def whole_pass_logits(model: VidiModel, batch: Batch, tokens_BS: Tensor) -> Tensor:
+def whole_pass_logits(model: VidiModel, batch: Batch, tokens_BS: Tensor, streams: dict[str, Stream]) -> Tensor:
     """(B, S, V) without any cache: entry s from one pass over the prompt and tokens[:s], all of them in one pass, because
     the text is causal. Every row continues from its own last kept token."""
     prompt_BT, keep_BT = batch.input_ids_BT, batch.keep_BT
@@ -168,7 +171,7 @@ def whole_pass_logits(model: VidiModel, batch: Batch, tokens_BS: Tensor) -> Tens
         input_ids_BT=torch.cat((prompt_BT, forced_BS), dim=1),
         keep_BT=torch.cat((keep_BT, torch.ones_like(forced_BS, dtype=torch.bool)), dim=1),
     )
-    logits_BTV = model(longer)
+    logits_BTV = model.decode_text(longer, streams)
     last_B = (keep_BT & (prompt_BT != model.config.image_placeholder)).sum(1) - 1
     steps_BS = last_B[:, None] + torch.arange(tokens_BS.shape[1])
     return logits_BTV[torch.arange(len(logits_BTV))[:, None], steps_BS]
