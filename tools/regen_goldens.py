@@ -96,7 +96,7 @@ def plan(
     candidate: new values by stage id for the one named case and variant `none`, in place of the oracle's.
     """
     made, weights = recipes.cases(), recipes.weights()
-    stored = {ref.name for ref in list_cases(folder)} if folder.exists() else set()
+    stored = {ref.name for ref in list_cases(folder)}
     wanted = set(made) | stored if names is None else set(names)
     unknown = wanted - set(made) - stored
     if unknown:
@@ -105,12 +105,12 @@ def plan(
     cases: dict[str, NewCase] = {}
     weights_entry = {"file": WEIGHTS, "sha256": weights_sha256(weights)}
     for name in sorted(wanted):
-        if name not in made:
-            changes.append(Change(name, "", "gone: no recipe makes this case any more"))
-            continue
         old = open_case(folder, name) if name in stored else None
         if old is not None and old.provenance["origin"] == "official":
             raise GoldenError(f"{name} is a recording of the official release: it is never regenerated, only imported")
+        if name not in made:
+            changes.append(Change(name, "", "gone: no recipe makes this case any more"))
+            continue
         found, case = _compare_case(old, made[name], weights, weights_entry, glob, candidate)
         changes += found
         if found:

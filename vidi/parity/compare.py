@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from vidi.parity import sketch as sketches
-from vidi.parity.golden import Golden, Sampled, Sketched, Whole
+from vidi.parity.golden import Golden, Sampled, Sketched, Whole, stats_of
 from vidi.parity.ids import Axes, axes
 from vidi.parity.result import EXACT, Result, Rule
 
-__all__ = ["EXACT", "Result", "Rule", "compare", "compare_sketches", "nothing_compared"]
+__all__ = ["EXACT", "Result", "Rule", "as_matrix", "compare", "compare_sketches", "nothing_compared"]
 
 _SHOWN = 3  # rows listed in a failure text
+_STATS = ("sum", "sum|x|", "sum x²", "min", "max")
 
 
 def compare(
@@ -100,64 +102,66 @@ def _compare_whole(
     square = np.square(d)
     row_rms = np.sqrt(square.mean(axis=content, keepdims=True))
 
-    errors = {
-        "max": _over(size.max(), scale),
-        "rms": _over(math.sqrt(square.mean()), scale),
-        "row": _over(row_rms.max(), scale),
-    }
-    budgets: dict[str, float] = {}
-    element_budget = np.full(row_scale.shape, np.inf)
+    heads = None
+    if where.heads is not None:
+        others = tuple(axis for axis in range(d.ndim) if axis != where.heads)
+        heads = np.sqrt(square.mean(axis=others))
+
+    # Budgets by element, by row, and for the whole: floors differ from row to row.
     if rule.max_abs is not None:
         element_budget = rule.max_abs + floor
-        budgets["max"] = _over(rule.max_abs + float(floor.max()), scale)
-    elif rule.max is not None:
-        element_budget = rule.max * scale + floor
-        budgets["max"] = rule.max + _over(float(floor.max()), scale)
-    over = size > element_budget
-    rows_over = over.any(axis=content, keepdims=True)
-    if rule.row is not None:
-        rows_over |= row_rms > rule.row * scale + floor
-        budgets["row"] = rule.row + _over(float(floor.max()), scale)
+    else:
+        element_budget = _times(rule.max, scale) + floor
+    row_budget = np.broadcast_to(_times(rule.row, scale) + floor, row_rms.shape)
+    rms_floor, max_floor = float(np.sqrt(np.square(floor).mean())), float(floor.max())
+    element_ratio = _ratio(size, np.broadcast_to(element_budget, size.shape))
+    row_ratio = _ratio(row_rms, row_budget)
+    ratios = [float(element_ratio.max()), float(row_ratio.max())]
+    ratios.append(float(_ratio(np.sqrt(square.mean()), _times(rule.rms, scale) + rms_floor)))
+    if heads is not None:
+        ratios.append(float(_ratio(heads.max(), _times(rule.head, scale) + max_floor)))
+
+    over = element_ratio > 1
+    rows_over = over.any(axis=content, keepdims=True) | (row_ratio > 1)
     problems = []
     if rule.zero_rows:
         touched = (row_scale == 0) & (row_rms > 0)
         rows_over |= touched
         if touched.any():
             problems.append(f"{int(touched.sum())} rows are exactly zero in the golden (padding), not in the candidate")
-    if rule.rms is not None:
-        budgets["rms"] = rule.rms + _over(float(np.sqrt(np.square(floor).mean())), scale)
-    worst_head = None
-    if where.heads is not None:
-        others = tuple(axis for axis in range(d.ndim) if axis != where.heads)
-        head_rms = np.sqrt(square.mean(axis=others))
-        worst_head = int(head_rms.argmax())
-        errors["head"] = _over(head_rms.max(), scale)
-        if rule.head is not None:
-            budgets["head"] = rule.head + _over(float(floor.max()), scale)
-    at = tuple(int(i) for i in np.unravel_index(size.argmax(), size.shape))
-    listed = np.argwhere(rows_over.reshape([rows_over.shape[axis] for axis in where.rows] or [1]))
-    row_table = row_rms.reshape([row_rms.shape[axis] for axis in where.rows] or [1])
-    # Errors above a budget are judged element by element and row by row, because floors differ from row to row.
-    totals_over = any(errors[k] > budgets[k] for k in ("rms", "head") if k in budgets)
+    worst = element_ratio if over.any() else size
+    at = tuple(int(i) for i in np.unravel_index(worst.argmax(), size.shape))
+    table = [row_rms.shape[axis] for axis in where.rows] or [1]
+    worst_row = tuple(int(i) for i in np.unravel_index(row_rms.argmax(), table))
+    listed = np.argwhere(rows_over.reshape(table))
+    errors = {"max": size.max(), "rms": np.sqrt(square.mean()), "row": row_rms.max()}
+    allowed = {
+        "max": np.broadcast_to(element_budget, size.shape)[np.unravel_index(size.argmax(), size.shape)],
+        "rms": _times(rule.rms, scale) + rms_floor,
+        "row": row_budget.reshape(-1)[row_rms.argmax()],
+    }
+    if heads is not None:
+        errors["head"], allowed["head"] = heads.max(), _times(rule.head, scale) + max_floor
     return Result(
         stage,
-        ok=not (bool(over.any()) or bool(rows_over.any()) or totals_over or problems),
+        ok=max(ratios) <= 1 and not problems,
         rule=rule,
         count=int(d.size),
         max_abs=float(size.max()),
         rms_golden=scale,
-        errors=errors,
-        budgets=budgets,
+        errors={key: _over(float(error), scale) for key, error in errors.items()},
+        budgets={key: _over(float(budget), scale) for key, budget in allowed.items() if math.isfinite(budget)},
         worst_index=at,
         worst_values=(float(candidate[at]), float(golden[at])),
-        worst_row=tuple(int(i) for i in np.unravel_index(row_table.argmax(), row_table.shape)),
-        worst_head=worst_head,
+        worst_row=worst_row,
+        worst_head=None if heads is None else int(heads.argmax()),
         first_rows=tuple(tuple(int(i) for i in row) for row in listed[:_SHOWN]),
         rows_over=len(listed),
-        rows=int(row_table.size),
+        rows=int(row_rms.size),
         elements_over=int(over.sum()),
         problems=tuple(problems),
-        row_errors=row_table / scale if scale else row_table,
+        ratio=math.inf if problems else max(ratios),
+        row_errors=(row_rms / scale if scale else row_rms).reshape(table),
     )
 
 
@@ -178,6 +182,7 @@ def _compare_exact(stage: str, candidate: np.ndarray, golden: np.ndarray, where:
         rows=int(golden.size),
         elements_over=len(listed),
         problems=(f"{len(listed)} of {golden.size} exact values differ",) if len(listed) else (),
+        ratio=math.inf if len(listed) else 0.0,
     )
 
 
@@ -193,32 +198,28 @@ def _compare_sampled(stage: str, candidate: np.ndarray, golden: Sampled, rule: R
     one = rule.max_abs if rule.max_abs is not None else (rule.max or rule.row or rule.rms or 0.0) * golden.rms
     one += rule.floor_ulp * rule.eps * float(max(abs(golden.stats[3]), abs(golden.stats[4])))
     x, size = candidate.astype(np.float64), candidate.size
-    problems = list(result.problems)
+    problems, ratios = list(result.problems), [result.ratio]
     if golden.row_sum.size:
         others = tuple(axis for axis in range(x.ndim) if axis != golden.axis)
         d = np.abs(x.sum(axis=others)[golden.row_sum_index] - golden.row_sum)
         budget = one * math.sqrt(size / x.shape[golden.axis])
-        bad = np.flatnonzero(~(d <= budget))
+        bad = np.flatnonzero(d > budget)
+        ratios.append(float(_ratio(d.max(), budget)))
         if len(bad):
             rows = [int(i) for i in golden.row_sum_index[bad[:_SHOWN]]]
             problems.append(
                 f"{len(bad)} of {d.size} row sums along axis {golden.axis} differ, first rows {rows},"
                 f" largest {d.max():.3g}, budget {budget:.3g}"
             )
-    mine = np.array([x.sum(), np.abs(x).sum(), np.square(x).sum(), x.min(), x.max()])
     total = one * math.sqrt(size)
-    for name, m, g, budget in zip(
-        ("sum", "sum|x|", "sum x²", "min", "max"),
-        mine,
-        golden.stats,
-        (total, total, 2 * total * golden.rms + size * one * one, one, one),
-        strict=True,
-    ):
-        # A float64 sum of n terms has its own rounding, which a budget of one ulp does not cover.
-        slack = 1e-15 * size * (abs(float(golden.stats[1])) / size) if name.startswith("sum") else 0.0
-        if not abs(m - g) <= budget + slack:
+    # A float64 sum of n terms has a rounding of its own, up to n·eps/2 of the sum of magnitudes.
+    slack = 1e-16 * size * float(golden.stats[1])
+    budgets = (total + slack, total + slack, 2 * total * golden.rms + size * one * one + slack * golden.rms, one, one)
+    for name, m, g, budget in zip(_STATS, stats_of(candidate), golden.stats, budgets, strict=True):
+        ratios.append(float(_ratio(abs(m - g), budget)))
+        if ratios[-1] > 1:
             problems.append(f"{name} of the whole tensor is {m:.9g}, golden {g:.9g}, budget {budget:.3g}")
-    return _with_problems(result, problems)
+    return replace(result, ok=result.ok and not problems, problems=tuple(problems), ratio=max(ratios))
 
 
 def _compare_sketched(stage: str, candidate: np.ndarray, golden: Sketched, rule: Rule) -> Result:
@@ -226,10 +227,16 @@ def _compare_sketched(stage: str, candidate: np.ndarray, golden: Sketched, rule:
 
     `row` of the rule applies to a block as a whole, widened by three standard deviations of the estimate.
     """
-    matrix = np.moveaxis(candidate, axes(stage, candidate.ndim).rows, range(len(axes(stage, candidate.ndim).rows)))
-    matrix = matrix.reshape(golden.sketch.rows, golden.sketch.columns)
+    matrix = as_matrix(stage, candidate)
     mine = sketches.make(matrix, golden.sketch.spec, golden.sketch.top_index)
     return compare_sketches(stage, mine, golden, rule)
+
+
+def as_matrix(stage: str, tensor: np.ndarray) -> np.ndarray:
+    """A stage's tensor as the (rows, columns) matrix that its sketch is taken of: row axes first, then the rest."""
+    rows = axes(stage, tensor.ndim).rows
+    moved = np.moveaxis(tensor, rows, range(len(rows)))
+    return moved.reshape(math.prod(moved.shape[: len(rows)]), -1)
 
 
 def compare_sketches(stage: str, mine: sketches.Sketch, golden: Sketched, rule: Rule) -> Result:
@@ -255,6 +262,7 @@ def compare_sketches(stage: str, mine: sketches.Sketch, golden: Sketched, rule: 
         for key, value in (("max", rule.max), ("rms", rule.rms), ("row", rule.row))
         if value is not None
     }
+    ratio = max((float(_ratio(errors[key], budget)) for key, budget in budgets.items()), default=math.inf)
     worst = int(block_rms.argmax())
     limit = budgets.get("row", budgets.get("rms", math.inf))
     listed = np.flatnonzero(block_rms > limit * scale)
@@ -262,7 +270,7 @@ def compare_sketches(stage: str, mine: sketches.Sketch, golden: Sketched, rule: 
     flat = int(np.concatenate([theirs.top_index, theirs.sample_index()])[place])
     return Result(
         stage,
-        ok=all(errors[key] <= budget for key, budget in budgets.items()) and bool(budgets),
+        ok=bool(budgets) and ratio <= 1,
         rule=rule,
         count=int(sizes.sum()),
         max_abs=float(d.max()),
@@ -275,8 +283,21 @@ def compare_sketches(stage: str, mine: sketches.Sketch, golden: Sketched, rule: 
         first_rows=tuple((int(b) * theirs.spec.block_rows,) for b in listed[:_SHOWN]),
         rows_over=len(listed),
         rows=len(norms),
+        ratio=ratio,
         row_errors=block_rms / scale if scale else block_rms,
     )
+
+
+def _times(factor: float | None, scale: float) -> float:
+    """A budget in units of the tensor; no budget is an infinite one."""
+    return math.inf if factor is None else factor * scale
+
+
+def _ratio(error: Any, budget: Any) -> np.ndarray:
+    """error / budget; 0 for no error, inf for an error without any budget."""
+    error, budget = np.asarray(error, np.float64), np.asarray(budget, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, error / budget)
 
 
 def _over(value: float, scale: float) -> float:
@@ -284,7 +305,3 @@ def _over(value: float, scale: float) -> float:
     if scale:
         return float(value) / scale
     return math.inf if value else 0.0
-
-
-def _with_problems(result: Result, problems: list[str]) -> Result:
-    return replace(result, ok=result.ok and not problems, problems=tuple(problems))

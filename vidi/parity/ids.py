@@ -36,7 +36,10 @@ class Axes:
 
 @dataclass(frozen=True)
 class _Kind:
-    """One template of ids: `{i}` a layer, `{m}` v or a (visual, audio), `{b}` a sample."""
+    """One template of ids: `{i}` a layer, `{m}` v or a (visual, audio), `{b}` a sample, `{s}` nothing or `.b`.
+
+    `{s}` stands where a token budget for each video gives every sample a grid of its own.
+    """
 
     template: str
     exact: bool = False
@@ -49,16 +52,16 @@ _BEFORE_LAYERS = (
     _Kind("pos.freq", exact=True, rows=(0,)),  # (D/2,) float32, a named constant: equal or another table
     _Kind("vision.tower"),  # (F, patches, C)
     _Kind("vision.pad", rows=(0, 2, 3)),  # (F, C, side, side)
-    _Kind("vision.resize", rows=(0, 2, 3)),  # (F, C, side, side)
-    _Kind("vision.space_to_depth", rows=(0, 2, 3)),  # (F, 4C, h, w)
-    _Kind("vision.projector", rows=(0, 1, 2)),  # (F, h, w, D)
-    _Kind("vision.norm", rows=(0, 1, 2)),
-    _Kind("vision.pos_h.embed", rows=(1,)),  # (1, h, 1, D)
-    _Kind("vision.pos_h", rows=(0, 1, 2)),
-    _Kind("vision.pos_w.embed", rows=(2,)),  # (1, 1, w, D)
-    _Kind("vision.pos_w", rows=(0, 1, 2)),
+    _Kind("vision.resize{s}", rows=(0, 2, 3)),  # (F, C, side, side)
+    _Kind("vision.space_to_depth{s}", rows=(0, 2, 3)),  # (F, 4C, h, w)
+    _Kind("vision.projector{s}", rows=(0, 1, 2)),  # (F, h, w, D)
+    _Kind("vision.norm{s}", rows=(0, 1, 2)),
+    _Kind("vision.pos_h.embed{s}", rows=(1,)),  # (1, h, 1, D)
+    _Kind("vision.pos_h{s}", rows=(0, 1, 2)),
+    _Kind("vision.pos_w.embed{s}", rows=(2,)),  # (1, 1, w, D)
+    _Kind("vision.pos_w{s}", rows=(0, 1, 2)),
     _Kind("vision.pos_t.embed.{b}", rows=(0,)),  # (F_b, 1, 1, D)
-    _Kind("vision.pos_t", rows=(0, 1, 2)),
+    _Kind("vision.pos_t{s}", rows=(0, 1, 2)),
     _Kind("vision.packed"),  # (B, V, D)
     _Kind("vision.mask", exact=True),  # (B, V)
     _Kind("vision.llm_norm"),
@@ -121,7 +124,7 @@ _AFTER_LAYERS = (
     _Kind("{variant}.lengths", exact=True),  # (B,) tokens before a row stopped, the stop token counted
 )
 
-_PLACES = {"i": r"(?P<i>\d+)", "b": r"(?P<b>\d+)", "name": r".+", "variant": r"[^.]+"}
+_PLACES = {"s": r"(\.(?P<b>\d+))?", "i": r"(?P<i>\d+)", "b": r"(?P<b>\d+)", "name": r".+", "variant": r"[^.]+"}
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -209,13 +212,14 @@ def expand(
     audio: bool = True,
     labels: bool = False,
     xattn_layers: Iterable[int] | None = None,
+    own_grids: bool = False,
 ) -> list[str]:
     """All stage ids of a forward pass with this config, in pipeline order (spec §3 to §8).
 
     config: the official dict (`num_hidden_layers` is read). batch: samples, one time embedding each. resize: whether
     the token budget acts. unpad: whether some mask is not full, so that unpadded tensors exist. visual, audio:
     modalities present. labels: whether `text.labels` exists. xattn_layers: layers whose cross-attention is taken apart
-    (default: first and last).
+    (default: first and last). own_grids: a token budget for each video, so that grids do not join.
     """
     layers = int(config["num_hidden_layers"])
     taken = {0, layers - 1} if xattn_layers is None else set(xattn_layers)
@@ -223,12 +227,13 @@ def expand(
     out: list[str] = []
     for kind in _BEFORE_LAYERS:
         stage = kind.template
-        if (stage == "vision.resize" and not resize) or (stage == "text.labels" and not labels):
+        if (stage == "vision.resize{s}" and not resize) or (stage == "text.labels" and not labels):
             continue
         if (stage.startswith("vision.") and not visual) or (stage.startswith("audio.") and not audio):
             continue
         if stage == "pos.freq" and not (visual or audio):
             continue
+        stage = stage.replace("{s}", ".{b}" if own_grids else "")
         out += [stage.replace("{b}", str(b)) for b in range(batch)] if "{b}" in stage else [stage]
     for i in range(layers):
         for kind in _LAYER:

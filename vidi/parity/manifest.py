@@ -10,18 +10,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vidi.parity.golden import GoldenError
+from vidi.parity.sketch import SketchSpec
 
-__all__ = ["FORMAT", "content_sha256", "describe", "parse", "render", "restore_hint", "set_sha256", "weights_sha256"]
+__all__ = [
+    "FORMAT",
+    "PARTS",
+    "content_sha256",
+    "describe",
+    "parse",
+    "render",
+    "restore_hint",
+    "set_sha256",
+    "weights_sha256",
+]
 
 FORMAT = 1
 _MAX_BYTES = 16 << 20
+_KEYS: dict[str, type] = {
+    "case": str, "provenance": dict, "config": dict, "info": dict, "weights": dict, "container": dict, "inputs": dict,
+    "targets": dict, "left_out": dict,
+}  # fmt: skip
+
+# Arrays that a stored form other than `whole` consists of.
+PARTS = {
+    "rows": ("sample", "index", "row_sum", "row_sum_index", "stats"),
+    "sketch": ("blocks", "block_max", "top_index", "top_value", "sample_value"),
+}
 
 
 def content_sha256(array: np.ndarray) -> str:
@@ -71,11 +93,44 @@ def parse(path: Path) -> dict[str, Any]:
         ) from None
     if not same:
         raise GoldenError(f"{path}: manifest is altered, its own sha256 does not match: {restore_hint(path)}")
+    lacking = [key for key, kind in _KEYS.items() if not isinstance(body.get(key), kind)]
+    if not lacking and not all(_is_entry(entry) for entry in _entries(body)):
+        lacking = ["a tensor's entry"]
+    if lacking and body.get("format") == FORMAT:
+        raise GoldenError(f"{path}: manifest lacks {', '.join(lacking)} or has it malformed: {restore_hint(path)}")
     if body.get("format") != FORMAT:
         raise GoldenError(
             f"{path}: manifest format {body.get('format')!r}, this reader knows {FORMAT}: update the package"
         )
     return body
+
+
+def _entries(body: Mapping[str, Any]) -> Iterator[Any]:
+    """Every tensor entry of a manifest, and every stored array inside one."""
+    for table in (body["inputs"], *body["targets"].values()):
+        for entry in table.values() if isinstance(table, dict) else (None,):
+            yield entry
+            if isinstance(entry, dict) and "parts" in entry:
+                yield from entry["parts"].values() if isinstance(entry["parts"], dict) else (None,)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether an entry has what its form needs, of the right types."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, form = entry.get("shape"), entry.get("form", "whole")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        return False
+    if form == "whole":
+        return isinstance(entry.get("sha256"), str)
+    if form not in PARTS or not isinstance(entry.get("parts"), dict) or set(entry["parts"]) != set(PARTS[form]):
+        return False
+    if form == "rows":
+        return isinstance(entry.get("axis"), int) and 0 <= entry["axis"] < len(shape)
+    numbers = all(isinstance(entry.get(key), int | float) for key in ("rows", "columns", "sum_squares"))
+    return (
+        numbers and isinstance(entry.get("spec"), dict) and set(entry["spec"]) == {f.name for f in fields(SketchSpec)}
+    )
 
 
 def set_sha256(folder: Path) -> str:

@@ -41,7 +41,12 @@ EXACT = Rule("exact", "masks, indices, lengths and ids have no rounding", max_ab
 
 @dataclass(frozen=True)
 class Result:
-    """What a comparison found. Errors are relative to `rms_golden`; `budgets` holds the same keys as `errors`."""
+    """What a comparison found.
+
+    errors: max|d|, rms, worst row's and head's rms, as multiples of `rms_golden`; budgets: what each was allowed, at the
+    same place. ratio: the largest error over its budget anywhere, inf where no budget helps. worst_index: the value
+    furthest over its budget, else the largest error. row_errors: rms of d by row, as multiples of `rms_golden`.
+    """
 
     stage: str
     ok: bool
@@ -60,15 +65,8 @@ class Result:
     rows: int = 0
     elements_over: int = 0
     problems: tuple[str, ...] = ()
+    ratio: float = math.inf
     row_errors: np.ndarray | None = None
-
-    @property
-    def ratio(self) -> float:
-        """The largest error over its budget; 0 for an exact match, inf for what no budget covers."""
-        if self.problems:
-            return math.inf
-        ratios = [e / b if b else (math.inf if e else 0.0) for e, b in _paired(self.errors, self.budgets)]
-        return max(ratios, default=0.0)
 
     def text(self) -> str:
         """One line when equal; otherwise counts, maxima with their places, first rows, errors against budgets."""
@@ -81,7 +79,8 @@ class Result:
         if self.worst_index is not None and self.worst_values is not None:
             candidate, golden = self.worst_values
             place = list(self.worst_index)
-            lines.append(f"  max|d| {self.max_abs:.6g} at {place}: candidate {candidate:.9g}, golden {golden:.9g}")
+            off = abs(candidate - golden)
+            lines.append(f"  worst |d| {off:.6g} at {place}: candidate {candidate:.9g}, golden {golden:.9g}")
         for key, budget in self.budgets.items():
             where = {"row": self.worst_row, "head": self.worst_head}.get(key)
             at = "" if where is None else f" at {list(where) if isinstance(where, tuple) else where}"
@@ -93,7 +92,3 @@ class Result:
             lines.append(f"  {self.rows_over} of {self.rows} rows differ, first: {shown}{more}")
         lines.append(f"  budget: {self.rule.why}")
         return "\n".join(lines)
-
-
-def _paired(errors: dict[str, float], budgets: dict[str, float]) -> list[tuple[float, float]]:
-    return [(errors[key], budget) for key, budget in budgets.items() if key in errors]

@@ -20,19 +20,13 @@ from safetensors.numpy import load_file
 
 from vidi.parity.golden import Golden, GoldenError, Sampled, Sketched, Whole
 from vidi.parity.ids import sort_ids
-from vidi.parity.manifest import content_sha256, parse, restore_hint, weights_sha256
+from vidi.parity.manifest import PARTS, content_sha256, parse, restore_hint, weights_sha256
 from vidi.parity.sketch import Sketch, SketchSpec
 
 __all__ = [
-    "PARTS", "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "open_case", "synthetic_tower",
+    "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "open_case", "synthetic_tower",
     "verify",
 ]  # fmt: skip
-
-# Arrays that a stored form consists of, in the order of the manifest.
-PARTS = {
-    "rows": ("sample", "index", "row_sum", "row_sum_index", "stats"),
-    "sketch": ("blocks", "block_max", "top_index", "top_value", "sample_value"),
-}
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,9 @@ def goldens_dir(given: str | Path | None = None) -> Path:
 
 
 def list_cases(folder: Path) -> list[CaseRef]:
-    """All cases of a golden folder, sorted by set and name."""
+    """All cases of a golden folder, sorted by set and name; none where there is no such folder."""
+    if not folder.is_dir():
+        return []
     sets = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
     return [
         CaseRef(at, path.stem) for at in sets for path in sorted(at.glob("*.json")) if path.with_suffix(".h5").exists()
@@ -147,16 +143,16 @@ class Case:
     def weights(self) -> dict[str, np.ndarray]:
         """The weights by official name, verified."""
         named = self.manifest["weights"]
-        path = self.folder / str(named["file"])
+        path = self.folder / str(named.get("file", ""))
         if not path.is_file() or path.parent != self.folder:
-            raise GoldenError(f"{self.name}: weights file {named['file']} is missing: {restore_hint(path)}")
+            raise GoldenError(f"{self.name}: weights file {named.get('file')} is missing: {restore_hint(path)}")
         try:
             tensors = load_file(path)
         except Exception as error:  # the reader's errors share no base class
             raise GoldenError(
                 f"{self.name}: weights file {path.name} is unreadable ({error}): {restore_hint(path)}"
             ) from None
-        if weights_sha256(tensors) != named["sha256"]:
+        if weights_sha256(tensors) != named.get("sha256"):
             raise GoldenError(f"{self.name}: weights file {path.name} is altered: {restore_hint(path)}")
         return tensors
 
@@ -209,12 +205,12 @@ def open_case(folder: Path | str, name: str) -> Case:
     if not path.is_file():
         raise GoldenError(f"{name}: data file {path.name} is missing: {restore_hint(path)}")
     size = path.stat().st_size
-    if size != container["bytes"]:
-        state = "truncated" if size < container["bytes"] else "longer than it was"
+    if size != container.get("bytes"):
+        state = "truncated" if size < int(container.get("bytes", 0)) else "longer than it was"
         raise GoldenError(
-            f"{name}: data file {path.name} is {state} ({size} of {container['bytes']} bytes): {restore_hint(path)}"
+            f"{name}: data file {path.name} is {state} ({size} of {container.get('bytes')} bytes): {restore_hint(path)}"
         )
-    if _file_sha256(path) != container["sha256"]:
+    if _file_sha256(path) != container.get("sha256"):
         raise GoldenError(f"{name}: data file {path.name} is altered: {restore_hint(path)}")
     _check_keys(case, path)
     return case
@@ -232,7 +228,7 @@ def verify(folder: Path | str) -> int:
     count, used = 0, set()
     for name in sorted(names):
         case = open_case(folder, name)
-        used.add(case.manifest["weights"]["file"])
+        used.add(case.manifest["weights"].get("file"))
         count += len(case.inputs) + len(case.weights())
         count += sum(len(list(case.variant(v).items())) for v in case.variants)
     for path in sorted(folder.glob("*.safetensors")):

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from vidi.parity.golden import Golden, GoldenError, Sampled, Whole
-from vidi.parity.manifest import FORMAT, content_sha256, describe, render, weights_sha256
+from vidi.parity.manifest import FORMAT, PARTS, content_sha256, describe, render, weights_sha256
 
 __all__ = ["NewCase", "replaced", "write_case", "write_weights"]
 
@@ -95,18 +95,11 @@ def _entry(put: Callable[[str, np.ndarray], dict[str, Any]], place: str, golden:
         return {"form": "whole", **stored, **({"as": golden.dtype} if golden.dtype != stored["dtype"] else {})}
     common = {"shape": list(golden.shape), "dtype": golden.dtype}
     if isinstance(golden, Sampled):
-        arrays = {
-            "sample": golden.sample,
-            "index": golden.index,
-            "row_sum": golden.row_sum,
-            "row_sum_index": golden.row_sum_index,
-            "stats": golden.stats,
-        }
-        parts = {part: put(f"{place}/{part}", array) for part, array in arrays.items()}
+        arrays = (golden.sample, golden.index, golden.row_sum, golden.row_sum_index, golden.stats)
+        parts = {part: put(f"{place}/{part}", array) for part, array in zip(PARTS["rows"], arrays, strict=True)}
         return {"form": "rows", **common, "axis": golden.axis, "parts": parts}
     sketch = golden.sketch
-    names = ("blocks", "block_max", "top_index", "top_value", "sample_value")
-    parts = {part: put(f"{place}/{part}", getattr(sketch, part)) for part in names}
+    parts = {part: put(f"{place}/{part}", getattr(sketch, part)) for part in PARTS["sketch"]}
     sums = {"rows": sketch.rows, "columns": sketch.columns, "sum_squares": sketch.sum_squares}
     return {"form": "sketch", **common, **sums, "spec": asdict(sketch.spec), "parts": parts}
 

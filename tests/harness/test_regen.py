@@ -1,0 +1,257 @@
+"""Regeneration: nothing is written by accident, and nothing half; the ledger covers what lies on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from goldens import recipes
+from tools import regen_goldens
+from vidi.parity import ledger, store
+from vidi.parity.golden import GoldenError, whole
+from vidi.parity.manifest import set_sha256
+from vidi.parity.writer import NewCase, replaced, write_case
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "goldens"
+CASE, STAGE = "oneframe", "final.norm"
+POINTS = ("copied", "written", "synced", "exchanged", "cleaned", "ledger")
+
+
+def _run(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The tool in a process of its own, outside pytest."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
+    start = ["-c", code] if code else [str(ROOT / "tools" / "regen_goldens.py")]
+    command = [sys.executable, *start, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=clean)
+
+
+def _snapshot(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def goldens(tmp_path: Path) -> Path:
+    """A golden folder whose one small case differs from the oracle in one value."""
+    folder = tmp_path / "goldens"
+    (folder / "small").mkdir(parents=True)
+    for name in (f"{CASE}.json", f"{CASE}.h5", "weights.safetensors"):
+        shutil.copy(GOLDENS / "small" / name, folder / "small" / name)
+    _rewrite(folder / "small", 0.25)
+    ledger.append(folder, "small", set_sha256(folder / "small"), "as the test made it")
+    return folder
+
+
+def _rewrite(folder: Path, step: float) -> None:
+    case = store.open_case(folder, CASE)
+    targets = {variant: dict(case.variant(variant)) for variant in case.variants}
+    value = targets["none"][STAGE].array.copy()
+    value[0, 1, 2] += step
+    targets["none"][STAGE] = whole(value)
+    recipe = recipes.cases()[CASE]
+    own = (case.provenance, case.config, recipe.inputs, targets, case.manifest["weights"], case.info)
+    write_case(folder, NewCase(CASE, *own))
+
+
+def test_the_goldens_in_the_repository_are_what_the_oracle_makes_and_the_ledger_says() -> None:
+    assert regen_goldens.check(GOLDENS) == []
+
+
+def test_it_prints_old_and_new_and_writes_nothing(goldens: Path) -> None:
+    before = _snapshot(goldens / "small")
+    shown = _run("--goldens", goldens, "--case", CASE)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("\n") == 1
+    assert shown.stdout.startswith(f"{CASE}/none/{STAGE}: 1 of 144 values, at [0, 1, 2] ")
+    assert shown.stdout.rstrip().endswith("-> 0")
+    assert _run("--goldens", goldens, "--case", CASE, "--stage", "logits").stdout == "nothing would change\n"
+    assert _snapshot(goldens / "small") == before
+
+
+def test_accept_writes_and_appends_to_the_ledger(goldens: Path) -> None:
+    written = _run("--goldens", goldens, "--case", CASE, "--accept", "--reason", "the test's step is undone")
+    assert written.returncode == 0, written.stderr
+    assert store.verify(goldens / "small")
+    entries = ledger.entries(goldens)
+    assert [entry["why"] for entry in entries] == ["as the test made it", "the test's step is undone"]
+    assert entries[1]["changes"][0].startswith(f"{CASE}/none/{STAGE}: 1 of 144 values")
+    assert ledger.stale(goldens, "small", set_sha256(goldens / "small")) is None
+    assert _run("--goldens", goldens, "--case", CASE).stdout == "nothing would change\n"
+
+
+def test_what_counts_as_changed(goldens: Path) -> None:
+    def line(variant: str, step: float) -> object:
+        value = np.array([3.0, -4.0, 0.0])
+        return regen_goldens._compare_tensor(CASE, variant, STAGE, whole(value), value + step, value + step)
+
+    rms = np.sqrt(25 / 3)
+    assert line("none", 0.9e-10 * rms) is None
+    assert line("none", 1.1e-10 * rms) is not None
+    assert line("official", 0.9 * 4 * 2.0**-23) is None
+    assert line("official", 1.1 * 4 * 2.0**-23) is not None
+
+
+def test_it_refuses(goldens: Path, tmp_path: Path) -> None:
+    before = _snapshot(goldens / "small")
+
+    def said(*arguments: object) -> str:
+        answer = _run("--goldens", goldens, *arguments)
+        assert answer.returncode == 2
+        assert _snapshot(goldens / "small") == before
+        return answer.stderr
+
+    assert "needs --reason" in said("--accept")
+    assert "needs --reason" in said("--accept", "--reason", "  ")
+    assert "no small case named nothing" in said("--case", "nothing")
+    new = {STAGE: store.open_case(goldens / "small", CASE).variant("none")[STAGE].array + 0.5}
+    save_file(new, tmp_path / "worse.safetensors")
+    worse = said("--case", CASE, "--candidate", tmp_path / "worse.safetensors", "--accept", "--reason", "x")
+    assert "is further from the oracle" in worse
+    save_file({STAGE: new[STAGE] * np.nan}, tmp_path / "nan.safetensors")
+    nan = said("--case", CASE, "--candidate", tmp_path / "nan.safetensors", "--accept", "--reason", "x")
+    assert "holds NaN or Inf and is refused" in nan
+
+
+def test_it_refuses_recordings(goldens: Path) -> None:
+    shutil.copytree(GOLDENS / "official", goldens / "official")
+    before = _snapshot(goldens / "official")
+    answer = _run("--goldens", goldens, "--case", "single", "--accept", "--reason", "x")
+    assert answer.returncode == 2
+    assert "single of official is a recording of the official release" in answer.stderr
+    assert _snapshot(goldens / "official") == before
+    shutil.copytree(GOLDENS / "official", goldens / "small", dirs_exist_ok=True)
+    with pytest.raises(GoldenError, match="batch is a recording of the official release"):
+        regen_goldens.plan(goldens / "small", ["batch"])
+
+
+def test_it_cannot_be_reached_from_pytest(goldens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = _snapshot(goldens / "small")
+    assert regen_goldens.main(["--goldens", str(goldens), "--case", CASE, "--accept", "--reason", "x"]) == 2
+    assert "not written from within pytest" in capsys.readouterr().err
+    inherited = subprocess.run(
+        [sys.executable, ROOT / "tools" / "regen_goldens.py", "--goldens", goldens, "--accept", "--reason", "x"],
+        capture_output=True, text=True, timeout=120, env=os.environ | {"PYTEST_CURRENT_TEST": "a test"},
+    )  # fmt: skip
+    assert inherited.returncode == 2
+    assert _snapshot(goldens / "small") == before
+
+
+def test_it_never_loads_the_model(goldens: Path) -> None:
+    loaded = _run(
+        "--goldens", goldens, "--case", CASE, "--accept", "--reason", "x",
+        code="import sys; sys.path.insert(0, '.'); from tools import regen_goldens as r; code = r.main();"
+        "print([m for m in sys.modules if m.split('.')[0] == 'torch' or m.startswith('vidi.')]); sys.exit(code)",
+    )  # fmt: skip
+    assert loaded.returncode == 0, loaded.stderr
+    assert "torch" not in loaded.stdout.splitlines()[-1]
+    assert all(name.startswith("vidi.parity") for name in eval(loaded.stdout.splitlines()[-1]))
+    beside = _run(
+        "--goldens", goldens, "--case", CASE, "--accept", "--reason", "x",
+        code="import sys, torch; sys.path.insert(0, '.'); from tools import regen_goldens as r; sys.exit(r.main())",
+    )  # fmt: skip
+    assert beside.returncode == 2
+    assert "torch is loaded" in beside.stderr
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_any_moment_a_whole_set_is_there(goldens: Path, point: str) -> None:
+    old = _snapshot(goldens / "small")
+    code = (
+        "import os, signal, sys; sys.path.insert(0, '.'); from tools import regen_goldens as r\n"
+        f"def at(p):\n    if p == {point!r}: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"sys.exit(r.main(sys.argv[1:], at))"
+    )
+    killed = _run("--goldens", goldens, "--case", CASE, "--accept", "--reason", "killed", code=code)
+    assert killed.returncode == -signal.SIGKILL
+    assert store.verify(goldens / "small")
+    is_old = _snapshot(goldens / "small") == old
+    assert is_old == (point in ("copied", "written", "synced"))
+    # The next run finishes the work, and sweeps up what the dead one left.
+    again = _run("--goldens", goldens, "--case", CASE, "--accept", "--reason", "again")
+    assert again.returncode == 0, again.stderr
+    assert {path.name for path in goldens.iterdir()} <= {"small", "ledger.toml", ".small.new"}
+    assert ledger.stale(goldens, "small", set_sha256(goldens / "small")) is None
+    assert _run("--goldens", goldens, "--case", CASE).stdout == "nothing would change\n"
+
+
+def test_two_writers_do_not_meet(goldens: Path) -> None:
+    refused = pytest.raises(GoldenError, match="another process is writing goldens here")
+    with replaced(goldens / "small"), refused, replaced(goldens / "small"):
+        pass
+
+
+def test_an_error_while_writing_leaves_the_set(goldens: Path) -> None:
+    before = _snapshot(goldens / "small")
+
+    def fail() -> None:
+        with replaced(goldens / "small") as draft:
+            (draft / f"{CASE}.h5").write_bytes(b"")
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError, match="disk full"):
+        fail()
+    assert _snapshot(goldens / "small") == before
+    assert not (goldens / ".small.new").exists()
+
+
+def test_byte_identical_twice(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        made = _run("--goldens", tmp_path / name, "--case", CASE, "--case", "train", "--accept", "--reason", "first")
+        assert made.returncode == 0, made.stderr
+    assert _snapshot(tmp_path / "one" / "small") == _snapshot(tmp_path / "two" / "small")
+    assert (tmp_path / "one" / "ledger.toml").read_bytes() == (tmp_path / "two" / "ledger.toml").read_bytes()
+
+
+def test_the_gate_sees_a_tolerance_without_ledger_entry(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {CASE: recipes.cases()[CASE]}
+    monkeypatch.setattr(recipes, "cases", lambda: one)
+    _rewrite(goldens / "small", -0.25)
+    path = goldens / "tolerances.toml"
+    path.write_text((GOLDENS / "tolerances.toml").read_text())
+    for subject, sha256 in (
+        ("small", set_sha256(goldens / "small")),
+        ("tolerances", ledger.file_sha256(path)),
+    ):
+        ledger.append(goldens, subject, sha256, "the test's start")
+    assert regen_goldens.check(goldens) == []
+    path.write_text(path.read_text().replace("max = 1e-9", "max = 1e-8"))
+    (problem,) = regen_goldens.check(goldens)
+    assert problem.startswith("tolerances: changed since its last ledger entry (")
+    assert _run("--goldens", goldens, "--accept-tolerances", "--reason", "the test loosens it").returncode == 0
+    assert regen_goldens.check(goldens) == []
+    (goldens / "small" / "spare.h5").write_bytes(b"")
+    (problem,) = regen_goldens.check(goldens)
+    assert problem.startswith("spare.h5: orphaned")
+
+
+def test_the_gate_sees_missing_recipes_and_cases(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipes.cases()
+    one = {CASE: made[CASE]}
+    monkeypatch.setattr(recipes, "cases", lambda: one)
+    (step,) = regen_goldens.plan(goldens / "small")[0]
+    assert step.line().startswith(f"{CASE}/none/{STAGE}: ")
+    monkeypatch.setattr(recipes, "cases", lambda: {})
+    assert [c.line() for c in regen_goldens.plan(goldens / "small")[0]] == [
+        f"{CASE}/: gone: no recipe makes this case any more"
+    ]
+    other = replace(made[CASE], inputs={**made[CASE].inputs, "inputs.audio_sizes": np.array([14])})
+    monkeypatch.setattr(recipes, "cases", lambda: {CASE: other})
+    lines = [c.line() for c in regen_goldens.plan(goldens / "small")[0]]
+    assert f"{CASE}/inputs/inputs.audio_sizes: differs from the recipe's" in lines
+
+
+def test_pos_freq_is_data() -> None:
+    tables = load_file(GOLDENS / "pos_freq.safetensors")
+    assert set(tables) == {"24", "64", "3584"}
+    np.testing.assert_array_equal(tables["24"], recipes.POS_FREQ)
+    assert all(len(table) == int(width) // 2 and table[0] == 1 for width, table in tables.items())
