@@ -16,10 +16,14 @@ __all__ = ["Ceilings", "Work", "count"]
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Rates measured on one device in one run: operations a second of a product, bytes a second of a copy."""
+    """Rates measured on one device in one run: operations a second of a product, bytes a second of a copy.
+
+    sustained_flops: the product's rate once it has run for seconds, as a long video does. Floors do not use it.
+    """
 
     product_flops: float
     copy_bytes: float
+    sustained_flops: float
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 __all__ = ["KEY_STEP", "Plan", "make"]
 
+MANY_KEYS = 90_000
 KEY_STEP = 64  # runs of keys start at multiples of this: one tile of the kernel
 
 
@@ -32,11 +33,19 @@ class Plan:
 
 
 def make(
-    text_keys: int, visual: tuple[int, int], audio: tuple[int, int], device: torch.device, programs: int = 33
+    text_keys: int,
+    visual: tuple[int, int],
+    audio: tuple[int, int],
+    device: torch.device,
+    programs: int | None = None,
 ) -> Plan:
-    """Split the keys into about ``programs`` runs of equal length, each branch by itself."""
+    """Split the keys into about ``programs`` runs of equal length, each branch by itself.
+
+    With 8 kv heads the default is two programs for each of an H100's 132 processors, twice that for very many keys.
+    """
     spans = ((0, text_keys), visual, audio)
-    longest = _tiles(sum(stop - first for first, stop in spans), programs)
+    total = sum(stop - first for first, stop in spans)
+    longest = _tiles(total, programs or (33 if total < MANY_KEYS else 66))
     runs, ends = [], []
     for branch, (first, stop) in enumerate(spans):
         if stop > first:

@@ -66,7 +66,7 @@ def run(
         k_BSGH, v_BSGH = cache.text_L2BSGH[i]
         k_BSGH[line.sample_R, line.pos_R] = turned_RNH[:, heads : heads + config.num_kv_heads]
         v_BSGH[line.sample_R, line.pos_R] = qkv_RNH[:, heads + config.num_kv_heads :]
-        q_RX, rotated_RX = (x[:, :heads].flatten(1) for x in (qkv_RNH, turned_RNH))
+        q_RX, rotated_RX = (x[:, :heads].flatten(1).contiguous() for x in (qkv_RNH, turned_RNH))
         for b, rows in enumerate(line.rows):
             op.attend(
                 q_RX[rows],

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from vidi import precision
 from vidi.fast import ops, weights
 from vidi.fast.weights import TowerWeights
 from vidi.inputs import pixels
@@ -29,22 +30,28 @@ def run_layers(
     exact_gelu: bool,
     last_norm: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
-    """All layers over rows of sequences of ``length`` (R, C), used up; with a last norm its result, else the sum."""
+    """All layers over rows of sequences of ``length`` (R, C), used up; the sum after them, or its last norm.
+
+    Branches are added to the residual by the product itself. Their biases are not: they wait in one vector, which each
+    norm adds as it reads. So a norm reads one tensor and writes one.
+    """
     op, width = ops.pick(x_RC.device), x_RC.shape[1]
     n_RC = torch.empty_like(x_RC)
     inner_RI = x_RC.new_empty(len(x_RC), layers[0].fc1[0].shape[0])
-    branch_RC: Tensor | None = None
+    pending_C = precision.at_least_float32(torch.zeros_like(x_RC[0]))
     for w in layers:
-        op.add_layer_norm(x_RC, branch_RC, w.norm1, eps, n_RC)
+        op.layer_norm(x_RC, pending_C, w.norm1, eps, n_RC)
         qkv_RX = torch.addmm(w.qkv[1], n_RC, w.qkv[0].T)
         q, k, v = qkv_RX.view(-1, length, 3, w.num_heads, width // w.num_heads).permute(2, 0, 3, 1, 4)
         heads_FNLH = nnf.scaled_dot_product_attention(q, k, v, scale=w.scale)
-        heads_RC = heads_FNLH.transpose(1, 2).reshape(x_RC.shape)
-        op.add_layer_norm(x_RC, torch.addmm(w.out[1], heads_RC, w.out[0].T), w.norm2, eps, n_RC)
+        x_RC.addmm_(heads_FNLH.transpose(1, 2).reshape(x_RC.shape), w.out[0].T)
+        pending_C = pending_C + w.out[1]
+        op.layer_norm(x_RC, pending_C, w.norm2, eps, n_RC)
         op.gelu_product(n_RC, *w.fc1, exact_gelu, inner_RI)
-        branch_RC = torch.addmm(w.fc2[1], inner_RI, w.fc2[0].T)
-    op.add_layer_norm(x_RC, branch_RC, last_norm, eps, n_RC)
-    return x_RC if last_norm is None else n_RC
+        x_RC.addmm_(inner_RI, w.fc2[0].T)
+        pending_C = pending_C + w.fc2[1]
+    op.layer_norm(x_RC, pending_C, last_norm, eps, n_RC)
+    return n_RC
 
 
 class FastVisionTower:

@@ -19,12 +19,12 @@ from vidi.fast.plan import Plan
 
 __all__ = [
     "add_gemma_norm",
-    "add_layer_norm",
     "attend",
     "gate_up_step",
     "gelu_mul",
     "gelu_product",
     "head_step",
+    "layer_norm",
     "product_step",
     "qkv_step",
 ]
@@ -54,14 +54,13 @@ def gelu_mul(gate_up_R2I: Tensor, out_RI: Tensor) -> None:
     torch.mul(nnf.gelu(gate, approximate="tanh"), up, out=out_RI)
 
 
-def add_layer_norm(
-    x_RC: Tensor, branch_RC: Tensor | None, norm: tuple[Tensor, Tensor] | None, eps: float, out_RC: Tensor
-) -> None:
-    """x += branch in place, then out = LayerNorm(x). Without a branch x stays; without a norm only the sum is made."""
-    if branch_RC is not None:
-        x_RC += branch_RC
+def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, out_RC: Tensor) -> None:
+    """out = LayerNorm(x + pending), or the sum itself without a norm; ``pending`` is at least float32."""
+    wide = x_RC + pending_C
     if norm is not None:
-        out_RC.copy_(nnf.layer_norm(x_RC, x_RC.shape[-1:], *norm, eps))
+        weight, bias = (precision.at_least_float32(x) for x in norm)
+        wide = nnf.layer_norm(wide, wide.shape[-1:], weight, bias, eps)
+    out_RC.copy_(wide)
 
 
 def gelu_product(x_RC: Tensor, weight_IC: Tensor, bias_I: Tensor, exact: bool, out_RI: Tensor) -> None:

@@ -5,16 +5,16 @@ Importing this package imports Triton: `vidi.fast.ops` does it where the model i
 
 from vidi.fast.kernels.attention import attend
 from vidi.fast.kernels.product import gate_up_step, head_step, product_step, qkv_step
-from vidi.fast.kernels.rows import add_gemma_norm, add_layer_norm, gelu_mul, gelu_product
+from vidi.fast.kernels.rows import add_gemma_norm, gelu_mul, gelu_product, layer_norm
 
 __all__ = [
     "add_gemma_norm",
-    "add_layer_norm",
     "attend",
     "gate_up_step",
     "gelu_mul",
     "gelu_product",
     "head_step",
+    "layer_norm",
     "product_step",
     "qkv_step",
 ]

@@ -21,15 +21,21 @@ __all__ = ["Shape", "gate_up_step", "head_step", "product_step", "qkv_step"]
 
 @dataclass(frozen=True)
 class Shape:
-    """Launch shape: matrix rows a program takes at a time, its warps, and how many programs there are (0 = all rows at
-    once). Found by measurement (docs/performance.md)."""
+    """Launch shape: matrix rows a program takes at a time, its warps, and the most programs (0 = one for all rows)."""
 
-    rows: int = 2
-    warps: int = 4
-    programs: int = 528
+    rows: int
+    warps: int
+    programs: int
 
 
-SHAPES = {"qkv": Shape(), "gate_up": Shape(), "head": Shape(), "product": Shape(4, 4, 0)}
+# Measured on an H100 (bench/probe_fast.py): 2.9 TB/s of a copy's 3.0 for the large matrices, launch included.
+SHAPES = {
+    "qkv": Shape(1, 4, 792),
+    "gate_up": Shape(4, 8, 792),
+    "head": Shape(4, 8, 0),
+    "product of 1": Shape(1, 4, 0),
+    "product of 3": Shape(2, 8, 1584),
+}
 
 
 @triton.jit
@@ -180,7 +186,7 @@ def product_step(rows_KX: Tensor, weight_DX: Tensor, out_KD: Tensor) -> None:
     count, inner = rows_KX.shape
     assert count in (1, 3)
     assert all(x.is_contiguous() for x in (rows_KX[0], weight_DX, out_KD))
-    shape, num_rows = SHAPES["product"], len(weight_DX)
+    shape, num_rows = SHAPES[f"product of {count}"], len(weight_DX)
     blocks = triton.cdiv(num_rows, shape.rows)
     _product[(min(shape.programs or blocks, blocks),)](
         rows_KX, weight_DX, out_KD, rows_KX.stride(0), num_rows,

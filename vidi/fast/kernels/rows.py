@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vidi.fast import twins
 
-__all__ = ["add_gemma_norm", "add_layer_norm", "gelu_mul", "gelu_product", "gelu_tanh", "rounded"]
+__all__ = ["add_gemma_norm", "gelu_mul", "gelu_product", "gelu_tanh", "layer_norm", "rounded"]
 
 
 @triton.jit
@@ -90,38 +90,35 @@ def gelu_mul(gate_up_R2I: Tensor, out_RI: Tensor) -> None:
 
 
 @triton.jit
-def _add_layer_norm(
-    x_ptr, branch_ptr, weight_ptr, bias_ptr, out_ptr, rows, eps,
-    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BRANCH: tl.constexpr, NORM: tl.constexpr,
+def _layer_norm(
+    x_ptr, pending_ptr, weight_ptr, bias_ptr, out_ptr, rows, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (c < C)[None, :]
     at = row.to(tl.int64)[:, None] * C + c[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0).to(tl.float32)
-    if BRANCH:
-        x = rounded(x + tl.load(branch_ptr + at, mask=inside, other=0).to(tl.float32), x_ptr)
-        tl.store(x_ptr + at, x, mask=inside)
+    pending = tl.load(pending_ptr + c, mask=c < C, other=0)
+    x = tl.load(x_ptr + at, mask=inside, other=0).to(tl.float32) + pending[None, :]
     if NORM:
         mean = tl.sum(x, 1) / C
         centred = tl.where(inside, x - mean[:, None], 0)
         scale = tl.rsqrt(tl.sum(centred * centred, 1) / C + eps)
         weight = tl.load(weight_ptr + c, mask=c < C, other=0).to(tl.float32)
         bias = tl.load(bias_ptr + c, mask=c < C, other=0).to(tl.float32)
-        tl.store(out_ptr + at, centred * scale[:, None] * weight[None, :] + bias[None, :], mask=inside)
+        x = centred * scale[:, None] * weight[None, :] + bias[None, :]
+    tl.store(out_ptr + at, x, mask=inside)
 
 
-def add_layer_norm(
-    x_RC: Tensor, branch_RC: Tensor | None, norm: tuple[Tensor, Tensor] | None, eps: float, out_RC: Tensor
-) -> None:
-    """See `twins.add_layer_norm`."""
-    assert all(x.is_contiguous() for x in (x_RC, out_RC, *(() if branch_RC is None else (branch_RC,))))
+def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, out_RC: Tensor) -> None:
+    """See `twins.layer_norm`."""
+    assert all(x.is_contiguous() for x in (x_RC, out_RC, pending_C))
+    assert pending_C.dtype == torch.float32
     rows, width = x_RC.shape
     weight, bias = norm or (None, None)
-    _add_layer_norm[(triton.cdiv(rows, 2),)](
-        x_RC, branch_RC, weight, bias, out_RC, rows, eps,
-        C=width, BLOCK=triton.next_power_of_2(width), ROWS=2, BRANCH=branch_RC is not None, NORM=norm is not None,
-        num_warps=4,
+    _layer_norm[(triton.cdiv(rows, 2),)](
+        x_RC, pending_C, weight, bias, out_RC, rows, eps,
+        C=width, BLOCK=triton.next_power_of_2(width), ROWS=2, NORM=norm is not None, num_warps=4,
     )  # fmt: skip
 
 
