@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -62,11 +63,14 @@ def run(args: argparse.Namespace) -> int:
     except (GoldenError, ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"vidi parity: {error}", file=sys.stderr)
         return UNUSABLE
-    report.print_run(found, console, verbose=not args.quiet)
+    # What a rerun of one stage needs beside case, stage, dtype and backend.
+    given = (("--goldens", args.goldens), ("--device", args.device if args.device != "cpu" else None))
+    options = shlex.join(word for name, value in given if value for word in (name, value))
+    report.print_run(found, console, verbose=not args.quiet, options=options)
     if args.json:
         report.write_json(found, Path(args.json))
     if args.html:
         from vidi.parity import html
 
-        html.write(found, Path(args.html))
+        html.write(found, Path(args.html), options=options)
     return found.exit_code
