@@ -7,8 +7,9 @@ their sizes default to those models and may be given as ``vision_config`` / ``au
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +102,8 @@ class VidiConfig:
     max_positions: int = 8192
 
     def __post_init__(self) -> None:
-        wrong = []
+        if wrong := [text for part in (self, self.vision, self.audio, self.decoder) for text in _mistyped(part)]:
+            raise ConfigError("fields of the wrong type or range: " + "; ".join(wrong))
         if self.image_pool_size != 2:
             wrong.append(f"mm_image_pool_size {self.image_pool_size}: only 2 is specified")
         if self.budget_scope not in ("batch", "video"):
@@ -185,8 +187,6 @@ class VidiConfig:
             return cls.from_official(raw)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        except (TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: a field has the wrong type ({error})") from None
 
     def to_official(self) -> dict[str, Any]:
         """The official fields, with the towers' sizes beside them where they are not the public models'."""
@@ -261,6 +261,22 @@ class VidiConfig:
                 rope_theta=10000.0,
             ),
         )
+
+
+_MAY_BE_NEGATIVE = {"image_placeholder"}
+_MAY_BE_ZERO = {"pad_id", "bos_id", "end_of_turn_id"}
+
+
+def _mistyped(part: Any) -> Iterator[str]:
+    """What is no number where one is declared, or has the wrong sign: counts are at least 1, real values above 0."""
+    for entry in fields(part):
+        value, declared = getattr(part, entry.name), str(entry.type)
+        least = -math.inf if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
+        if declared == "int" and not (type(value) is int and value >= least):
+            yield f"{entry.name} = {value!r:.80} (a whole number{f' of at least {least}' if least > -math.inf else ''})"
+        optional = value is None and "None" in declared
+        if "float" in declared and not optional and not (type(value) in (int, float) and 0 < value < math.inf):
+            yield f"{entry.name} = {value!r:.80} (a positive number)"
 
 
 def _tower(

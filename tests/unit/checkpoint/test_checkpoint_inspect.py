@@ -405,8 +405,8 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f, model_type="llama"),
         "config.json: fields that this model cannot honour: model_type",
     ),
-    "wrong-type": (lambda f: edit_config(f, hidden_size="40"), "config.json: hidden_size = '40': int is needed"),
-    "list-in-config": (lambda f: edit_config(f, rope_theta=[1]), r"config.json: rope_theta = \[1\]: float is needed"),
+    "wrong-type": (lambda f: edit_config(f, hidden_size="40"), r"hidden_size = '40' \(a whole number of at least 1\)"),
+    "list-in-config": (lambda f: edit_config(f, rope_theta=[1]), r"rope_theta = \[1\] \(a positive number\)"),
     "absurd-layers": (lambda f: edit_config(f, num_hidden_layers=10**9), "layers = 1000000000"),
     "truncated": (
         lambda f: os.truncate(shard_with(f, UP), shard_with(f, UP).stat().st_size - 5),
