@@ -1,0 +1,128 @@
+"""The tiers themselves: a run says of each whether it passed, failed or was NOT RUN, and a silent gap fails it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+MARKERS = "-o", "markers=gpu\nslow\nbench\nfull"
+TESTS = """
+import pytest
+from tests.not_run import not_run
+
+def test_good(): pass
+
+@pytest.mark.slow
+def test_slow(): pass
+
+@pytest.mark.gpu
+def test_gpu(): pass
+
+def test_without_data():
+    not_run("no data here; get some")
+"""
+
+
+@pytest.fixture
+def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
+    """run(text of a test file, *arguments) -> result, on a machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("VIDI_REHEARSE", raising=False)
+
+    def go(text: str, *arguments: str) -> pytest.RunResult:
+        pytester.makepyfile(test_it=text)
+        return pytester.runpytest_inprocess("-p", "tests.plugin.tiers", *MARKERS, *arguments)
+
+    return go
+
+
+def test_a_default_run_is_the_cpu_tier(run):
+    result = run(TESTS)
+    assert result.ret == 0
+    result.assert_outcomes(passed=1, skipped=1, deselected=2)
+    result.stdout.fnmatch_lines(
+        [
+            "NOT RUN, no data here; get some:",
+            "  test_it.py::test_without_data",
+            "cpu: passed (1 passed, 1 NOT RUN)",
+            "slow: NOT RUN (not selected; pytest -m slow)",
+            "gpu: NOT RUN (no CUDA device)",
+            "full: NOT RUN (no CUDA device)",
+            "bench: NOT RUN (no such test among those collected)",
+        ]
+    )
+
+
+def test_other_tiers_by_marker(run):
+    result = run(TESTS, "-m", "not gpu")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["slow: passed (1 passed)"])
+
+
+def test_a_test_named_by_its_id_runs_whatever_its_tier(run):
+    result = run(TESTS, "test_it.py::test_slow")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["slow: passed (1 passed)"])
+
+
+def test_a_gpu_run_without_gpu_fails(run):
+    result = run(TESTS, "-m", "gpu")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["gpu: NOT RUN (no CUDA device)", "FAILED: no test ran"])
+
+
+def test_a_rehearsal_is_no_gpu_run(run, monkeypatch):
+    monkeypatch.setenv("VIDI_REHEARSE", "1")
+    result = run(TESTS, "-m", "gpu")
+    assert result.ret == 1
+    result.assert_outcomes(passed=1, deselected=3)
+    result.stdout.fnmatch_lines(["FAILED: only a rehearsal: no test ran on a GPU"])
+
+
+def test_a_gpu_run_with_gpu_passes(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    result = run(TESTS, "-m", "gpu")
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["gpu: passed (1 passed)"])
+
+
+def test_nothing_selected_is_no_success(run):
+    assert run(TESTS, "-m", "bench").ret == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import pytest\ndef test_a(): pytest.skip('NOT RUN: out of habit')", "skipped outside tests.not_run"),
+        ("import pytest\n@pytest.mark.skip(reason='later')\ndef test_a(): pass", "skipped outside tests.not_run: later"),
+        ("import pytest\npytest.importorskip('no_such_module')\ndef test_a(): pass", "skipped outside tests.not_run"),
+        ("import pytest\n@pytest.mark.xfail\ndef test_a(): assert False", "expected failures are not used here"),
+        ("import pytest\n@pytest.mark.xfail\ndef test_a(): pass", "expected failures are not used here"),
+    ],
+    ids=["skip", "skip-marker", "importorskip", "xfail", "xpass"],
+)
+def test_other_ways_to_pass_over_a_test_fail_the_run(run, text, said):
+    result = run(text + "\ndef test_b(): pass\n")
+    assert result.ret != 0
+    result.stdout.fnmatch_lines([f"*{said}*"])
+
+
+def test_a_failure_fails_its_tier(run):
+    result = run(TESTS.replace("def test_slow(): pass", "def test_slow(): assert 1 == 2"), "-m", "not gpu")
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["cpu: passed (1 passed, 1 NOT RUN)", "slow: failed (0 passed, 1 failed)"])
+
+
+def test_tiers_in_junit_and_markdown(run, pytester):
+    run(TESTS, "--junitxml", "report.xml", "--tiers-md", "tiers.md")
+    properties = ElementTree.parse(pytester.path / "report.xml").iterfind(".//testsuite/properties/property")
+    told = {p.get("name"): p.get("value") for p in properties}
+    assert told["tier.cpu"] == "cpu: passed (1 passed, 1 NOT RUN)"
+    assert told["tier.gpu"] == "gpu: NOT RUN (no CUDA device)"
+    text = Path(pytester.path / "tiers.md").read_text()
+    assert "| cpu | passed | 1 | 0 | 1 |" in text
+    assert "| gpu | NOT RUN: no CUDA device | 0 | 0 | 0 |" in text
+    assert "- `test_it.py::test_without_data`" in text
