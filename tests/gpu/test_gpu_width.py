@@ -1,0 +1,157 @@
+"""One SigLIP layer, one Whisper layer, the whole bridge and one decoder layer at full width, against NumPy float64.
+
+A model of the released sizes with one layer of each kind, run from pixels and log-mel to logits. The oracle gives the
+truth, and its own rounded runs give the unit that errors are measured in, as for the small goldens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from goldens.oracle import forward
+from tests.gpu.judge import judge
+from vidi import precision
+from vidi.attention import limits
+from vidi.checkpoint import names, synthetic
+from vidi.config import VidiConfig
+from vidi.model import VidiModel
+from vidi.parity import feed, ids, trace
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+]
+
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+ORDERS = (None, 1)
+
+
+def config(narrow: bool) -> VidiConfig:
+    """``narrow`` (a rehearsal): the tiny sizes."""
+    whole = VidiConfig.tiny() if narrow else VidiConfig.full()
+    return dataclasses.replace(
+        whole,
+        vision=dataclasses.replace(whole.vision, num_layers=2),  # the last one is never computed
+        audio=dataclasses.replace(whole.audio, num_layers=1),
+        decoder=dataclasses.replace(whole.decoder, num_layers=1, vocab_size=512),
+    )
+
+
+def official(sizes: VidiConfig) -> dict:
+    raw = sizes.to_official()
+    vision, audio = sizes.vision, sizes.audio
+    raw["vision_config"] = {
+        "num_hidden_layers": vision.num_layers,
+        "patch_size": vision.patch_size,
+        "num_attention_heads": vision.num_heads,
+        "layer_norm_eps": vision.layer_norm_eps,
+    }
+    raw["audio_config"] = {
+        "encoder_layers": audio.num_layers,
+        "encoder_attention_heads": audio.num_heads,
+        "max_source_positions": audio.max_source_positions,
+    }
+    return raw
+
+
+def inputs(sizes: VidiConfig) -> dict[str, np.ndarray]:
+    """Two samples, the second shorter and without sound, so that masks act; a third of an audio piece."""
+    draw = np.random.default_rng(5)
+    side, mel = sizes.vision.image_size, (sizes.audio.num_mel_bins, sizes.audio.mel_frames)
+
+    def pixels(frames: int) -> np.ndarray:  # multiples of 1/128 in [-1, 1]: exact in every dtype
+        return (draw.integers(-128, 129, (frames, 3, side, side)) / 128).astype(np.float32)
+
+    ids_BT = draw.integers(3, 500, (2, 9))
+    ids_BT[:, 2] = sizes.image_placeholder
+    return {
+        "inputs.input_ids": ids_BT,
+        "inputs.attention_mask": np.arange(9) < np.array([[9], [6]]),
+        "inputs.images.0": pixels(2),
+        "inputs.images.1": pixels(1),
+        "inputs.audios.0": (draw.integers(-128, 129, (1, *mel)) / 128).astype(np.float32),
+        "inputs.audio_sizes": np.array([mel[1] // 3, 0]),
+    }
+
+
+@cache
+def model(narrow: bool, device: str) -> VidiModel:
+    """Weights that bf16 holds exactly, in float32."""
+    return synthetic.create(config(narrow), seed=3, device=device, dtype=torch.bfloat16)
+
+
+@cache
+def oracle(narrow: bool, device: str, round_to: str | None, order: int | None) -> dict[str, np.ndarray]:
+    sizes = config(narrow)
+    weights = {
+        want.official: model(narrow, device).get_parameter(want.ours).detach().float().cpu().numpy()
+        for want in names.expected(sizes).values()
+    }
+    table = next(x for x in load_file(Path(__file__).parents[2] / "goldens" / "pos_freq.safetensors").values())
+    if narrow:
+        from vidi.bridge import position
+
+        table = position.frequencies(sizes.decoder.hidden_size).numpy()
+    casts = "none" if round_to is None else "official"
+    return forward(
+        official(sizes),
+        weights,
+        inputs(sizes),
+        casts=casts,
+        round_to=round_to,
+        order_seed=order,
+        pos_freq=table,
+        keep=lambda stage: not stage.startswith("loss."),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "tower"), [("eager", "sdpa"), ("flash", "flash"), ("flex", "eager")])
+def test_full_width(
+    backend: str, tower: str, dtype: str, device: torch.device, able: Callable, record_property: Callable
+) -> None:
+    narrow = device.type == "cpu"
+    kind = feed.DTYPES[dtype]
+    able(backend, dtype=kind, head_dim=config(narrow).decoder.head_dim, softcap=50.0)
+    if limits.why_not(backend, dtype=kind, device=device, head_dim=256, softcap=50.0):
+        return  # refused, which test_gpu_attention holds it to
+    truth = oracle(narrow, device.type, None, None)
+    naive = [oracle(narrow, device.type, DTYPES[dtype], order) for order in ORDERS]
+    runner = precision.cast_model(_copy(model(narrow, device.type), narrow, device), kind)
+    runner.backend, runner.tower_backend = backend, tower
+    tap = trace.Trace()
+    with torch.inference_mode():
+        runner(feed.batch_of(inputs(config(narrow))), last_stream=True, tap=tap)
+    found = {"pos.freq": runner.bridge.pos_t.freq_K, **tap.tensors()}
+    found |= dict(trace.cross_attention(found, runner.config.decoder.num_heads))
+    failures, worst = [], 0.0
+    for stage in ids.sort_ids(truth):
+        if stage not in found:
+            failures.append(f"{stage}: missing")
+        elif ids.is_exact(stage):
+            if not np.array_equal(found[stage].cpu().numpy(), truth[stage]):
+                failures.append(f"{stage}: differs, and is exact")
+        else:
+            result = judge(found[stage], truth[stage], [run[stage] for run in naive], kind, stage)
+            worst = max(worst, result.ratio)
+            record_property(stage, f"{result.ratio:.3g}")
+            if not result.ok:
+                failures.append(result.text())
+    record_property("worst error over budget", f"{worst:.3g}")
+    assert {"vision.tower", "audio.tower", "vision.llm_norm", "audio.llm_norm", "layer.0.output"} <= truth.keys()
+    assert not failures, "\n".join(failures)
+
+
+def _copy(source: VidiModel, narrow: bool, device: torch.device) -> VidiModel:
+    with torch.device(device):
+        twin = VidiModel(config(narrow))
+    twin.load_state_dict(source.state_dict())
+    return twin

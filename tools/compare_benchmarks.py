@@ -1,0 +1,103 @@
+"""Compare two benchmark runs by ratio, as a gate.
+
+    python tools/compare_benchmarks.py BEFORE.json AFTER.json [--slack 0.05] [--across-devices]
+
+Each file is what `pytest -m bench --benchmark-json FILE` writes. Times of two runs are never compared: a benchmark holds
+its time over the floor and over the plain implementation, both measured in its own run, and these ratios are. Exit 1
+where one grew by more than the slack or a benchmark is gone, 2 where the files cannot be compared, 0 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Change", "compare", "main", "read"]
+
+RATIOS = ("to_floor", "to_plain")
+
+Figures = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One ratio of one benchmark in both runs; None where a run lacks it."""
+
+    name: str
+    ratio: str
+    before: float | None
+    after: float | None
+
+    def worse(self, slack: float) -> bool:
+        if self.after is None:
+            return True
+        return self.before is not None and not self.after <= self.before * (1 + slack)  # NaN is worse
+
+    def line(self, slack: float) -> str:
+        sizes = ["-" if x is None else f"{x:.3f}" for x in (self.before, self.after)]
+        moved = f"{self.after / self.before - 1:+.1%}" if self.before and self.after is not None else ""
+        verdict = "WORSE" if self.worse(slack) else ""
+        return f"{self.name:<32} {self.ratio:<9} {sizes[0]:>9} {sizes[1]:>9} {moved:>8} {verdict}".rstrip()
+
+
+def read(path: Path) -> Figures:
+    """Benchmark name -> its extra_info. Raises ValueError where the file holds no comparable benchmark."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        found = {entry["name"]: entry["extra_info"] for entry in raw["benchmarks"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: no benchmark file ({error})") from None
+    found = {name: info for name, info in found.items() if any(ratio in info for ratio in RATIOS)}
+    if not found:
+        raise ValueError(f"{path}: no benchmark with a ratio in it; write it with pytest -m bench --benchmark-json")
+    return found
+
+
+def compare(before: Figures, after: Figures) -> list[Change]:
+    """Every ratio of either run. The plain variant's ratio to itself says nothing and is left out."""
+    changes = []
+    for name in sorted({*before, *after}):
+        sides = before.get(name, {}), after.get(name, {})
+        for ratio in RATIOS:
+            values = [side.get(ratio) for side in sides]
+            is_plain = any(side.get("variant") == "plain" for side in sides)
+            if values != [None, None] and not (ratio == "to_plain" and is_plain):
+                changes.append(Change(name, ratio, *values))
+    return changes
+
+
+def devices(figures: Figures) -> str:
+    return ", ".join(sorted({str(info.get("device", "unknown device")) for info in figures.values()}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; the exit status is described above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("before", type=Path)
+    parser.add_argument("after", type=Path)
+    parser.add_argument("--slack", type=float, default=0.05, help="how much a ratio may grow: 0.05 is 5 %% (default)")
+    parser.add_argument("--across-devices", action="store_true", help="compare runs of different devices all the same")
+    options = parser.parse_args(arguments)
+    try:
+        before, after = read(options.before), read(options.after)
+        if devices(before) != devices(after) and not options.across_devices:
+            raise ValueError(f"measured on {devices(before)} and on {devices(after)}; --across-devices compares them")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    changes = compare(before, after)
+    print(f"{devices(before)} -> {devices(after)}; a ratio may grow by {options.slack:.0%}")
+    print("\n".join(change.line(options.slack) for change in changes))
+    worse = [change for change in changes if change.worse(options.slack)]
+    gone = sum(change.after is None for change in worse)
+    print(f"{len(changes)} ratios, {len(worse) - gone} worse, {gone} gone")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
