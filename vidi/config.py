@@ -20,8 +20,32 @@ class ConfigError(ValueError):
     """A configuration that this model cannot honour; the text names the fields."""
 
 
+_MAY_BE_NEGATIVE = {"image_placeholder"}
+_MAY_BE_ZERO = {"pad_id", "bos_id", "end_of_turn_id"}
+
+
+def _mistyped(part: Any) -> Iterator[str]:
+    """What is no number where one is declared, or has the wrong sign: counts are at least 1, real values above 0."""
+    for entry in fields(part):
+        value, declared = getattr(part, entry.name), str(entry.type)
+        least = -math.inf if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
+        if declared == "int" and not (type(value) is int and value >= least):
+            yield f"{entry.name} = {value!r:.80} (a whole number{f' of at least {least}' if least > -math.inf else ''})"
+        optional = value is None and "None" in declared
+        if "float" in declared and not optional and not (type(value) in (int, float) and 0 < value < math.inf):
+            yield f"{entry.name} = {value!r:.80} (a positive number)"
+
+
+class _Checked:
+    """A part of the configuration that refuses fields of the wrong type."""
+
+    def __post_init__(self) -> None:
+        if wrong := list(_mistyped(self)):
+            raise ConfigError("fields of the wrong type or range: " + "; ".join(wrong))
+
+
 @dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(_Checked):
     """SigLIP2 tower. Defaults: so400m patch14-384."""
 
     image_size: int = 384
@@ -39,7 +63,7 @@ class VisionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AudioConfig:
+class AudioConfig(_Checked):
     """Whisper encoder. Defaults: large-v3."""
 
     num_mel_bins: int = 128
@@ -57,7 +81,7 @@ class AudioConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
+class DecoderConfig(_Checked):
     """Gemma 2 decoder. Every field is given by the checkpoint; none has a default."""
 
     vocab_size: int
@@ -84,7 +108,7 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VidiConfig:
+class VidiConfig(_Checked):
     vision: VisionConfig
     audio: AudioConfig
     decoder: DecoderConfig
@@ -102,8 +126,8 @@ class VidiConfig:
     max_positions: int = 8192
 
     def __post_init__(self) -> None:
-        if wrong := [text for part in (self, self.vision, self.audio, self.decoder) for text in _mistyped(part)]:
-            raise ConfigError("fields of the wrong type or range: " + "; ".join(wrong))
+        super().__post_init__()
+        wrong = []
         if self.image_pool_size != 2:
             wrong.append(f"mm_image_pool_size {self.image_pool_size}: only 2 is specified")
         if self.budget_scope not in ("batch", "video"):
@@ -261,22 +285,6 @@ class VidiConfig:
                 rope_theta=10000.0,
             ),
         )
-
-
-_MAY_BE_NEGATIVE = {"image_placeholder"}
-_MAY_BE_ZERO = {"pad_id", "bos_id", "end_of_turn_id"}
-
-
-def _mistyped(part: Any) -> Iterator[str]:
-    """What is no number where one is declared, or has the wrong sign: counts are at least 1, real values above 0."""
-    for entry in fields(part):
-        value, declared = getattr(part, entry.name), str(entry.type)
-        least = -math.inf if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
-        if declared == "int" and not (type(value) is int and value >= least):
-            yield f"{entry.name} = {value!r:.80} (a whole number{f' of at least {least}' if least > -math.inf else ''})"
-        optional = value is None and "None" in declared
-        if "float" in declared and not optional and not (type(value) in (int, float) and 0 < value < math.inf):
-            yield f"{entry.name} = {value!r:.80} (a positive number)"
 
 
 def _tower(
