@@ -10,17 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from vidi.attention.unpad import Rows
 from vidi.config import DecoderConfig
 
-if TYPE_CHECKING:
-    from vidi.decoder.layer import CrossKeys
+__all__ = ["Cache", "CrossKeys", "LayerTextCache"]
 
-__all__ = ["Cache", "LayerTextCache"]
+
+@dataclass(frozen=True)
+class CrossKeys:
+    """One modality's keys and values for one layer, heads not repeated, and which of them are kept."""
+
+    k_BLGH: Tensor
+    v_BLGH: Tensor
+    rows: Rows
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from vidi import official
+
 __all__ = ["AudioConfig", "ConfigError", "DecoderConfig", "VidiConfig", "VisionConfig"]
 
 
@@ -165,19 +167,19 @@ class VidiConfig(_Checked):
         Raises ConfigError naming every unknown, missing or contradictory field.
         """
         wrong = []
-        for name, allowed in _REQUIRED_VALUES.items():
+        for name, allowed in official.REQUIRED_VALUES.items():
             if name in raw and raw[name] not in allowed:
                 wrong.append(f"{name} = {raw[name]!r} (this model computes {' or '.join(map(repr, allowed))})")
         if wrong:
             raise ConfigError("fields that this model cannot honour: " + "; ".join(wrong))
-        if missing := sorted(name for name in _DECODER_FIELDS if name not in raw):
+        if missing := sorted(name for name in official.DECODER_FIELDS if name not in raw):
             raise ConfigError(f"missing fields: {', '.join(missing)}")
         known = {
-            *_DECODER_FIELDS,
-            *_BRIDGE_FIELDS,
-            *_REQUIRED_VALUES,
-            *_IGNORED,
-            *_GENERIC,
+            *official.DECODER_FIELDS,
+            *official.BRIDGE_FIELDS,
+            *official.REQUIRED_VALUES,
+            *official.IGNORED,
+            *official.GENERIC,
             "vision_config",
             "audio_config",
         }
@@ -186,10 +188,23 @@ class VidiConfig(_Checked):
                 f"unknown fields: {', '.join(unknown)}; remove them, or teach vidi/config.py their meaning"
             )
         return cls(
-            vision=_tower(VisionConfig, _VISION_FIELDS, _VISION_REQUIRED, raw.get("vision_config"), vision, "vision"),
-            audio=_tower(AudioConfig, _AUDIO_FIELDS, _AUDIO_REQUIRED, raw.get("audio_config"), audio, "audio"),
-            decoder=DecoderConfig(**{ours: raw[name] for name, ours in _DECODER_FIELDS.items()}),
-            **{ours: raw[name] for name, ours in _BRIDGE_FIELDS.items() if name in raw and not _absent(raw, name)},
+            vision=_tower(
+                VisionConfig,
+                official.VISION_FIELDS,
+                official.VISION_REQUIRED,
+                raw.get("vision_config"),
+                vision,
+                "vision",
+            ),
+            audio=_tower(
+                AudioConfig, official.AUDIO_FIELDS, official.AUDIO_REQUIRED, raw.get("audio_config"), audio, "audio"
+            ),
+            decoder=DecoderConfig(**{ours: raw[name] for name, ours in official.DECODER_FIELDS.items()}),
+            **{
+                ours: raw[name]
+                for name, ours in official.BRIDGE_FIELDS.items()
+                if name in raw and not _absent(raw, name)
+            },
         )
 
     @classmethod
@@ -215,14 +230,14 @@ class VidiConfig(_Checked):
     def to_official(self) -> dict[str, Any]:
         """The official fields, with the towers' sizes beside them where they are not the public models'."""
         raw: dict[str, Any] = {"model_type": "dattn_gemma2", "architectures": ["DattnGemma2ForCausalLM"]}
-        raw |= {name: getattr(self.decoder, ours) for name, ours in _DECODER_FIELDS.items()}
-        raw |= {name: getattr(self, ours) for name, ours in _BRIDGE_FIELDS.items()}
-        raw |= {name: allowed[0] for name, allowed in _REQUIRED_VALUES.items() if name != "model_type"}
+        raw |= {name: getattr(self.decoder, ours) for name, ours in official.DECODER_FIELDS.items()}
+        raw |= {name: getattr(self, ours) for name, ours in official.BRIDGE_FIELDS.items()}
+        raw |= {name: allowed[0] for name, allowed in official.REQUIRED_VALUES.items() if name != "model_type"}
         raw["torch_dtype"] = "bfloat16"
         if self.vision != VisionConfig():
-            raw["vision_config"] = {name: getattr(self.vision, ours) for name, ours in _VISION_FIELDS.items()}
+            raw["vision_config"] = {name: getattr(self.vision, ours) for name, ours in official.VISION_FIELDS.items()}
         if self.audio != AudioConfig():
-            raw["audio_config"] = {name: getattr(self.audio, ours) for name, ours in _AUDIO_FIELDS.items()}
+            raw["audio_config"] = {name: getattr(self.audio, ours) for name, ours in official.AUDIO_FIELDS.items()}
         return raw
 
     # ---- sizes ------------------------------------------------------------------------------------------------
@@ -297,12 +312,12 @@ def _tower(
         return kind()
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{name}_config: an object is expected, found {type(raw).__name__}")
-    if unknown := sorted(set(raw) - set(fields) - set(required) - _GENERIC - _TOWER_IGNORED):
+    if unknown := sorted(set(raw) - set(fields) - set(required) - official.GENERIC - official.TOWER_IGNORED):
         raise ConfigError(f"unknown fields in {name}_config: {', '.join(unknown)}")
     for field_name, value in required.items():
         if field_name in raw and raw[field_name] != value:
             raise ConfigError(f"{name}_config.{field_name} = {raw[field_name]!r} (this model computes {value!r})")
-    config = kind(**{ours: raw[official] for official, ours in fields.items() if official in raw})
+    config = kind(**{ours: raw[theirs] for theirs, ours in fields.items() if theirs in raw})
     if isinstance(config, AudioConfig) and raw.get("nb_max_frames", config.mel_frames) != config.mel_frames:
         raise ConfigError(
             f"audio_config.nb_max_frames {raw['nb_max_frames']} is not twice max_source_positions "
@@ -314,98 +329,3 @@ def _tower(
 def _absent(raw: Mapping[str, Any], name: str) -> bool:
     """A null in the file means "not set" for every bridge field but the loss threshold, where it is the value."""
     return raw[name] is None and name != "loss_thres"
-
-
-_DECODER_FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
-    "sliding_window": "sliding_window",
-    "query_pre_attn_scalar": "query_pre_attn_scalar",
-    "attn_logit_softcapping": "attn_softcap",
-    "final_logit_softcapping": "final_softcap",
-    "rms_norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-}
-_BRIDGE_FIELDS = {
-    "mm_image_pool_size": "image_pool_size",
-    "mm_audio_pool_size": "audio_pool_size",
-    "mm_time_interval": "time_interval",
-    "mm_std": "norm_std",
-    "visual_token_budget": "visual_token_budget",
-    "budget_scope": "budget_scope",
-    "loss_thres": "loss_threshold",
-    "bos_token_id": "bos_id",
-    "pad_token_id": "pad_id",
-    "max_position_embeddings": "max_positions",
-}
-# Fields that choose what is computed: one choice is implemented, any other is refused. The released file holds
-# `mm_projector_type: null`, which means mlp2x_gelu (its weights are model.0 and model.2).
-_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "model_type": ("dattn_gemma2",),
-    "mm_projector_type": (None, "mlp2x_gelu"),
-    "mm_vision_select_layer": (-2,),
-    "mm_input_type": ("video",),
-    "mm_image_aspect_ratio": ("resize",),
-    "mm_vision_tower": ("google/siglip2-so400m-patch14-384", None),
-    "mm_audio_tower": ("openai/whisper-large-v3", None),
-    "hidden_activation": ("gelu_pytorch_tanh", None),
-    "hidden_act": ("gelu_pytorch_tanh", None),
-    "tie_word_embeddings": (True,),
-    "attention_bias": (False,),
-    "attention_dropout": (0, 0.0),
-}
-# Known, without effect on what is computed here: chunk counts, training switches, how the file was written.
-_IGNORED = {
-    "mm_splits",
-    "train_vis",
-    "train_aud",
-    "eos_token_id",
-    "cache_implementation",
-    "initializer_range",
-    "use_cache",
-    "_attn_implementation",
-}
-# What Hugging Face writes into every configuration, whatever the model.
-_GENERIC = {
-    *("_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "bad_words_ids"),
-    *("begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cross_attention_hidden_size"),
-    *("decoder_start_token_id", "diversity_penalty", "do_sample", "dtype", "early_stopping"),
-    *("encoder_no_repeat_ngram_size", "eos_token_id", "exponential_decay_length_penalty", "finetuning_task"),
-    *("forced_bos_token_id", "forced_eos_token_id", "id2label", "is_decoder", "is_encoder_decoder", "label2id"),
-    *("length_penalty", "max_length", "min_length", "model_type", "no_repeat_ngram_size", "num_beam_groups"),
-    *("num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores"),
-    *("pad_token_id", "prefix", "problem_type", "pruned_heads", "remove_invalid_values", "repetition_penalty"),
-    *("return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params"),
-    *("temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k"),
-    *("top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16"),
-}
-_VISION_FIELDS = {
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "num_channels": "num_channels",
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "intermediate_size",
-    "layer_norm_eps": "layer_norm_eps",
-}
-_VISION_REQUIRED = {"hidden_act": "gelu_pytorch_tanh", "select_layer": -2}
-_AUDIO_FIELDS = {
-    "num_mel_bins": "num_mel_bins",
-    "d_model": "hidden_size",
-    "encoder_layers": "num_layers",
-    "encoder_attention_heads": "num_heads",
-    "encoder_ffn_dim": "intermediate_size",
-    "max_source_positions": "max_source_positions",
-}
-_AUDIO_REQUIRED = {"activation_function": "gelu", "scale_embedding": False}
-_TOWER_IGNORED = {
-    *("attention_dropout", "activation_dropout", "dropout", "encoder_layerdrop", "nb_max_frames", "num_hidden_layers"),
-    *("_attn_implementation", "use_cache", "init_std", "vocab_size", "max_target_positions", "decoder_layers"),
-    *("decoder_attention_heads", "decoder_ffn_dim", "decoder_layerdrop", "initializer_range", "vision_use_head"),
-}

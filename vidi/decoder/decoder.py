@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from vidi import precision
 from vidi.attention import rope
 from vidi.attention.unpad import Rows
-from vidi.cache import Cache
+from vidi.cache import Cache, CrossKeys
 from vidi.config import DecoderConfig
-from vidi.decoder.layer import CrossKeys, DecoderLayer, TextRows
+from vidi.decoder.layer import DecoderLayer, TextRows
 from vidi.decoder.norm import GemmaNorm
 from vidi.stream import Stream
 from vidi.tap import Tap, no_tap

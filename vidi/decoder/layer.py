@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from vidi.attention import rope
 from vidi.attention.unpad import Rows
-from vidi.cache import LayerTextCache
+from vidi.cache import CrossKeys, LayerTextCache
 from vidi.config import DecoderConfig
 from vidi.decoder.attention import DecomposedAttention
 from vidi.decoder.mlp import GatedMlp
 from vidi.decoder.norm import GemmaNorm
 from vidi.tap import Tap, no_tap
 
-__all__ = ["CrossKeys", "DecoderLayer", "TextRows"]
+__all__ = ["DecoderLayer", "TextRows"]
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,6 @@ class TextRows:
     sin_BTH: Tensor
     rows: Rows | None
     backend: str
-
-
-@dataclass(frozen=True)
-class CrossKeys:
-    """One modality's keys and values for one layer, heads not repeated, and which of them are kept."""
-
-    k_BLGH: Tensor
-    v_BLGH: Tensor
-    rows: Rows
 
 
 class DecoderLayer(nn.Module):
