@@ -22,8 +22,9 @@ from vidi import loss
 from vidi.attention.unpad import Rows
 from vidi.bridge import audio, fold, mask, position, visual
 from vidi.bridge.visual import Group
+from vidi.cache import CrossKeys
 from vidi.decoder.attention import repeat_heads
-from vidi.decoder.layer import CrossKeys, DecoderLayer, TextRows
+from vidi.decoder.layer import DecoderLayer, TextRows
 from vidi.inputs import batch as batches
 from vidi.inputs import pixels
 from vidi.inputs.batch import Batch
@@ -39,7 +40,11 @@ NAMES = {"v": {"path": "vision", "name": "image"}, "a": {"path": "audio", "name"
 
 @dataclass(frozen=True)
 class Stage:
-    """One entry of the registry. ``inputs``: templates of the golden tensors that feed it."""
+    """One entry of the registry. ``inputs``: templates of the golden tensors that feed it.
+
+    ``sites``: dotted names of functions, classes, modules (all that is in them) or parts of the model (`model.bridge.pos_h`),
+    each with the use it has here in brackets, where another stage uses the same code for something else.
+    """
 
     template: str
     inputs: tuple[str, ...]
@@ -289,9 +294,41 @@ def _mean_loss(s: Site) -> Tensor:
 # ---- the registry -------------------------------------------------------------------------------------------------------
 
 _B, _D = "vidi.bridge.", "vidi.decoder."
-_TOWER = ("vidi.towers.layer.",)
-_POS = (_B + "position.PositionEmbedding", _B + "position.embed", _B + "position.positions", _B + "position.sinusoid")
-_NORM = (_D + "layer.DecoderLayer.input_norm", _D + "norm.")
+_TOWER = ("vidi.towers.layer.", "vidi.attention.sdpa.", "vidi.attention.dispatch.[tower]")
+_RMS = (_B + "norm.",)
+_LAYER, _PART = _D + "layer.DecoderLayer.", "model.decoder.layers.{i}."
+_NORM = (_D + "norm.", _PART + "input_norm", _PART + "attention")
+_ATTENTION = _D + "attention.DecomposedAttention."
+_EAGER = ("vidi.attention.eager.", "vidi.attention.dispatch.", "vidi.attention.mask.zero_rows")
+_QUERIES = (_ATTENTION + "queries", *_NORM)
+_STREAM_KEYS = (_LAYER + "stream_keys_values", _ATTENTION + "keys_values", *_NORM)
+_FEED = (
+    _LAYER + "feed_forward",
+    _D + "mlp.",
+    _D + "norm.",
+    *(_PART + x for x in ("mlp", "post_attn_norm", "pre_ffn_norm", "post_ffn_norm")),
+)
+_STREAM = (
+    _LAYER + "update_stream",
+    _ATTENTION + "attend_own_token",
+    _ATTENTION + "output",
+    _D + "attention.repeat_heads",
+    _D + "decoder.update_in_chunks",
+    *_STREAM_KEYS,
+    *_FEED,
+)
+
+
+def _position(*uses: str) -> tuple[str, ...]:
+    """The code of an embedding, as far as it serves these axes."""
+    code = ("PositionEmbedding", "embed", "positions", "sinusoid")
+    named = (f"{_B}position.{name}[{use}]" for name in code for use in uses)
+    return (*named, f"model.bridge.pos_{uses[0]}")
+
+
+def _elsewhere(s: Site) -> Tensor:
+    raise NotHeld("decoding is a chain of its own: no stage of it is fed alone")
+
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -306,7 +343,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.tower",
         ("inputs.images",),
         _vision_tower,
-        ("vidi.towers.siglip.", "vidi.inputs.pixels.", *_TOWER),
+        ("vidi.towers.siglip.", "vidi.inputs.pixels.", "model.vision_tower", *_TOWER),
         "§3.1",
         "SigLIP2 at hidden state -2",
     ),
@@ -338,7 +375,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.projector{g}",
         ("vision.space_to_depth{g}",),
         lambda s: s.model.bridge.image_projector(s["vision.space_to_depth{g}"].permute(0, 2, 3, 1)),
-        (_B + "projector.", _B + "visual._frame_tokens"),
+        (_B + "projector.", "model.bridge.image_projector"),
         "§3.5",
         "Linear, GELU (erf), Linear",
     ),
@@ -346,7 +383,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.norm{g}",
         ("vision.projector{g}",),
         lambda s: s.model.bridge.image_norm(s["vision.projector{g}"]),
-        (_B + "norm.",),
+        (*_RMS, "model.bridge.image_norm"),
         "§3.5",
         "bridge RMSNorm",
     ),
@@ -354,7 +391,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.pos_h.embed{g}",
         ("pos.freq",),
         lambda s: s.embed(s.model.bridge.pos_h, "h", s.group.side // s.model.config.image_pool_size)[None, :, None],
-        _POS,
+        _position("h"),
         "§5",
         "height embedding, before rms",
     ),
@@ -362,7 +399,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.pos_h{g}",
         ("vision.norm{g}", "vision.pos_h.embed{g}"),
         lambda s: position.add(s["vision.norm{g}"], s["vision.pos_h.embed{g}"]),
-        (_B + "position.add", _B + "visual._frame_tokens"),
+        (_B + "position.add[h]", *_RMS),
         "§3.6",
         "+ rms(height)",
     ),
@@ -370,7 +407,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.pos_w.embed{g}",
         ("pos.freq",),
         lambda s: s.embed(s.model.bridge.pos_w, "w", s.group.side // s.model.config.image_pool_size)[None, None],
-        _POS,
+        _position("w"),
         "§5",
         "width embedding, before rms",
     ),
@@ -378,7 +415,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.pos_w{g}",
         ("vision.pos_h{g}", "vision.pos_w.embed{g}"),
         lambda s: position.add(s["vision.pos_h{g}"], s["vision.pos_w.embed{g}"]),
-        (_B + "position.add", _B + "visual._frame_tokens"),
+        (_B + "position.add[w]", *_RMS),
         "§3.6",
         "+ rms(width)",
     ),
@@ -388,7 +425,7 @@ STAGES: tuple[Stage, ...] = (
         lambda s: s.embed(s.model.bridge.pos_t, f"t_v.{s.places['b']}", s.bench.num_frames[int(s.places["b"])])[
             :, None, None
         ],
-        _POS,
+        _position("t", "t_v"),
         "§5",
         "time embedding of one video, before rms",
     ),
@@ -396,7 +433,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.pos_t{g}",
         ("vision.pos_w{g}", "vision.pos_t.embed.{b}"),
         _pos_t,
-        (_B + "position.add", _B + "visual._frame_tokens"),
+        (_B + "position.add[t]", *_RMS),
         "§3.6",
         "+ rms(time), per video",
     ),
@@ -404,7 +441,12 @@ STAGES: tuple[Stage, ...] = (
         "vision.packed",
         ("vision.pos_t{g}",),
         _vision_packed,
-        (_B + "pack.", "vidi.inputs.batch.pad_rows", _B + "visual.encode"),
+        (
+            _B + "pack.to_stream[split]",
+            "vidi.inputs.batch.pad_rows",
+            _B + "visual.encode",
+            _B + "visual._frame_tokens[flatten]",
+        ),
         "§3.7",
         "(t, h, w) flattened per video, zero-padded at the right",
     ),
@@ -412,7 +454,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.mask",
         ("vision.packed", "inputs.images"),
         lambda s: mask.keep_tokens(s["vision.packed"], s.bench.signal("v")),
-        (_B + "mask.",),
+        (_B + "mask.keep_tokens", _B + "mask.has_signal[v]"),
         "§3.8",
         "kept visual tokens",
     ),
@@ -420,18 +462,23 @@ STAGES: tuple[Stage, ...] = (
         "vision.llm_norm",
         ("vision.packed", "vision.mask"),
         lambda s: s.model.bridge.llm_norm(s["vision.packed"]) * s["vision.mask"][..., None],
-        (_B + "pack.", _B + "norm."),
+        (_B + "pack.to_stream[norm]", *_RMS, "model.bridge.llm_norm"),
         "§3.9",
         "shared RMSNorm, then the mask",
     ),
     Stage(
-        "audio.tower", ("inputs.audios",), _audio_tower, ("vidi.towers.whisper.", *_TOWER), "§4.1", "Whisper encoder"
+        "audio.tower",
+        ("inputs.audios",),
+        _audio_tower,
+        ("vidi.towers.whisper.", "model.audio_tower", *_TOWER),
+        "§4.1",
+        "Whisper encoder",
     ),
     Stage(
         "audio.trim",
         ("audio.tower", "inputs.audio_sizes"),
         _trim,
-        (_B + "audio.trim", _B + "audio.num_positions"),
+        (_B + "audio.trim", _B + "audio.num_positions", "vidi.inputs.batch.pad_rows"),
         "§4.2",
         "pieces joined, cut to the sound's length, zero-padded",
     ),
@@ -439,7 +486,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.pool",
         ("audio.trim",),
         lambda s: audio.pool(s["audio.trim"], s.model.bridge.audio_pool),
-        (_B + "audio.pool",),
+        (_B + "audio.pool", "model.bridge.audio_pool"),
         "§4.3",
         "Conv1d of kernel and stride 5: width change and pooling in one",
     ),
@@ -447,7 +494,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.projector",
         ("audio.pool", "inputs.audio_sizes"),
         _audio_projector,
-        (_B + "audio.encode", _B + "audio.num_tokens", _B + "projector."),
+        (_B + "audio.encode", _B + "audio.num_tokens", _B + "projector.", "model.bridge.audio_projector"),
         "§4.4",
         "Linear, GELU (erf), Linear",
     ),
@@ -455,7 +502,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.norm",
         ("audio.projector",),
         lambda s: s.model.bridge.audio_norm(s["audio.projector"]),
-        (_B + "norm.",),
+        (*_RMS, "model.bridge.audio_norm"),
         "§4.4",
         "bridge RMSNorm",
     ),
@@ -463,7 +510,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.pos_t.embed.{b}",
         ("pos.freq",),
         lambda s: s.embed(s.model.bridge.pos_t, f"t_a.{s.places['b']}", s.bench.audio_tokens[int(s.places["b"])]),
-        _POS,
+        _position("t", "t_a"),
         "§5",
         "time embedding of one sample's audio, before rms",
     ),
@@ -471,7 +518,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.pos_t",
         ("audio.norm", "audio.pos_t.embed.{b}"),
         _audio_pos_t,
-        (_B + "position.add",),
+        (_B + "position.add[t_a]", *_RMS),
         "§4.4",
         "+ rms(time)",
     ),
@@ -479,7 +526,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.packed",
         ("audio.pos_t",),
         lambda s: batches.pad_rows(list(s["audio.pos_t"].split(s.bench.audio_tokens))),
-        (_B + "pack.", "vidi.inputs.batch.pad_rows"),
+        (_B + "pack.to_stream[split]", "vidi.inputs.batch.pad_rows"),
         "§4.5",
         "zero-padded at the right",
     ),
@@ -487,7 +534,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.mask",
         ("audio.packed", "inputs.audios"),
         lambda s: mask.keep_tokens(s["audio.packed"], s.bench.signal("a")),
-        (_B + "mask.",),
+        (_B + "mask.keep_tokens", _B + "mask.has_signal[a]"),
         "§4.5",
         "kept audio tokens",
     ),
@@ -495,7 +542,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.llm_norm",
         ("audio.packed", "audio.mask"),
         lambda s: s.model.bridge.llm_norm(s["audio.packed"]) * s["audio.mask"][..., None],
-        (_B + "pack.", _B + "norm."),
+        (_B + "pack.to_stream[norm]", *_RMS, "model.bridge.llm_norm"),
         "§4.5",
         "shared RMSNorm, then the mask",
     ),
@@ -527,7 +574,7 @@ STAGES: tuple[Stage, ...] = (
         "rope.position_ids",
         ("text.embeds",),
         lambda s: _rope(s, "position_ids"),
-        (_D + "decoder.Decoder.text_rows",),
+        (_D + "decoder.Decoder.text_rows[positions]",),
         "§6",
         "0, 1, 2, …",
     ),
@@ -535,7 +582,11 @@ STAGES: tuple[Stage, ...] = (
         "rope.cos",
         ("text.embeds",),
         lambda s: _rope(s, "cos"),
-        ("vidi.attention.rope.angles", "vidi.attention.rope.inverse"),
+        (
+            "vidi.attention.rope.angles",
+            "vidi.attention.rope.inverse_frequencies",
+            _D + "decoder.Decoder.text_rows[angles]",
+        ),
         "§7",
         "rotary cosines",
     ),
@@ -543,7 +594,11 @@ STAGES: tuple[Stage, ...] = (
         "rope.sin",
         ("text.embeds",),
         lambda s: _rope(s, "sin"),
-        ("vidi.attention.rope.angles", "vidi.attention.rope.inverse"),
+        (
+            "vidi.attention.rope.angles",
+            "vidi.attention.rope.inverse_frequencies",
+            _D + "decoder.Decoder.text_rows[angles]",
+        ),
         "§7",
         "rotary sines",
     ),
@@ -576,14 +631,15 @@ STAGES: tuple[Stage, ...] = (
         ("layer.{i}.input", "rope.cos", "rope.sin", "text.mask"),
         lambda s: s.layer.text_to_text(s.layer.input_norm(s["layer.{i}.input"]), s.text),
         (
-            _D + "layer.DecoderLayer.text_to_text",
-            _D + "attention.DecomposedAttention.attend_self",
+            _LAYER + "text_to_text",
+            _ATTENTION + "attend_self",
+            _ATTENTION + "keys_values",
+            _ATTENTION + "output",
             "vidi.attention.mask.sees",
             "vidi.attention.rope.apply",
-            "vidi.attention.eager.",
-            "vidi.attention.dispatch.",
-            _D + "attention.",
-            *_NORM,
+            _PART + "window",
+            *_EAGER,
+            *_QUERIES,
         ),
         "§7",
         "causal self-attention, window on even layers",
@@ -592,7 +648,7 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.q",
         ("layer.{i}.input",),
         lambda s: s.layer.attention.queries(s.layer.input_norm(s["layer.{i}.input"])).transpose(1, 2),
-        (_D + "attention.DecomposedAttention.queries", *_NORM),
+        _QUERIES,
         "§7",
         "queries, not rotated",
     ),
@@ -600,7 +656,7 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.k",
         ("{stream}",),
         lambda s: _xattn_key(s, 0),
-        (_D + "layer.DecoderLayer.stream_keys_values", _D + "attention.DecomposedAttention.keys_values"),
+        _STREAM_KEYS,
         "§7",
         "stream keys, not rotated; recorded with heads repeated",
     ),
@@ -608,7 +664,7 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.v",
         ("{stream}",),
         lambda s: _xattn_key(s, 1),
-        (_D + "layer.DecoderLayer.stream_keys_values", _D + "attention.DecomposedAttention.keys_values"),
+        _STREAM_KEYS,
         "§7",
         "stream values; recorded with heads repeated",
     ),
@@ -618,7 +674,7 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.unpad.{n}",
         ("xattn.{i}.{m}.q", "xattn.{i}.{m}.k", "xattn.{i}.{m}.v", "text.mask", "{path}.mask"),
         _unpad,
-        ("vidi.attention.unpad.",),
+        ("vidi.attention.unpad.[{n}]",),
         "§9",
         "kept rows on one axis, cumulative lengths",
     ),
@@ -626,7 +682,7 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.out",
         ("xattn.{i}.{m}.q", "xattn.{i}.{m}.k", "xattn.{i}.{m}.v", "text.mask", "{path}.mask"),
         _xattn_out,
-        (_D + "attention.DecomposedAttention.attend_stream", "vidi.attention.eager.", "vidi.attention.dispatch."),
+        (_ATTENTION + "attend_stream", "vidi.attention.unpad.", *_EAGER),
         "§7",
         "cross-attention, before the output projection",
     ),
@@ -634,7 +690,15 @@ STAGES: tuple[Stage, ...] = (
         "layer.{i}.t2{m}",
         ("layer.{i}.input", "rope.cos", "rope.sin", "text.mask", "{stream}", "{path}.mask"),
         lambda s: s.layer.text_to_stream(s.layer.input_norm(s["layer.{i}.input"]), s.text, s.keys, s.places["m"]),
-        (_D + "layer.DecoderLayer.text_to_stream", _D + "attention.DecomposedAttention.output", *_NORM),
+        (
+            _LAYER + "text_to_stream",
+            _ATTENTION + "attend_stream",
+            _ATTENTION + "output",
+            "vidi.attention.unpad.",
+            *_EAGER,
+            *_QUERIES,
+            *_STREAM_KEYS,
+        ),
         "§7",
         "text to one stream",
     ),
@@ -650,12 +714,7 @@ STAGES: tuple[Stage, ...] = (
         "layer.{i}.image_stream",
         ("{stream}",),
         _stream,
-        (
-            _D + "layer.DecoderLayer.update_stream",
-            _D + "attention.DecomposedAttention.attend_own_token",
-            _D + "mlp.",
-            _D + "decoder.update_in_chunks",
-        ),
+        _STREAM,
         "§7",
         "visual stream after the layer",
     ),
@@ -663,7 +722,7 @@ STAGES: tuple[Stage, ...] = (
         "layer.{i}.audio_stream",
         ("{stream}",),
         _stream,
-        (_D + "layer.DecoderLayer.update_stream", _D + "attention.DecomposedAttention.attend_own_token", _D + "mlp."),
+        _STREAM,
         "§7",
         "audio stream after the layer",
     ),
@@ -671,12 +730,17 @@ STAGES: tuple[Stage, ...] = (
         "layer.{i}.output",
         ("layer.{i}.input", "layer.{i}.t2t", "layer.{i}.t2v", "layer.{i}.t2a"),
         _output,
-        (_D + "layer.DecoderLayer.merge", _D + "layer.DecoderLayer.feed_forward", _D + "mlp.", *_NORM),
+        (_LAYER + "merge", *_FEED),
         "§7",
         "text after the layer",
     ),
     Stage(
-        "final.norm", ("{last}",), lambda s: s.model.decoder.norm(s["{last}"]), (_D + "norm.",), "§8", "final GemmaNorm"
+        "final.norm",
+        ("{last}",),
+        lambda s: s.model.decoder.norm(s["{last}"]),
+        (_D + "norm.", "model.decoder.norm"),
+        "§8",
+        "final GemmaNorm",
     ),
     Stage(
         "logits",
@@ -697,6 +761,24 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "loss.{n}", ("loss.per_token", "text.labels"), _mean_loss, ("vidi.loss.mean_above",), "§8", "mean above the cut"
     ),
+    Stage(
+        "{n}.cached.logits",
+        (),
+        _elsewhere,
+        (
+            "vidi.cache.",
+            "vidi.generate.forced_logits",
+            "vidi.model.VidiModel.prefill",
+            _D + "decoder.Decoder.step",
+            _D + "decoder.Decoder.forward[cache]",
+            "vidi.attention.mask.sees[cached]",
+            _LAYER + "text_to_text[cached]",
+        ),
+        "§7",
+        "logits of decoding step by step, equal to those of whole passes",
+    ),
+    Stage("{n}.tokens", (), _elsewhere, ("vidi.generate.greedy",), "§2", "what greedy decoding says"),
+    Stage("{n}.lengths", (), _elsewhere, ("vidi.generate.greedy",), "§2", "where each row stops"),
 )
 
 
