@@ -87,6 +87,7 @@ def test_row_kernels(device, dtype, rows, width):
     pending = case.draw(width).float()
     case.judge("layer_norm", [4], x, pending, norm, 1e-6, poison(x))
     case.judge("layer_norm", [4], x, pending, None, 1e-6, poison(x))
+    case.judge("rms_norm", [2], x, case.draw(width, base=1), poison(x))
     for exact in (True, False):
         weight, bias = case.draw(2 * width, width, scale=width**-0.5), case.draw(2 * width)
         out = poison(case.draw(rows, 2 * width))
@@ -170,7 +171,7 @@ def video(config: VidiConfig, frames: int, samples: int = 1, text: int = 24) -> 
         None,
         tuple(torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=random) for n in counts),
         tuple(torch.randn(2, a.num_mel_bins, a.mel_frames, generator=random) for _ in counts),
-        tuple(2 * a.mel_frames - 7 * n for n in counts),
+        tuple(2 * a.mel_frames - 7 * b for b in range(samples)),
     )
 
 

@@ -101,13 +101,13 @@ def measure(model: Any, batch: Batch, limits: Ceilings, *, new_tokens: int, repe
         *(config, len(images[0]), sizes[0], len(audios[0]), TEXT_TOKENS),
         width=torch.finfo(model.dtype).bits // 8,
     )
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     best = {"encode_s": float("inf"), "prefill_s": float("inf"), "decode_ms": float("inf")}
     warmup_s, capture_s = 0.0, 0.0
     for repeat in range(repeats + 1):
-        gc.collect()
         encode, streams = timed(device, lambda: model.streams(batch))
         prefill, (logits_BV, cache) = timed(device, functools.partial(model.prefill, batch, capacity, streams))
         del streams

@@ -14,8 +14,8 @@ from vidi import precision
 from vidi.attention.unpad import Rows
 from vidi.bridge import audio as audio_bridge
 from vidi.bridge import mask
-from vidi.bridge.bridge import Bridge
-from vidi.fast import plan, taps, text, weights
+from vidi.bridge import visual as visual_bridge
+from vidi.fast import bridge, plan, taps, text, weights
 from vidi.fast import streams as stream_pass
 from vidi.fast.cache import FastCache
 from vidi.fast.step import Step
@@ -55,6 +55,7 @@ class FastModel:
         self.embed_VD = model.decoder.embed.weight.data
         self.vision_tower = FastVisionTower(model.vision_tower)
         self.audio_tower = FastAudioTower(model.audio_tower)
+        self.bridge = bridge.accelerated(model.bridge)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,10 +64,6 @@ class FastModel:
     @property
     def device(self) -> torch.device:
         return self.plain.device
-
-    @property
-    def bridge(self) -> Bridge:
-        return self.plain.bridge
 
     def train(self, mode: bool = True) -> FastModel:
         """Only ``mode`` False is possible: there are no gradients here, and no noise on positions."""
@@ -97,8 +94,8 @@ class FastModel:
     def fold_features(
         self, features: Iterator[Tensor], num_frames_B: Sequence[int], signal_B: Tensor, tap: Tap = no_tap
     ) -> Stream:
-        """As `VidiModel.fold_features`, which it is."""
-        return self.plain.fold_features(features, num_frames_B, signal_B, tap)
+        """As `VidiModel.fold_features`."""
+        return visual_bridge.encode(self.bridge, features, num_frames_B, signal_B, self.config, tap=tap)
 
     def _audio(self, audios: Sequence[Tensor], sizes_B: Sequence[int], tap: Tap) -> Stream:
         pieces = torch.cat(list(audios)).to(self.device, self.dtype)

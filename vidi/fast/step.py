@@ -38,7 +38,10 @@ class Step:
     ) -> None:
         assert len(cache.plans) == 1, "one sample a step; more go through text.run"
         self.layers, self.embed_VD, self.final_norm_D = layers, embed_VD, final_norm_D
-        self.config, self.cache = config, cache
+        self.config = config
+        # What it needs of the cache, not the cache, which holds the step: 40 GB must not wait for a cycle's collection.
+        self.cross_LSX, self.text_L2SGH, self.plan = cache.cross_LSX, cache.text_L2BSGH[:, :, 0], cache.plans[0]
+        self.cos_SH, self.sin_SH = cache.cos_SH, cache.sin_SH
         self.op = ops.pick(embed_VD.device)
         width, query_width = config.hidden_size, config.num_heads * config.head_dim
 
@@ -78,14 +81,14 @@ class Step:
         with torch.cuda.stream(side):
             self._run()
         torch.cuda.current_stream().wait_stream(side)
-        self.pos_1.copy_(self.cache.lengths_B)
+        self.pos_1 -= 1
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._run()
         return graph
 
     def _run(self) -> None:
-        op, cache, config, eps = self.op, self.cache, self.config, self.config.rms_norm_eps
+        op, config, eps = self.op, self.config, self.config.rms_norm_eps
         torch.mul(
             self.embed_VD.index_select(0, self.id_1)[0],
             precision.sqrt_in(config.hidden_size, self.embed_VD.dtype),
@@ -94,13 +97,13 @@ class Step:
         branch_1D: Tensor | None = None
         post_D: Tensor | None = None
         for i, w in enumerate(self.layers):
-            k_SGH, v_SGH = cache.text_L2BSGH[i, 0, 0], cache.text_L2BSGH[i, 1, 0]
+            k_SGH, v_SGH = self.text_L2SGH[i]
             op.qkv_step(
                 *(self.x_D, branch_1D, post_D, w.input_norm_D, eps, self.next_D),
-                *(w.qkv_XD, self.pos_1, cache.cos_SH, cache.sin_SH, self.q_1X[0], self.rotated_1X[0], k_SGH, v_SGH),
+                *(w.qkv_XD, self.pos_1, self.cos_SH, self.sin_SH, self.q_1X[0], self.rotated_1X[0], k_SGH, v_SGH),
             )
             op.attend(
-                *(self.q_1X, self.rotated_1X, self.pos_1, k_SGH, v_SGH, cache.cross_LSX[i], cache.plans[0]),
+                *(self.q_1X, self.rotated_1X, self.pos_1, k_SGH, v_SGH, self.cross_LSX[i], self.plan),
                 *(w.window, config.scale, config.attn_softcap, self.mixed_31X),
             )
             op.product_step(self.mixed_31X[:, 0], w.o_DX, self.branches_3D)

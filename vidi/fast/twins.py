@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vidi import precision
 from vidi.attention import eager, rope
+from vidi.bridge import norm as bridge_norm
 from vidi.decoder.decoder import softcap
 from vidi.decoder.norm import gemma_norm
 from vidi.fast.plan import Plan
@@ -27,6 +28,7 @@ __all__ = [
     "layer_norm",
     "product_step",
     "qkv_step",
+    "rms_norm",
 ]
 
 # ---- rows of streams and text ---------------------------------------------------------------------------------------
@@ -61,6 +63,11 @@ def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: tuple[Tensor, Tensor] | No
         weight, bias = (precision.at_least_float32(x) for x in norm)
         wide = nnf.layer_norm(wide, wide.shape[-1:], weight, bias, eps)
     out_RC.copy_(wide)
+
+
+def rms_norm(x_RD: Tensor, weight_D: Tensor, out_RD: Tensor) -> None:
+    """The bridge's norm: out = weight · rms(x), rms(x) rounded first (§5)."""
+    torch.mul(weight_D, bridge_norm.rms(x_RD), out=out_RD)
 
 
 def gelu_product(x_RC: Tensor, weight_IC: Tensor, bias_I: Tensor, exact: bool, out_RI: Tensor) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -138,6 +141,20 @@ def test_a_full_cache_and_a_training_model_are_refused():
         fast.step(logits_BV.argmax(-1), cache)
     with pytest.raises(ValueError, match=r"model\.eval"):
         accelerate(plain.train())
+
+
+def test_a_cache_goes_with_its_last_user():
+    # Red for a cycle between cache and step: 40 GB would wait for the collector.
+    fast, batch = accelerate(model()), ragged(1)
+    logits_BV, cache = fast.prefill(batch, 20)
+    fast.step(logits_BV.argmax(-1), cache)
+    left = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_wrong_sizes_are_refused():

@@ -5,7 +5,7 @@ Importing this package imports Triton: `vidi.fast.ops` does it where the model i
 
 from vidi.fast.kernels.attention import attend
 from vidi.fast.kernels.product import gate_up_step, head_step, product_step, qkv_step
-from vidi.fast.kernels.rows import add_gemma_norm, gelu_mul, gelu_product, layer_norm
+from vidi.fast.kernels.rows import add_gemma_norm, gelu_mul, gelu_product, layer_norm, rms_norm
 
 __all__ = [
     "add_gemma_norm",
@@ -17,4 +17,5 @@ __all__ = [
     "layer_norm",
     "product_step",
     "qkv_step",
+    "rms_norm",
 ]

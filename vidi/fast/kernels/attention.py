@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidi.fast.kernels.rows import tanh
 from vidi.fast.plan import Plan
 
 __all__ = ["attend"]
@@ -20,11 +21,6 @@ __all__ = ["attend"]
 _NO_WINDOW = 1 << 30
 _BIG = tl.constexpr(1 << 30)
 _IEEE = {torch.float32: "ieee"}
-
-
-@triton.jit
-def _tanh(x):
-    return 1 - 2 / (tl.exp(2 * x) + 1)
 
 
 @triton.jit
@@ -67,7 +63,7 @@ def _run(
         k = tl.load(keys + offsets, mask=exists[:, None], other=0)
         v = tl.load(values + offsets, mask=exists[:, None], other=0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        scores = cap * _tanh(scores / cap)
+        scores = cap * tanh(scores / cap)
         keep = exists[None, :] & inside[:, None]
         if branch == 0:
             behind = pos[:, None] - s[None, :]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vidi.fast.kernels.rows import gelu_tanh, rounded
+from vidi.fast.kernels.rows import gelu_tanh, rounded, tanh
 
 __all__ = ["Shape", "gate_up_step", "head_step", "product_step", "qkv_step"]
 
@@ -85,8 +85,8 @@ def _pairs(
         if EPILOGUE == "gelu_mul":
             tl.store(out_ptr + pair, rounded(gelu_tanh(a), x_ptr) * b, mask=real)
         elif EPILOGUE == "softcap":
-            tl.store(out_ptr + row, cap * (1 - 2 / (tl.exp(2 * a / cap) + 1)), mask=real)
-            tl.store(out_ptr + row + half, cap * (1 - 2 / (tl.exp(2 * b / cap) + 1)), mask=real)
+            tl.store(out_ptr + row, cap * tanh(a / cap), mask=real)
+            tl.store(out_ptr + row + half, cap * tanh(b / cap), mask=real)
         else:
             pos = tl.load(pos_ptr)
             head, i = pair // half, pair % half

@@ -13,15 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vidi.bridge.norm import EPS
 from vidi.fast import twins
 
-__all__ = ["add_gemma_norm", "gelu_mul", "gelu_product", "gelu_tanh", "layer_norm", "rounded"]
+__all__ = ["add_gemma_norm", "gelu_mul", "gelu_product", "gelu_tanh", "layer_norm", "rms_norm", "rounded", "tanh"]
 
 
 @triton.jit
 def rounded(x, like):
     """float32 after one rounding to the dtype that the pointer ``like`` points to."""
     return x.to(like.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def tanh(x):
+    # The quotient cancels near 0, where the series is exact to float32.
+    square = x * x
+    series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    return tl.where(square < 0.0625, series, 1 - 2 / (tl.exp(2 * x) + 1))
 
 
 @triton.jit
@@ -119,6 +128,26 @@ def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: tuple[Tensor, Tensor] | No
     _layer_norm[(triton.cdiv(rows, 2),)](
         x_RC, pending_C, weight, bias, out_RC, rows, eps,
         C=width, BLOCK=triton.next_power_of_2(width), ROWS=2, NORM=norm is not None, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _rms_norm(x_ptr, weight_ptr, out_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * D
+    d = tl.arange(0, BLOCK)
+    inside = d < D
+    x = tl.load(x_ptr + row + d, mask=inside, other=0).to(tl.float32)
+    weight = tl.load(weight_ptr + d, mask=inside, other=0).to(tl.float32)
+    x = rounded(x * tl.rsqrt(tl.sum(x * x, 0) / D + eps), x_ptr)
+    tl.store(out_ptr + row + d, weight * x, mask=inside)
+
+
+def rms_norm(x_RD: Tensor, weight_D: Tensor, out_RD: Tensor) -> None:
+    """See `twins.rms_norm`."""
+    assert all(x.is_contiguous() for x in (x_RD, out_RD))
+    rows, width = x_RD.shape
+    _rms_norm[(rows,)](
+        x_RD, weight_D, out_RD, EPS, D=width, BLOCK=triton.next_power_of_2(width), num_warps=4
     )  # fmt: skip
 
 

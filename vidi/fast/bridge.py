@@ -1,0 +1,57 @@
+"""The bridge with its wide steps fused: the plain bridge's own walk (`vidi.bridge.visual`, `.audio`), other modules.
+
+Dims: R rows, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vidi.bridge.bridge import Bridge
+from vidi.bridge.norm import RMSNorm
+from vidi.bridge.projector import Projector
+from vidi.fast import ops
+
+__all__ = ["FastNorm", "FastProjector", "accelerated"]
+
+
+class FastNorm(nn.Module):
+    """As `RMSNorm`, read and written once."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__()
+        self.weight = norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows_RD = x.contiguous().flatten(0, -2)
+        out_RD = torch.empty_like(rows_RD)
+        ops.pick(x.device).rms_norm(rows_RD, self.weight.data, out_RD)
+        return out_RD.view(x.shape)
+
+
+class FastProjector(nn.Module):
+    """As `Projector`; the activation works in place."""
+
+    def __init__(self, projector: Projector) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = projector.fc1, projector.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        inner = rows.new_empty(len(rows), self.fc1.out_features)
+        ops.pick(x.device).gelu_product(rows, self.fc1.weight.data, self.fc1.bias.data, True, inner)
+        return torch.addmm(self.fc2.bias.data, inner, self.fc2.weight.data.T).view(*x.shape[:-1], -1)
+
+
+def accelerated(bridge: Bridge) -> Bridge:
+    """A bridge over the same parameters whose norms and projectors are the fused ones."""
+    fast = Bridge.__new__(Bridge)
+    nn.Module.__init__(fast)
+    for name, module in bridge.named_children():
+        if isinstance(module, RMSNorm):
+            module = FastNorm(module)
+        elif isinstance(module, Projector):
+            module = FastProjector(module)
+        setattr(fast, name, module)
+    return fast.eval()
