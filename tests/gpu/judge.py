@@ -20,11 +20,11 @@ from vidi.parity import tolerance
 from vidi.parity.compare import Result, Rule, compare
 from vidi.parity.golden import Whole
 
-__all__ = ["BTNH", "GATES", "array", "judge"]
+__all__ = ["BTNH", "GATES", "MEASURE", "array", "judge"]
 
 BTNH = "xattn.0.v.out"  # a stage id that says: rows are (sample, token), heads on axis 2
 GATES = {torch.float32: "float32-official", torch.bfloat16: "bfloat16-official", torch.float16: "float16-official"}
-_MEASURE = Rule("measure", "no budget: the error itself is wanted", max=math.inf, zero_rows=False)
+MEASURE = Rule("measure", "no budget: the error itself is wanted", max=math.inf, zero_rows=False)
 
 
 @functools.cache
@@ -53,6 +53,6 @@ def judge(
     """
     found, wanted, *plain = (array(x) if isinstance(x, Tensor) else x for x in (candidate, truth, *naive))
     golden = Whole(wanted, wanted.dtype.name)
-    baseline = tolerance.baseline_of([compare(stage, x, golden, _MEASURE) for x in plain])
+    baseline = tolerance.baseline_of([compare(stage, x, golden, MEASURE) for x in plain])
     rule = _tolerances().rule(GATES[dtype], stage, baseline=baseline)
     return compare(stage, found, golden, dataclasses.replace(rule, zero_rows=zero_rows))
