@@ -8,6 +8,7 @@ golden folder holds them (`noise.json`, `faults.json`).
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -47,12 +48,16 @@ class References:
 
     @classmethod
     def load(cls, folder: Path, dtype: str) -> References:
-        """From ``noise.json`` and ``faults.json`` of a golden folder: {DTYPE: {STAGE: ratio}} under `noise_by_stage` and
-        `weakest_by_stage`, or {STAGE: ratio} where there is one dtype. What is not there stays empty."""
-        return cls(
-            _by_stage(folder / "noise.json", "noise_by_stage", dtype),
-            _by_stage(folder / "faults.json", "weakest_by_stage", dtype),
-        )
+        """From ``noise.json`` ({"noise_by_stage": {DTYPE: {STAGE: ratio}}}) and ``faults.json`` (what `vidi faults --json`
+        writes) of a golden folder. What is not there, or was measured in another dtype, stays empty."""
+        noise = _read(folder / "noise.json").get("noise_by_stage", {}).get(dtype, {})
+        weakest: dict[str, float] = {}
+        for fault in _read(folder / "faults.json").get("faults", []):
+            if fault.get("dtype") == dtype and fault.get("killed") and fault.get("margin") is not None:
+                found = stages.find(fault["stage"] or "")
+                key = found[0].template if found else str(fault["stage"])
+                weakest[key] = min(fault["margin"], weakest.get(key, math.inf))
+        return cls(noise, weakest)
 
     def of(self, stage: str) -> tuple[float | None, float | None]:
         """(noise, weakest fault) of a stage id."""
@@ -64,16 +69,8 @@ class References:
         return noise, fault
 
 
-def _by_stage(path: Path, key: str, dtype: str) -> dict[str, float]:
-    if not path.is_file():
-        return {}
-    document = json.loads(path.read_text(encoding="utf-8"))
-    table = document.get(key, {})
-    if isinstance(table.get(dtype), dict):
-        table = table[dtype]
-    elif document.get("dtype", dtype) != dtype:
-        return {}
-    return {stage: float(value) for stage, value in table.items() if isinstance(value, int | float)}
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def write(run: Run, path: Path, *, options: str = "", references: References | None = None) -> None:
@@ -109,6 +106,9 @@ def render(run: Run, references: References, options: str = "") -> str:
         verdict={0: "equal", 1: "different", 3: "nothing compared"}[run.exit_code],
         summary=report.summary(run),
         head=_divergence(worst, run, options) if worst and worst.first_divergence else None,
+        alike=report.some(report.lookalikes(worst, worst.first_divergence.stage))
+        if worst and worst.first_divergence
+        else "",
         divergences=[_divergence(case, run, options) for case in run.cases if case.first_divergence],
         closest=_closest(run),
         cases=[_case(case, references, worst) for case in run.cases],
@@ -165,7 +165,6 @@ def _divergence(case: CaseRun, run: Run, options: str) -> dict[str, Any]:
             )
         },
         "text": failed.text(),
-        "alike": report.lookalikes(row.stage),
         "rerun": report.rerun(case, row, run, options),
         "more": sum(not r.ok for r in case.rows) - 1,
     }

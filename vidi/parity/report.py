@@ -15,17 +15,19 @@ from typing import Any
 
 from rich.console import Console
 
-from vidi.parity import stages
+from vidi.parity import faults, stages
 from vidi.parity.compare import Result
+from vidi.parity.faults import plant
 from vidi.parity.suite import CaseRun, Row, Run
 
 __all__ = [
-    "as_json", "diagnosis", "grouped", "inherited", "lookalikes", "number", "print_run", "rerun", "short", "split",
-    "summary", "table", "write_json",
+    "as_json", "diagnosis", "grouped", "inherited", "lookalikes", "number", "print_run", "rerun", "short", "some",
+    "split", "summary", "table", "write_json",
 ]  # fmt: skip
 
 # Columns in the order of the line, and how early each gives way on a narrow terminal (0 = never).
 _COLUMNS = {"stage": 0, "verdict": 0, "max|d|/rms": 2, "rms(d)/rms": 3, "of budget": 0, "alone": 1, "values": 4}
+_NAMES = 6  # of known faults listed beside a divergence
 _ASCII = str.maketrans({"×": "x", "∞": "inf", "§": "sec. ", "…": "...", "·": "*", "≤": "<=", "²": "^2"})
 
 
@@ -42,8 +44,8 @@ def diagnosis(case: CaseRun, run: Run, options: str = "") -> list[str]:
     if found := stages.find(row.stage):
         lines.append(f"  {found[0].what} ({found[0].spec} of the specification)")
     lines += [f"  {line}" for line in next(r for r in row.results if not r.ok).text().splitlines()]
-    if alike := lookalikes(row.stage):
-        lines.append(f"  faults that look like this: {', '.join(alike)}")
+    if alike := lookalikes(case, row.stage):
+        lines.append(f"  faults that look like this: {some(alike)}")
     return [*lines, f"  rerun: {rerun(case, row, run, options)}"]
 
 
@@ -84,16 +86,19 @@ def short(value: float | None) -> str:
     return f"{float(mantissa):g}" + (f"e{int(exponent)}" if exponent else "")
 
 
-def lookalikes(stage: str, most: int = 6) -> list[str]:
-    """Names of known faults that are first seen at this stage's entry of the registry (`faults.py`, where it exists)."""
-    try:
-        from vidi.parity import faults
-    except ImportError:
-        return []
-    entry = stages.find(stage)
-    if entry is None:
-        return []
-    return list(faults.seen_at(entry[0].template))[:most] if hasattr(faults, "seen_at") else []
+def lookalikes(case: CaseRun, stage: str) -> list[str]:
+    """Names of known faults that this case reports first at this stage, the most specific first: those whose code the
+    fewest of its stages run. `vidi faults --list` tells what they do."""
+    ids = [row.stage for row in case.rows]
+    near = [fault for fault in faults.FAULTS.values() if plant.own_stages(fault, [stage])]
+    owned = {fault.name: plant.own_stages(fault, ids) for fault in near}
+    return sorted((name for name, own in owned.items() if own[0] == stage), key=lambda name: len(owned[name]))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    more = f" and {len(names) - _NAMES} more" if len(names) > _NAMES else ""
+    return ", ".join(names[:_NAMES]) + more
 
 
 def rerun(case: CaseRun, row: Row, run: Run, options: str = "") -> str:
