@@ -7,6 +7,8 @@ import os
 import pytest
 from hypothesis import settings
 
+# The tensors of tests are small: a second thread costs more than it gives, and far more on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing a test does may reach a network, also not through a library's idea of a cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -1,0 +1,80 @@
+"""The machinery of the full-size case, on the tiny model: what it stores, that it judges, that a fault is seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from vidi.config import VidiConfig
+from vidi.fast import twins
+from vidi.parity import full, sketch, store
+from vidi.parity.golden import GoldenError, Sketched, Whole
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("full")
+    full.make(where, VidiConfig.tiny(), device="cpu", num_frames=20)
+    return where
+
+
+def test_a_device_sketch_is_the_sketch():
+    x = torch.randn(5, 3000, 40, generator=torch.Generator().manual_seed(0))
+    found = full.sketched("layer.0.output", x)
+    assert isinstance(found, Sketched)
+    expected = sketch.make(x.reshape(-1, 40).numpy(), full.SPEC)
+    assert np.array_equal(found.sketch.top_index, expected.top_index)
+    np.testing.assert_allclose(found.sketch.blocks, expected.blocks, rtol=1e-6, atol=1e-6)
+    for part in ("block_max", "top_value", "sample_value", "sum_squares"):
+        np.testing.assert_allclose(getattr(found.sketch, part), getattr(expected, part), rtol=1e-12)
+
+
+def test_axes_that_tell_rows_apart_come_first():
+    x = torch.randn(2, 50, 30, 30, generator=torch.Generator().manual_seed(0))
+    found = full.sketched("vision.pad", x)
+    expected = sketch.make(x.permute(0, 2, 3, 1).reshape(-1, 50).numpy(), full.SPEC)
+    np.testing.assert_allclose(found.sketch.blocks, expected.blocks, rtol=1e-6, atol=1e-6)
+
+
+def test_the_case_holds_every_stage_and_verifies(folder):
+    case = store.open_case(folder, full.CASE)
+    targets = dict(case.variant(full.VARIANT).items())
+    assert {"vision.tower", "audio.llm_norm", "layer.0.image_stream", "layer.3.t2a", "final.norm", "logits"} <= set(
+        targets
+    )
+    assert isinstance(targets["vision.mask"], Whole)
+    assert case.provenance["source"] == "self"
+
+
+def test_the_fast_run_is_judged_at_every_stage(folder):
+    found = full.run(device="cpu", folder=folder)
+    assert len(found.stages) > 60
+    assert not [s.text() for s in found.stages if s.problem]
+    # Tiny tensors make noisy ratios; the limits of the gate are those of the full size.
+    assert all(s.fast["rms"] <= 1.6 * s.plain["rms"] + 1e-6 for s in found.stages if s.plain)
+
+
+def test_a_fault_of_the_fast_path_is_seen(folder, monkeypatch):
+    monkeypatch.setattr(twins, "gelu_mul", lambda both, out: torch.mul(*both.chunk(2, -1), out=out))
+    found = full.run(device="cpu", folder=folder)
+    assert found.exit_code == 1
+    first = next(s for s in found.stages if not s.ok)
+    assert first.stage == "layer.0.image_stream"
+    assert "<-- over" in found.text()
+
+
+def test_inputs_that_moved_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(full, "_words", lambda seed, stream, count: np.arange(count, dtype=np.uint64))
+    with pytest.raises(GoldenError, match="regenerate the case"):
+        full.run(device="cpu", folder=folder)
+
+
+def test_missing_and_nan_are_failures():
+    truth = {"layer.0.output": Whole(np.ones((1, 2, 3), np.float32), "float32")}
+    rows = full.judge(truth, truth, {}, {"rms": 1.2, "max": 2.0, "row": 1.2, "floor": 1e-6})
+    assert not rows[0].ok
+    assert "missing" in rows[0].text()
+    with pytest.raises(GoldenError, match="NaN"):
+        full.sketched("layer.0.output", torch.full((1, 100, 100), torch.nan))
+    assert full.FullRun((), "CPU").exit_code == 3
