@@ -176,7 +176,13 @@ class Site:
         return CrossKeys(k, v, Rows(self["{path}.mask"]))
 
     def embed(self, module: position.PositionEmbedding, axis: str, length: int) -> Tensor:
-        return position.embed(module, axis, length, self.bench.noise, self.model.dtype)
+        """The embedding along one axis over the golden table of frequencies, whatever this machine's own is."""
+        own, golden = module.freq_K, self.bench.targets.get("pos.freq")
+        module.freq_K = torch.from_numpy(golden.array).to(own.device) if isinstance(golden, Whole) else own
+        try:
+            return position.embed(module, axis, length, self.bench.noise, self.model.dtype)
+        finally:
+            module.freq_K = own
 
 
 # ---- what a stage's entry runs, where one expression would be too long --------------------------------------------------
@@ -266,7 +272,7 @@ def _unpad(s: Site) -> Tensor:
     prefix = s.id("xattn.{i}.{m}")
     q, k, v = (s[f"xattn.{{i}}.{{m}}.{part}"].transpose(1, 2) for part in "qkv")
     flat = dict(trace.unpadded(prefix, q, k, v, Rows(s["text.mask"]), Rows(s["{path}.mask"])))
-    return flat[f"{prefix}.unpad.{s.places['n']}"]
+    return flat[prefix + s.stage.template.removeprefix("xattn.{i}.{m}")]
 
 
 def _output(s: Site) -> Tensor:
@@ -299,7 +305,8 @@ _RMS = (_B + "norm.",)
 _LAYER, _PART = _D + "layer.DecoderLayer.", "model.decoder.layers.{i}."
 _NORM = (_D + "norm.", _PART + "input_norm", _PART + "attention")
 _ATTENTION = _D + "attention.DecomposedAttention."
-_EAGER = ("vidi.attention.eager.", "vidi.attention.dispatch.", "vidi.attention.mask.zero_rows")
+_CROSS = ("vidi.attention.eager.[cross]", "vidi.attention.dispatch.[cross]", "vidi.attention.mask.zero_rows")
+_SELF = ("vidi.attention.eager.[self]", "vidi.attention.dispatch.[self]", "vidi.attention.mask.zero_rows")
 _QUERIES = (_ATTENTION + "queries", *_NORM)
 _STREAM_KEYS = (_LAYER + "stream_keys_values", _ATTENTION + "keys_values", *_NORM)
 _FEED = (
@@ -550,7 +557,7 @@ STAGES: tuple[Stage, ...] = (
         "text.embeds",
         ("inputs.input_ids",),
         lambda s: _text_tap(s, "text.embeds"),
-        (_D + "decoder.Decoder.embed_tokens", "vidi.inputs.batch.pack_text", "vidi.model.VidiModel.embed_text"),
+        (_D + "decoder.Decoder.embed_tokens", "vidi.inputs.batch.pack_text[ids]", "vidi.model.VidiModel.embed_text"),
         "§6",
         "kept tokens packed left, embedded, padding exact 0",
     ),
@@ -558,7 +565,7 @@ STAGES: tuple[Stage, ...] = (
         "text.mask",
         ("inputs.input_ids",),
         lambda s: _text_tap(s, "text.mask"),
-        ("vidi.inputs.batch.pack_text",),
+        ("vidi.inputs.batch.pack_text[mask]",),
         "§6",
         "kept text tokens, the placeholder gone",
     ),
@@ -566,7 +573,7 @@ STAGES: tuple[Stage, ...] = (
         "text.labels",
         ("inputs.input_ids", "inputs.labels"),
         lambda s: _text_tap(s, "text.labels"),
-        ("vidi.inputs.batch.pack_text",),
+        ("vidi.inputs.batch.pack_text[labels]",),
         "§6",
         "labels, the placeholder gone",
     ),
@@ -631,14 +638,14 @@ STAGES: tuple[Stage, ...] = (
         ("layer.{i}.input", "rope.cos", "rope.sin", "text.mask"),
         lambda s: s.layer.text_to_text(s.layer.input_norm(s["layer.{i}.input"]), s.text),
         (
-            _LAYER + "text_to_text",
+            _LAYER + "text_to_text[whole]",
             _ATTENTION + "attend_self",
             _ATTENTION + "keys_values",
             _ATTENTION + "output",
-            "vidi.attention.mask.sees",
+            "vidi.attention.mask.sees[whole]",
             "vidi.attention.rope.apply",
             _PART + "window",
-            *_EAGER,
+            *_SELF,
             *_QUERIES,
         ),
         "§7",
@@ -670,19 +677,30 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("xattn.{i}.{m}.q_mask", ("text.mask",), lambda s: s["text.mask"], (), "§9", "the text mask"),
     Stage("xattn.{i}.{m}.kv_mask", ("{path}.mask",), lambda s: s["{path}.mask"], (), "§9", "the stream's mask"),
-    Stage(
-        "xattn.{i}.{m}.unpad.{n}",
-        ("xattn.{i}.{m}.q", "xattn.{i}.{m}.k", "xattn.{i}.{m}.v", "text.mask", "{path}.mask"),
-        _unpad,
-        ("vidi.attention.unpad.[{n}]",),
-        "§9",
-        "kept rows on one axis, cumulative lengths",
+    *(
+        Stage(
+            f"xattn.{{i}}.{{m}}.unpad.{name}",
+            ("xattn.{i}.{m}.q", "xattn.{i}.{m}.k", "xattn.{i}.{m}.v", "text.mask", "{path}.mask"),
+            _unpad,
+            (f"vidi.attention.unpad._unpad_xattn_input[{name}]", *(f"vidi.attention.unpad.{site}" for site in sites)),
+            "§9",
+            what,
+        )
+        for name, sites, what in (
+            ("indices_q", ("Rows.indices",), "flat places of the kept queries"),
+            ("cu_seqlens_q", ("Rows.cu_seqlens", "Rows.lengths_B"), "cumulative query lengths"),
+            ("cu_seqlens_k", ("Rows.cu_seqlens", "Rows.lengths_B"), "cumulative key lengths"),
+            ("max_seqlen", ("Rows.max_seqlen", "Rows.lengths_B"), "longest query and key length"),
+            ("q", ("Rows.indices", "unpad"), "kept queries on one axis"),
+            ("k", ("Rows.indices", "unpad"), "kept keys on one axis"),
+            ("v", ("Rows.indices", "unpad"), "kept values on one axis"),
+        )
     ),
     Stage(
         "xattn.{i}.{m}.out",
         ("xattn.{i}.{m}.q", "xattn.{i}.{m}.k", "xattn.{i}.{m}.v", "text.mask", "{path}.mask"),
         _xattn_out,
-        (_ATTENTION + "attend_stream", "vidi.attention.unpad.", *_EAGER),
+        (_ATTENTION + "attend_stream", "vidi.attention.unpad.", *_CROSS),
         "§7",
         "cross-attention, before the output projection",
     ),
@@ -695,7 +713,7 @@ STAGES: tuple[Stage, ...] = (
             _ATTENTION + "attend_stream",
             _ATTENTION + "output",
             "vidi.attention.unpad.",
-            *_EAGER,
+            *_CROSS,
             *_QUERIES,
             *_STREAM_KEYS,
         ),
@@ -759,11 +777,16 @@ STAGES: tuple[Stage, ...] = (
         "cross-entropy of each position",
     ),
     Stage(
-        "loss.{n}", ("loss.per_token", "text.labels"), _mean_loss, ("vidi.loss.mean_above",), "§8", "mean above the cut"
+        "loss.{n}",
+        ("loss.per_token", "text.labels"),
+        _mean_loss,
+        ("vidi.loss.mean_above", "vidi.loss.shift"),
+        "§8",
+        "mean above the cut",
     ),
     Stage(
         "{n}.cached.logits",
-        (),
+        ("logits",),
         _elsewhere,
         (
             "vidi.cache.",
@@ -777,8 +800,8 @@ STAGES: tuple[Stage, ...] = (
         "§7",
         "logits of decoding step by step, equal to those of whole passes",
     ),
-    Stage("{n}.tokens", (), _elsewhere, ("vidi.generate.greedy",), "§2", "what greedy decoding says"),
-    Stage("{n}.lengths", (), _elsewhere, ("vidi.generate.greedy",), "§2", "where each row stops"),
+    Stage("{n}.tokens", ("logits",), _elsewhere, ("vidi.generate.greedy",), "§2", "what greedy decoding says"),
+    Stage("{n}.lengths", ("logits",), _elsewhere, ("vidi.generate.greedy",), "§2", "where each row stops"),
 )
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from vidi import generate, loss
-from vidi.attention.unpad import Rows, _unpad_xattn_input
+from vidi.attention import unpad
+from vidi.attention.unpad import Rows
 from vidi.checkpoint import names
 from vidi.decoder.attention import repeat_heads
 from vidi.inputs.batch import Batch
@@ -106,7 +107,7 @@ def cross_attention(found: Mapping[str, Tensor], heads: int) -> Iterator[tuple[s
 def unpadded(
     prefix: str, q_BTNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, text: Rows, keys: Rows
 ) -> Iterator[tuple[str, Tensor]]:
-    flat = _unpad_xattn_input(q_BTNH, k_BLNH, v_BLNH, text, keys)
+    flat = unpad._unpad_xattn_input(q_BTNH, k_BLNH, v_BLNH, text, keys)
     for part in ("q", "k", "v", "indices_q", "cu_seqlens_q", "cu_seqlens_k"):
         yield f"{prefix}.unpad.{part}", getattr(flat, part)
     yield f"{prefix}.unpad.max_seqlen", torch.tensor(flat.max_seqlen)

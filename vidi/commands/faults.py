@@ -1,0 +1,130 @@
+"""`vidi faults`: plants known faults one by one and tells which the harness sees, and where."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_arguments", "run"]
+
+SEEN, MISSED, UNUSABLE = 0, 1, 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--fault", metavar="GLOB", help="only faults that match, such as 'masks.*,*window*'")
+    parser.add_argument("--list", action="store_true", help="name the faults and what they patch, plant none")
+    parser.add_argument("--goldens", metavar="DIR", help="folder with the sets small and official (default: embedded)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float64", "float32", "bfloat16", "float16"),
+        help="run every fault there, to see which are below its noise (default: each in its own dtype)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the verdicts as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 all killed and 95 % localised, 1 not, 2 unusable input."""
+    import torch
+
+    from vidi.parity import faults, store
+    from vidi.parity.golden import GoldenError
+
+    chosen = _chosen(faults.FAULTS, args.fault)
+    if not chosen:
+        print(f"vidi faults: no fault matches {args.fault!r}: vidi faults --list names them", file=sys.stderr)
+        return UNUSABLE
+    if args.list:
+        for fault in chosen:
+            print(f"{fault.name:44} {fault.dtype:9} {fault.case:14} {', '.join(fault.targets)}: {fault.what}")
+        return SEEN
+    threads, start, done = torch.get_num_threads(), time.perf_counter(), 0
+
+    def progress(verdict: Any) -> None:
+        nonlocal done
+        done += 1
+        if sys.stderr.isatty():
+            print(f"\r{done} of {len(chosen)} {verdict.fault.name:50}", end="", file=sys.stderr, flush=True)
+
+    torch.set_num_threads(1)  # tensors are small: threads would only wait for each other
+    try:
+        bench = faults.Bench.open(store.goldens_dir(args.goldens))
+        verdicts = faults.judge_all(chosen, bench, args.dtype, progress)
+    except (GoldenError, ValueError, OSError) as error:
+        print(f"vidi faults: {error}", file=sys.stderr)
+        return UNUSABLE
+    finally:
+        torch.set_num_threads(threads)
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr)
+    result = faults.as_json(verdicts, time.perf_counter() - start)
+    _print(verdicts, result, args.dtype)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+    return faults.exit_code(verdicts)
+
+
+def _chosen(known: dict[str, Any], glob: str | None) -> list[Any]:
+    from vidi.parity.ids import matching
+
+    names = set(matching(known, glob)) if glob else set(known)
+    return [fault for name, fault in known.items() if name in names]
+
+
+def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="faults" + (f" in {dtype}" if dtype else ""))
+    for column in ("fault", "first reported at", "expected", "error/tolerance", "verdict"):
+        table.add_column(column, overflow="fold")
+    for v in verdicts:
+        table.add_row(v.fault.name, v.stage or "-", v.expected_stage or "-", _margin(v), _verdict(v))
+    out = Console()
+    out.print(table)
+    for name, text in _named(verdicts).items():
+        out.print(f"{name}: {text}", soft_wrap=True, highlight=False)
+    low, median = result["minimum_margin"], result["median_margin"]
+    out.print(
+        f"{result['killed']} of {result['total']} silent faults seen, {result['localised']} first at their own stage;"
+        f" margin at least {_number(low)}, median {_number(median)}; {result['crashed']} crashed, {result['loud']} loud,"
+        f" {result['not_run']} NOT RUN; {result['seconds']} s",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _verdict(v: Any) -> str:
+    if v.not_run:
+        return f"NOT RUN: {v.not_run}"
+    if v.crashed:
+        return f"crashed: {v.crashed}"
+    if v.loud:
+        return f"loud at {v.loud[0]}"
+    if not v.killed:
+        return "NOT SEEN"
+    if v.localised:
+        return "seen"
+    return "seen, elsewhere" if v.stage != v.expected_stage else f"seen, also alone at {', '.join(v.strays)}"
+
+
+def _named(verdicts: list[Any]) -> dict[str, str]:
+    ran = [v for v in verdicts if v.not_run is None and v.silent]
+    lists = {
+        "not seen": [v.fault.name for v in ran if not v.killed],
+        "margin under 2": [f"{v.fault.name} ({v.margin:.2f})" for v in ran if v.killed and v.margin < 2],
+        "NOT RUN": [f"{v.fault.name} ({v.not_run})" for v in verdicts if v.not_run],
+    }
+    return {name: ", ".join(found) for name, found in lists.items() if found}
+
+
+def _margin(v: Any) -> str:
+    return "-" if v.not_run else "exact" if math.isinf(v.margin) else f"{v.margin:.3g}"
+
+
+def _number(value: float | None) -> str:
+    return "without bound" if value is None or math.isinf(value) else f"{value:.3g}"

@@ -1,0 +1,352 @@
+"""Faults of attention and rotation (spec §7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vidi.attention import rope
+from vidi.attention.unpad import Rows
+from vidi.parity.faults.plant import plant
+
+SELF = "vidi.decoder.attention.DecomposedAttention.attend_self"
+CROSS = "vidi.decoder.attention.DecomposedAttention.attend_stream"
+EAGER = "vidi.attention.eager.attend"
+
+
+def _with(change: Any, use: str | None = None) -> Any:
+    """Eager attention with other options, for self or cross-attention only where ``use`` says so."""
+
+    def make(original: Any) -> Any:
+        def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+            own = "self" if options.get("q_pos_BT") is not None else "cross"
+            return original(q, k, v, **(change(q, options) if use in (None, own) else options))
+
+        return attend
+
+    return make
+
+
+def _eager(name: str, what: str, use: str, change: Any, **options: Any) -> Any:
+    make = _with(change, use)
+    make.__module__, make.__name__, make.__doc__ = __name__, name, what
+    return plant(f"{EAGER}[{use}]", **options)(make)
+
+
+no_softcap_cross = _eager(
+    "no_softcap_cross", "No softcap in cross-attention.", "cross", lambda q, o: o | {"softcap": None}
+)
+no_softcap_self = _eager("no_softcap_self", "No softcap in self-attention.", "self", lambda q, o: o | {"softcap": None})
+final_softcap_in_attention = _eager(
+    "final_softcap_in_attention",
+    "The head's softcap (30) in cross-attention (50).",
+    "cross",
+    lambda q, o: o | {"softcap": 30.0},
+)
+softcap_30_self = _eager(
+    "softcap_30_self", "The head's softcap (30) in self-attention (50).", "self", lambda q, o: o | {"softcap": 30.0}
+)
+scale_one_percent = _eager(
+    "scale_one_percent", "Cross-attention's scale off by 1 %.", "cross", lambda q, o: o | {"scale": o["scale"] * 1.01}
+)
+scale_of_head_dim = _eager(
+    "scale_of_head_dim",
+    "Self-attention scaled by the head's width, not by query_pre_attn_scalar.",
+    "self",
+    lambda q, o: o | {"scale": q.shape[-1] ** -0.5},
+)
+scale_of_head_dim_cross = _eager(
+    "scale_of_head_dim_cross",
+    "Cross-attention scaled by the head's width, not by query_pre_attn_scalar.",
+    "cross",
+    lambda q, o: o | {"scale": q.shape[-1] ** -0.5},
+)
+scale_twice = _eager(
+    "scale_twice", "Queries of self-attention scaled twice.", "self", lambda q, o: o | {"scale": o["scale"] ** 2}
+)
+scale_missing_cross = _eager(
+    "scale_missing_cross", "Cross-attention without a scale.", "cross", lambda q, o: o | {"scale": 1.0}
+)
+not_causal = _eager(
+    "not_causal",
+    "Self-attention sees the future.",
+    "self",
+    lambda q, o: o | {"q_pos_BT": None, "window": None},
+)
+cross_causal = _eager(
+    "cross_causal",
+    "Cross-attention causal: query i sees stream tokens up to i.",
+    "cross",
+    lambda q, o: o | {"q_pos_BT": torch.arange(q.shape[1]).expand(len(q), -1)},
+)
+window_missing = _eager("window_missing", "No sliding window.", "self", lambda q, o: o | {"window": None})
+query_positions_late = _eager(
+    "query_positions_late",
+    "Queries stand one position late: each sees its successor.",
+    "self",
+    lambda q, o: o | {"q_pos_BT": o["q_pos_BT"] + 1},
+)
+
+
+@plant("vidi.attention.mask.sees")
+def window_one_short(original: Any) -> Any:
+    """w keys in place of w + 1."""
+    return lambda q, k, window=None: original(q, k, window if window is None else window - 1)
+
+
+@plant("vidi.attention.mask.sees")
+def window_one_long(original: Any) -> Any:
+    """w + 2 keys in place of w + 1."""
+    return lambda q, k, window=None: original(q, k, window if window is None else window + 1)
+
+
+@plant("vidi.attention.mask.sees")
+def causal_strict(original: Any) -> Any:
+    """A query does not see itself."""
+    return lambda q, k, window=None: original(q - 1, k, window)
+
+
+@plant("vidi.attention.mask.sees")
+def window_of_chunks(original: Any) -> Any:
+    """The window is a block: a query sees the keys of its own block of w + 1."""
+
+    def sees(q: Any, k: Any, window: int | None = None) -> Any:
+        keep = original(q, k)
+        return keep if window is None else keep & (q[:, :, None] // (window + 1) == k // (window + 1))
+
+    return sees
+
+
+@plant("model.decoder.layers.1.window")
+def window_on_odd_layer(original: Any) -> Any:
+    """The window on an odd layer too."""
+    return 3
+
+
+@plant("model.decoder.layers.2.window")
+def window_missing_later(original: Any) -> Any:
+    """The first layer alone has a window."""
+    return None
+
+
+@plant("vidi.attention.eager.softcapped")
+def softcap_before_scale(original: Any) -> Any:
+    """The cap acts on scores before their scale."""
+    return lambda scores, cap: original(scores * 6**0.5, cap) * 6**-0.5
+
+
+@plant("vidi.attention.eager.softcapped")
+def softcap_clamps(original: Any) -> Any:
+    """The cap clamps in place of bending."""
+    return lambda scores, cap: scores if cap is None else scores.clamp(-cap, cap)
+
+
+@plant("vidi.attention.eager.softcapped")
+def softcap_sigmoid(original: Any) -> Any:
+    """A cap that bends twice as early: cap · tanh(2·scores/cap) / 2."""
+    return lambda scores, cap: scores if cap is None else cap / 2 * torch.tanh(2 * scores / cap)
+
+
+@plant(f"{EAGER}[cross]")
+def masked_score_zero(original: Any) -> Any:
+    """Masked keys have score 0 in place of minus infinity: every row averages over padding too."""
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        keep = options.get("keep_k")
+        if keep is None or keep.full or options.get("q_pos_BT") is not None:
+            return original(q, k, v, **options)
+        hidden = ~keep.keep_BL[:, :, None, None]
+        return original(q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), **(options | {"keep_k": None}))
+
+    return attend
+
+
+@plant(f"{EAGER}[cross]", case="silent")
+def no_key_averages_all(original: Any) -> Any:
+    """A sample without any kept token averages its padding in place of adding exactly 0."""
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        out, keep = original(q, k, v, **options), options.get("keep_k")
+        if keep is None or options.get("q_pos_BT") is not None:
+            return out
+        lost = ~keep.keep_BL.any(1)
+        mean = (v.abs().mean(1, keepdim=True) + 1).repeat_interleave(q.shape[2] // v.shape[2], 2)
+        return torch.where(lost[:, None, None, None], mean, out)
+
+    return attend
+
+
+def _tiled(self: Any, x: Any) -> Any:
+    """Key/value heads so that query head n reads n % G."""
+    heads = self.config.num_heads
+    return x[:, :, torch.arange(heads) % x.shape[2]]
+
+
+@plant(CROSS)
+def heads_tiled_cross(original: Any) -> Any:
+    """Key/value heads tiled (n % G) in cross-attention, not repeated block-wise."""
+    return lambda self, q, k, v, **rest: original(self, q, _tiled(self, k), _tiled(self, v), **rest)
+
+
+@plant(SELF)
+def heads_tiled_self(original: Any) -> Any:
+    """Key/value heads tiled (n % G) in self-attention."""
+    return lambda self, q, k, v, **rest: original(self, q, _tiled(self, k), _tiled(self, v), **rest)
+
+
+@plant("vidi.decoder.attention.repeat_heads")
+def heads_tiled_stream(original: Any) -> Any:
+    """A stream token's own value tiled over heads in place of repeated block-wise."""
+    return lambda x, heads: x[:, :, torch.arange(heads) % x.shape[2]]
+
+
+@plant(CROSS)
+def values_of_other_head(original: Any) -> Any:
+    """Values of cross-attention in the reverse order of their heads."""
+    return lambda self, q, k, v, **rest: original(self, q, k, v.flip(2), **rest)
+
+
+@plant(CROSS)
+def keys_are_values(original: Any) -> Any:
+    """Values stand in the place of keys."""
+    return lambda self, q, k, v, **rest: original(self, q, v, v, **rest)
+
+
+@plant("vidi.decoder.attention.DecomposedAttention.output")
+def heads_joined_transposed(original: Any) -> Any:
+    """Heads joined as (width, heads) before the output projection."""
+    return lambda self, heads: original(self, heads.transpose(-1, -2))
+
+
+@plant("vidi.decoder.attention.DecomposedAttention.output")
+def heads_joined_backwards(original: Any) -> Any:
+    """Heads joined in reverse order."""
+    return lambda self, heads: original(self, heads.flip(-2))
+
+
+@plant("vidi.decoder.attention.DecomposedAttention.queries")
+def query_heads_transposed(original: Any) -> Any:
+    """Query heads cut as (width, heads)."""
+
+    def queries(self: Any, n: Any) -> Any:
+        return self.q(n).unflatten(-1, (self.config.head_dim, -1)).transpose(-1, -2).contiguous()
+
+    return queries
+
+
+@plant("vidi.decoder.attention.DecomposedAttention.keys_values")
+def keys_and_values_exchanged(original: Any) -> Any:
+    """Keys and values exchanged everywhere."""
+    return lambda self, n: original(self, n)[::-1]
+
+
+@plant("vidi.attention.rope.inverse_frequencies")
+def rope_theta(original: Any) -> Any:
+    """Theta 1e6 in place of 1e4."""
+    return lambda head_dim, theta, dtype: original(head_dim, 1e6, dtype)
+
+
+@plant("vidi.attention.rope.inverse_frequencies")
+def rope_exponent(original: Any) -> Any:
+    """Exponents k/H in place of 2k/H."""
+    return lambda head_dim, theta, dtype: original(head_dim, theta, dtype).sqrt()
+
+
+@plant("vidi.attention.rope.angles")
+def rope_angles_interleaved(original: Any) -> Any:
+    """Angles written pairwise (a a b b) while heads are turned by halves."""
+
+    def angles(*given: Any) -> Any:
+        cos, sin = original(*given)
+        half = cos.shape[-1] // 2
+        return cos[..., :half].repeat_interleave(2, -1), sin[..., :half].repeat_interleave(2, -1)
+
+    return angles
+
+
+@plant("vidi.attention.rope.angles")
+def rope_cos_and_sin_exchanged(original: Any) -> Any:
+    """Cosine and sine exchanged."""
+    return lambda *given: original(*given)[::-1]
+
+
+@plant("vidi.decoder.decoder.Decoder.text_rows[angles]")
+def rope_from_one(original: Any) -> Any:
+    """Rotation starts at position 1: self-attention is blind to it, the stage is not."""
+
+    def text_rows(self: Any, pos: Any, rows: Any, backend: str, dtype: Any) -> Any:
+        import dataclasses
+
+        late = original(self, pos + 1, rows, backend, dtype)
+        return dataclasses.replace(late, pos_BT=pos)
+
+    return text_rows
+
+
+@plant("vidi.attention.rope.apply")
+def rope_pairs(original: Any) -> Any:
+    """Neighbours turned against each other (GPT-J) in place of halves."""
+
+    def apply(x: Any, cos: Any, sin: Any) -> Any:
+        turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+        return x * cos[:, :, None] + turned * sin[:, :, None]
+
+    return apply
+
+
+@plant("vidi.attention.rope.apply")
+def rope_backwards(original: Any) -> Any:
+    """Queries turn one way, keys the other."""
+    return lambda x, cos, sin: original(x, cos, -sin if x.shape[2] == 2 else sin)
+
+
+@plant("vidi.attention.rope.apply")
+def rope_queries_only(original: Any) -> Any:
+    """Keys are not rotated."""
+    return lambda x, cos, sin: x if x.shape[2] == 2 else original(x, cos, sin)
+
+
+@plant("vidi.attention.rope.apply")
+def rope_absent(original: Any) -> Any:
+    """Nothing is rotated."""
+    return lambda x, cos, sin: x
+
+
+def _rotated(self: Any, x: Any) -> Any:
+    places = torch.arange(x.shape[1]).expand(len(x), -1)
+    return rope.apply(x, *rope.angles(places, self.config.head_dim, self.config.rope_theta, x.dtype))
+
+
+@plant(CROSS)
+def rope_on_stream(original: Any) -> Any:
+    """Queries and stream keys rotated in cross-attention."""
+    return lambda self, q, k, v, **rest: original(self, _rotated(self, q), _rotated(self, k), v, **rest)
+
+
+@plant(CROSS)
+def rope_on_stream_keys(original: Any) -> Any:
+    """Stream keys alone rotated."""
+    return lambda self, q, k, v, **rest: original(self, q, _rotated(self, k), v, **rest)
+
+
+@plant(CROSS)
+def rope_on_stream_queries(original: Any) -> Any:
+    """The rotated queries of self-attention read the streams."""
+    return lambda self, q, k, v, **rest: original(self, _rotated(self, q), k, v, **rest)
+
+
+@plant(SELF)
+def values_rotated(original: Any) -> Any:
+    """Values of the text rotated as well."""
+    return lambda self, q, k, v, **rest: original(self, q, k, _rotated(self, v), **rest)
+
+
+@plant(SELF)
+def text_mask_as_lengths(original: Any) -> Any:
+    """The rows that count as text are those of the longest sample."""
+
+    def attend(self: Any, q: Any, k: Any, v: Any, *, keep_q: Any, **rest: Any) -> Any:
+        return original(self, q, k, v, keep_q=keep_q and Rows(torch.ones_like(keep_q.keep_BL)), **rest)
+
+    return attend

@@ -1,0 +1,193 @@
+"""Faults of number formats: right mathematics, wrong casts, each in the dtype that shows it (spec §5-§7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vidi.parity.faults.plant import plant
+
+SINGLE, HALF = "float32", "bfloat16"
+
+
+@plant("vidi.bridge.position.sinusoid[t]", dtype=SINGLE)
+def sinusoid_in_float64(original: Any) -> Any:
+    """Position angles in double precision: at p = 9999 the specified float32 product is 5e-4 rad away."""
+    return lambda p, freq: original(p.double(), freq.double()).to(p.dtype) if p.max() > 1 else original(p, freq)
+
+
+@plant("vidi.bridge.position.positions[t_a]", case="official/single", dtype=SINGLE)
+def positions_step_first(original: Any) -> Any:
+    """Positions as i·((P-1)/(L-1)): another rounding of each (five frames are spared, fifteen audio tokens are not)."""
+
+    def positions(length: int, extent: int, dtype: Any, noise: Any = None) -> Any:
+        index = torch.arange(length, dtype=dtype)
+        return index * ((torch.tensor(extent, dtype=dtype) - 1) / max(length - 1, 1))
+
+    return positions
+
+
+@plant("vidi.bridge.position.positions[t_a]", case="official/silent", dtype=SINGLE)
+def positions_by_linspace(original: Any) -> Any:
+    """Positions by torch.linspace (two and four frames are spared, ten audio tokens are not)."""
+    return lambda length, extent, dtype, noise=None: torch.linspace(0, extent - 1, length, dtype=dtype)
+
+
+@plant("vidi.bridge.position.PositionEmbedding.forward[t]", dtype=HALF)
+def position_mlp_in_half(original: Any) -> Any:
+    """Sinusoid and position MLP of the time in the model's bf16."""
+    import torch.nn.functional as nnf
+
+    from vidi.bridge import position
+
+    def forward(self: Any, length: int, noise: Any = None) -> Any:
+        if self.extent == 2:
+            return original(self, length, noise)
+        half = torch.bfloat16
+        table = position.sinusoid(position.positions(length, self.extent, half, noise), self.freq_K.to(half))
+        inner = nnf.gelu(nnf.linear(table, self.fc1.weight.to(half), self.fc1.bias.to(half)))
+        return nnf.linear(inner, self.fc2.weight.to(half), self.fc2.bias.to(half))
+
+    return forward
+
+
+@plant("vidi.bridge.position.positions[t]", dtype=HALF)
+def positions_in_half(original: Any) -> Any:
+    """Positions rounded to bf16: 9999 becomes 9984."""
+    return lambda length, extent, dtype, noise=None: original(length, extent, dtype, noise).to(torch.bfloat16).to(dtype)
+
+
+@plant("vidi.attention.rope.angles", dtype=HALF)
+def rope_angles_in_half(original: Any) -> Any:
+    """Rotary angles in bf16: frequencies are rounded before they meet a position."""
+
+    def angles(pos: Any, head_dim: int, theta: float, dtype: Any) -> Any:
+        from vidi.attention import rope
+
+        angle = pos[..., None].to(dtype) * rope.inverse_frequencies(head_dim, theta, dtype).to(dtype)
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos(), angle.sin()
+
+    return angles
+
+
+@plant("vidi.attention.rope.angles", dtype=HALF, case="holes")
+def rope_frequencies_stored_in_half(original: Any) -> Any:
+    """Rotary frequencies cast with the model: float32 products of bf16 frequencies."""
+
+    def angles(pos: Any, head_dim: int, theta: float, dtype: Any) -> Any:
+        from vidi.attention import rope
+
+        stored = rope.inverse_frequencies(head_dim, theta, dtype).to(torch.bfloat16).float()
+        angle = pos[..., None].float() * stored
+        angle = torch.cat((angle, angle), dim=-1)
+        return angle.cos().to(dtype), angle.sin().to(dtype)
+
+    return angles
+
+
+@plant("vidi.attention.eager.attend", dtype=HALF)
+def scores_in_half(original: Any) -> Any:
+    """Decoder scores, softcap and softmax in bf16."""
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        from vidi import precision
+
+        promoted = precision.promoted
+        precision.promoted = lambda dtype: dtype
+        try:
+            return original(q, k, v, **options)
+        finally:
+            precision.promoted = promoted
+
+    return attend
+
+
+@plant("vidi.decoder.norm.gemma_norm", dtype=HALF)
+def gemma_norm_in_half(original: Any) -> Any:
+    """GemmaNorm wholly in bf16."""
+    return lambda x, weight, eps: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * (1.0 + weight)
+
+
+@plant("vidi.decoder.norm.gemma_norm", dtype=HALF)
+def gemma_norm_cast_early(original: Any) -> Any:
+    """Cast back before the weight, as in Llama: the product in bf16."""
+
+    def gemma_norm(x: Any, weight: Any, eps: float) -> Any:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * (1.0 + weight)
+
+    return gemma_norm
+
+
+@plant("vidi.decoder.norm.gemma_norm", dtype=HALF)
+def gemma_norm_weight_in_half(original: Any) -> Any:
+    """1 + weight in bf16, the rest in float32."""
+
+    def gemma_norm(x: Any, weight: Any, eps: float) -> Any:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * (1.0 + weight).float()).to(x.dtype)
+
+    return gemma_norm
+
+
+@plant("vidi.bridge.norm.rms", dtype=HALF)
+def bridge_rms_in_half(original: Any) -> Any:
+    """The bridge's rms() wholly in bf16."""
+    return lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
+
+
+@plant("vidi.bridge.norm.RMSNorm.forward", dtype=HALF)
+def bridge_norm_cast_late(original: Any) -> Any:
+    """The bridge norm's product in float32, cast afterwards, as Gemma's."""
+
+    def forward(self: Any, x: Any) -> Any:
+        wide = x.float()
+        return (self.weight.float() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+
+    return forward
+
+
+@plant("vidi.precision.sqrt_in", dtype=HALF)
+def factor_not_rounded(original: Any) -> Any:
+    """sqrt(D) as it is: 4.899 where bf16 has 4.90625."""
+    return lambda value, dtype: value**0.5
+
+
+@plant("vidi.precision.sqrt_in", dtype="float16")
+def factor_not_rounded_fp16(original: Any) -> Any:
+    """sqrt(D) rounded to bf16 in an fp16 model."""
+    return lambda value, dtype: original(value, torch.bfloat16)
+
+
+@plant("vidi.loss.per_token", dtype=HALF, case="train")
+def loss_in_half(original: Any) -> Any:
+    """Cross-entropy in bf16."""
+    import torch.nn.functional as nnf
+
+    from vidi import loss
+
+    return lambda logits, labels: nnf.cross_entropy(
+        logits.flatten(0, 1), loss.shift(labels).flatten(), ignore_index=-100, reduction="none"
+    ).float()
+
+
+@plant("vidi.decoder.decoder.softcap", dtype=HALF)
+def head_rounded_to_eighths(original: Any) -> Any:
+    """Logits pass through fp8 (e4m3) before the cap."""
+    return lambda x, cap: original(x.to(torch.float8_e4m3fn).to(x.dtype), cap)
+
+
+@plant("model.audio_tower", "model.vision_tower", cuda=True, dtype=SINGLE)
+def tf32_on(original: Any) -> Any:
+    """TF32 in matrix products and convolutions of the towers."""
+
+    def forward(*given: Any) -> Any:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        try:
+            return original(*given)
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+    return forward
