@@ -1,0 +1,25 @@
+"""Print the README's parity table: every embedded case, its stages, and its worst error. Run: python tools/parity_table.py"""
+
+from __future__ import annotations
+
+from vidi.parity import store, suite, tolerance
+
+
+def main() -> None:
+    goldens = store.goldens_dir()
+    tolerances = tolerance.load(goldens)
+    print("| goldens | dtype | cases | stages | different | worst max\\|d\\| / rms | at |")
+    print("|---|---|---|---|---|---|---|")
+    for name, dtypes in (("official", ("float32",)), ("small", ("float64", "float32", "bfloat16", "float16"))):
+        refs = [ref for ref in suite.select(goldens) if ref.set == name]
+        for dtype in dtypes:
+            run = suite.run(refs, tolerances, dtype=dtype)
+            rows = [(case, row) for case in run.cases for row in case.rows]
+            numeric = [(row.chained.errors["max"], f"{case.case} {row.stage}") for case, row in rows if row.chained.errors]
+            error, place = max(numeric)
+            different = sum(not row.ok for _, row in rows)
+            print(f"| {name} | {dtype} | {len(refs)} | {len(rows)} | {different} | {error:.1e} | `{place}` |")
+
+
+if __name__ == "__main__":
+    main()
