@@ -83,12 +83,13 @@ LANES = (
     (r"inputs\.images|layer\.\{i\}\.image_stream|layer\.0\.image_input", 0),
     (r"vision\.(pos_.\.embed|mask)|pos\.freq|xattn\.\{i\}\.\{m\}\.k$", 1),
     (r"vision\.", 0),
-    (r"inputs\.audio_sizes|audio\.(pos_t\.embed|mask)|xattn.*\.(v|unpad\.\{n\}|kv_mask)$|.*gate", 2),
+    (r"inputs\.audio_sizes|audio\.(pos_t\.embed|mask)|xattn.*\.(v|unpad\.\*|kv_mask)$|.*gate", 2),
     (r"inputs\.audios|audio\.|layer\.\{i\}\.audio_stream|layer\.0\.audio_input", 3),
     (r"inputs\.labels|text\.(mask|labels)|rope|.*\.q_mask|layer\.\{i\}\.t2t|loss", 5),
     (r"", 4),
 )
 KINDS = ("v", "p", "p", "a", "t", "t")  # colour class of a lane
+FAMILY = "xattn.{i}.{m}.unpad."  # many ids with the same inputs, drawn as one node
 WIDTH, HEIGHT, LANE, ROW, LEFT, TOP = 162, 66, 204, 96, 14, 40
 
 
@@ -125,13 +126,28 @@ def feeds(stage: stages.Stage) -> Iterator[str]:
             yield name
 
 
+def drawn_as(template: str) -> str:
+    """Name of the node that shows an entry."""
+    return f"{FAMILY}*" if template.startswith(FAMILY) else template
+
+
+def what(node: Node) -> str:
+    """A few words on a node: those of its entry, or the parts that a family has."""
+    assert node.stage is not None
+    if node.name != f"{FAMILY}*":
+        return node.stage.what
+    return ", ".join(s.template.removeprefix(FAMILY) for s in STAGES if s.template.startswith(FAMILY))
+
+
 def layout() -> dict[str, Node]:
     """Every node on its lane, each above all that it feeds: what comes before the layers as late as possible, the rest
     as early as possible."""
     nodes = {name: Node(name, lane_of(name)) for s in STAGES for name in feeds(s) if name.startswith("inputs.")}
-    nodes |= {s.template: Node(s.template, lane_of(s.template), stage=s) for s in STAGES}
-    edges = [(name, s.template) for s in STAGES for name in feeds(s)]
-    inside = [s.template for s in STAGES if is_later(s.template)]
+    shown = {drawn_as(s.template): s for s in reversed(STAGES)}
+    shown = dict(reversed(shown.items()))
+    nodes |= {name: Node(name, lane_of(name), stage=s) for name, s in shown.items()}
+    edges = [(name, to) for to, s in shown.items() for name in feeds(s)]
+    inside = [name for name in shown if is_later(name)]
     taken: set[tuple[int, int]] = set()
 
     def settle(node: Node, row: int, step: int) -> None:
@@ -145,8 +161,7 @@ def layout() -> dict[str, Node]:
         settle(nodes[name], min(below, default=0) - 1, -1)
     for name in inside:
         above = [nodes[s].row for s, t in edges if t == name and s in inside]
-        last = max((nodes[n].row for n in inside if nodes[n].row >= 0), default=0)
-        settle(nodes[name], last if name.startswith("{n}") else max(above, default=-1) + 1, 1)
+        settle(nodes[name], max(above, default=-1) + 1, 1)
     first = min(node.row for node in nodes.values())
     for node in nodes.values():
         node.row -= first
@@ -228,7 +243,7 @@ def box(node: Node) -> str:
         shape = f"({SHAPES[node.name].replace(' ', ', ')})" if node.name in SHAPES else ""
         lines.append(f'<text x="7" y="27" class="sh">{shape}</text>')
         lines.append(f'<text x="{WIDTH - 7}" y="27" text-anchor="end" class="soft">{stage.spec}</text>')
-        for k, line in enumerate(wrap(stage.what, 28)[:3]):
+        for k, line in enumerate(wrap(what(node), 28)[:3]):
             lines.append(f'<text x="7" y="{39 + 11 * k}" class="soft">{escape(line)}</text>')
     else:
         lines.append('<text x="7" y="28" class="soft">input</text>')
@@ -247,7 +262,8 @@ def wrap(text: str, width: int) -> list[str]:
 def arrows(nodes: dict[str, Node]) -> Iterator[str]:
     """Straight down to the next row of a lane; otherwise down the gutter right of the source, then along the gap above
     the target, so that no arrow crosses a node. Each source has a track of its own in both."""
-    pairs = [(nodes[name], nodes[s.template]) for s in STAGES for name in dict.fromkeys(feeds(s))]
+    fed = {drawn_as(s.template): s for s in STAGES}
+    pairs = [(nodes[name], nodes[to]) for to, s in fed.items() for name in dict.fromkeys(feeds(s))]
     bent = [(s, t) for s, t in pairs if not (s.lane == t.lane and t.row == s.row + 1)]
     ends: dict[str, int] = {}
     for source, target in bent:
@@ -289,10 +305,8 @@ def stage_table() -> str:
 
 
 def judged(template: str) -> str:
-    """exact or numeric, as `ids.is_exact` says of an id of this template. Parts of one template may differ."""
+    """exact or numeric, as `ids.is_exact` says of an id of this template."""
     filled = template.replace("{g}", "").replace("{i}", "0").replace("{m}", "v").replace("{b}", "0")
-    if "unpad.{n}" in filled:
-        return "indices exact, rows numeric"
     return "exact" if ids.is_exact(filled.replace("{n}", "none")) else "numeric"
 
 
