@@ -153,10 +153,12 @@ class VidiModel(nn.Module):
     def prefill(self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None) -> tuple[Tensor, Cache]:
         """Logits (B, V) after each row's own last kept token, and the cache to decode from.
 
-        ``capacity``: text tokens that the cache can hold, the prompt included.
+        ``capacity``: text tokens that the cache can hold, the prompt included. Raises ValueError naming rows without text.
         """
         embeds_BTD, rows, _ = self.embed_text(batch)
         lengths_B = rows.lengths_B.long()
+        if empty := (lengths_B == 0).nonzero().flatten().tolist():
+            raise ValueError(f"rows {empty} keep no text token; decoding has nothing to continue from")
         capacity = max(capacity, embeds_BTD.shape[1])
         cache = Cache.empty(self.config.decoder, lengths_B, capacity, self.dtype, self.device)
         streams = self.streams(batch) if streams is None else streams
