@@ -37,6 +37,7 @@ pytestmark = [
     pytest.mark.bench,
     pytest.mark.benchmark(timer=clock),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # torch's own import of triton parts
 ]
 
 

@@ -26,7 +26,6 @@ def device() -> torch.device:
 @pytest.fixture(autouse=True)
 def precision() -> Iterator[None]:
     """IEEE float32 in products and convolutions; asserted on entry, and again after the test."""
-    torch.compiler.reset()  # each flex case compiles its own kernel; the count of recompilations is limited
     with fingerprint.ieee():
         yield
         fingerprint.assert_ieee()
@@ -43,3 +42,9 @@ def able(device: torch.device):
             not_run("flash-attn is not installed: pip install 'vidi-parity[flash]'")
 
     return check
+
+
+@pytest.fixture
+def note(request: pytest.FixtureRequest):
+    """note(name, value) writes a measured figure beside the test's result (JUnit properties)."""
+    return lambda name, value: request.node.user_properties.append((name, value))

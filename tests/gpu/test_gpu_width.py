@@ -7,6 +7,7 @@ truth, and its own rounded runs give the unit that errors are measured in, as fo
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from goldens.oracle import forward
 from tests.gpu.judge import judge
 from vidi import precision
 from vidi.attention import limits
+from vidi.bridge import position
 from vidi.checkpoint import names, synthetic
 from vidi.config import VidiConfig
 from vidi.model import VidiModel
@@ -28,10 +30,11 @@ from vidi.parity import feed, ids, trace
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # torch's own import of triton parts
 ]
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-ORDERS = (None, 1)
+ORDERS = (None,)
 
 
 def config(narrow: bool) -> VidiConfig:
@@ -63,7 +66,7 @@ def official(sizes: VidiConfig) -> dict:
 
 
 def inputs(sizes: VidiConfig) -> dict[str, np.ndarray]:
-    """Two samples, the second shorter and without sound, so that masks act; a third of an audio piece."""
+    """Two samples, the second shorter and without sound, so that masks act; a sixth of an audio piece."""
     draw = np.random.default_rng(5)
     side, mel = sizes.vision.image_size, (sizes.audio.num_mel_bins, sizes.audio.mel_frames)
 
@@ -75,10 +78,10 @@ def inputs(sizes: VidiConfig) -> dict[str, np.ndarray]:
     return {
         "inputs.input_ids": ids_BT,
         "inputs.attention_mask": np.arange(9) < np.array([[9], [6]]),
-        "inputs.images.0": pixels(2),
+        "inputs.images.0": pixels(1),
         "inputs.images.1": pixels(1),
         "inputs.audios.0": (draw.integers(-128, 129, (1, *mel)) / 128).astype(np.float32),
-        "inputs.audio_sizes": np.array([mel[1] // 3, 0]),
+        "inputs.audio_sizes": np.array([mel[1] // 6, 0]),
     }
 
 
@@ -95,11 +98,9 @@ def oracle(narrow: bool, device: str, round_to: str | None, order: int | None) -
         want.official: model(narrow, device).get_parameter(want.ours).detach().float().cpu().numpy()
         for want in names.expected(sizes).values()
     }
-    table = next(x for x in load_file(Path(__file__).parents[2] / "goldens" / "pos_freq.safetensors").values())
-    if narrow:
-        from vidi.bridge import position
-
-        table = position.frequencies(sizes.decoder.hidden_size).numpy()
+    tables = load_file(Path(__file__).parents[2] / "goldens" / "pos_freq.safetensors")
+    width = sizes.decoder.hidden_size
+    table = position.frequencies(width).numpy() if narrow else tables[str(width)]
     casts = "none" if round_to is None else "official"
     return forward(
         official(sizes),
@@ -115,10 +116,8 @@ def oracle(narrow: bool, device: str, round_to: str | None, order: int | None) -
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("backend", "tower"), [("eager", "sdpa"), ("flash", "flash"), ("flex", "eager")])
-def test_full_width(
-    backend: str, tower: str, dtype: str, device: torch.device, able: Callable, record_property: Callable
-) -> None:
-    narrow = device.type == "cpu"
+def test_full_width(backend: str, tower: str, dtype: str, device: torch.device, able: Callable, note: Callable) -> None:
+    narrow = device.type == "cpu" and os.environ.get("VIDI_REHEARSE") != "full"
     kind = feed.DTYPES[dtype]
     able(backend, dtype=kind, head_dim=config(narrow).decoder.head_dim, softcap=50.0)
     if limits.why_not(backend, dtype=kind, device=device, head_dim=256, softcap=50.0):
@@ -142,10 +141,10 @@ def test_full_width(
         else:
             result = judge(found[stage], truth[stage], [run[stage] for run in naive], kind, stage)
             worst = max(worst, result.ratio)
-            record_property(stage, f"{result.ratio:.3g}")
+            note(stage, f"{result.ratio:.3g}")
             if not result.ok:
                 failures.append(result.text())
-    record_property("worst error over budget", f"{worst:.3g}")
+    note("worst error over budget", f"{worst:.3g}")
     assert {"vision.tower", "audio.tower", "vision.llm_norm", "audio.llm_norm", "layer.0.output"} <= truth.keys()
     assert not failures, "\n".join(failures)
 
@@ -154,4 +153,8 @@ def _copy(source: VidiModel, narrow: bool, device: torch.device) -> VidiModel:
     with torch.device(device):
         twin = VidiModel(config(narrow))
     twin.load_state_dict(source.state_dict())
+    if not narrow:  # the table is a constant of the model; this machine's exp may be another one
+        tables = load_file(Path(__file__).parents[2] / "goldens" / "pos_freq.safetensors")
+        for module in (twin.bridge.pos_h, twin.bridge.pos_w, twin.bridge.pos_t):
+            module.freq_K = torch.from_numpy(tables[str(2 * len(module.freq_K))])
     return twin

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
@@ -18,8 +19,9 @@ from torch.nn.attention import flex_attention as flex
 from vidi.attention import mask
 from vidi.attention.unpad import Rows
 
-__all__ = ["SMALLEST_HEAD", "attend"]
+__all__ = ["COMPILATIONS", "SMALLEST_HEAD", "attend"]
 
+COMPILATIONS = 64  # in one process, before torch refuses another
 SMALLEST_HEAD = 16  # of the compiled kernel; columns of zeros change no score
 
 Mod = Callable[..., Tensor]
@@ -61,13 +63,15 @@ def attend(
     head_dim = q_BTNH.shape[-1]
     missing = 0 if on_cpu else max(SMALLEST_HEAD - head_dim, 0)
     run: Any = _uncompiled if on_cpu else _compiled()
-    out = run(
-        *(nnf.pad(x, (0, missing)).transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
-        score_mod=_capped(softcap),
-        block_mask=blocks,
-        scale=scale,
-        enable_gqa=q_BTNH.shape[2] != k_BSGH.shape[2],
-    )
+    # Sizes become symbols after their second value; still, each dtype, head dim, cap and kind of mask is a compilation.
+    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+        out = run(
+            *(nnf.pad(x, (0, missing)).transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
+            score_mod=_capped(softcap),
+            block_mask=blocks,
+            scale=scale,
+            enable_gqa=q_BTNH.shape[2] != k_BSGH.shape[2],
+        )
     return mask.zero_rows(out[..., :head_dim].transpose(1, 2), keep_q)
 
 
