@@ -312,10 +312,10 @@ def cases() -> dict[str, Recipe]:
         ),
         Recipe("novideo", "no frames in the whole batch", config(), audios | text),
         Recipe(
-            "silent",
+            "absent",
             "all-zero mel, all-zero frames, and audio shorter than a token, a sample each",
             config(),
-            _silent(),
+            _absent(),
         ),
         Recipe("train", "position noise and labels", config(), _training()),
         Recipe(
@@ -335,7 +335,7 @@ def _holed() -> dict[str, np.ndarray]:
     return {"inputs.input_ids": ids, "inputs.attention_mask": mask}
 
 
-def _silent() -> dict[str, np.ndarray]:
+def _absent() -> dict[str, np.ndarray]:
     return {
         "inputs.images_u8.0": _frames("d", 1),
         "inputs.images.1": np.zeros((1, 3, 22, 22), np.float32),

@@ -1,11 +1,10 @@
 """Regenerate the small goldens from the oracle: what would change, and, only when told to, the change itself.
 
-    python tools/regen_goldens.py [--case NAME ...] [--stage GLOB]        print what would change, per tensor
-    python tools/regen_goldens.py --check                                 the same for the gate: exit 1 if anything
-    would python tools/regen_goldens.py --accept --reason "..."                 write it, whole or not at all, and the
-    ledger python tools/regen_goldens.py --accept-tolerances --reason "..."      enter changed tolerances, baselines,
-    pos.freq python tools/regen_goldens.py --case NAME --candidate FILE [...]      values from a safetensors file, not
-    the oracle
+    python tools/regen_goldens.py [--case NAME ...] [--stage GLOB]     print what would change, per tensor
+    python tools/regen_goldens.py --check                              the same for the gate: exit 1 if anything would
+    python tools/regen_goldens.py --accept --reason "..."              write it, whole or not at all, and the ledger
+    python tools/regen_goldens.py --accept-tolerances --reason "..."   enter changed tolerances, baselines, pos.freq
+    python tools/regen_goldens.py --case NAME --candidate FILE [...]   values from a safetensors file, not the oracle
 
 A tensor counts as changed above 1e-10 of its rms; with the spec's casts, above one float32 ulp at its scale. The tool
 never loads the model or torch, never runs inside pytest when it writes, and refuses recordings of the official release,
@@ -15,6 +14,7 @@ values that are not finite, and values further from the oracle than the ones the
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -32,6 +32,7 @@ if str(ROOT) not in sys.path:
 
 from goldens import recipes  # noqa: E402
 from goldens.oracle import forward, greedy, teacher_forced  # noqa: E402
+from tools.made_from import made_from  # noqa: E402
 from vidi.parity import ledger  # noqa: E402
 from vidi.parity.golden import Golden, GoldenError, Whole, whole  # noqa: E402
 from vidi.parity.ids import matching, sort_ids  # noqa: E402
@@ -252,7 +253,21 @@ def check(goldens: Path) -> list[str]:
     for subject, name in LEDGER_FILES.items():
         if (goldens / name).exists():
             problems.append(ledger.stale(goldens, subject, ledger.file_sha256(goldens / name)) or "")
+    problems += _stale_baselines(goldens)
     return [problem for problem in problems if problem]
+
+
+def _stale_baselines(goldens: Path) -> list[str]:
+    """Cases whose baselines were measured with another oracle or against another golden, or not at all."""
+    path = goldens / LEDGER_FILES["baselines"]
+    if not path.exists():
+        return []
+    known, problems = json.loads(path.read_text())["made_from"], []
+    for ref in list_cases(goldens):
+        name = f"{ref.set}/{ref.name}"
+        if known.pop(name, None) != made_from(open_case(ref.folder, ref.name)):
+            problems.append(f"baselines of {name} were not measured from it and this oracle: tools/measure_baselines.py")
+    return [*problems, *(f"baselines of {name}: there is no such case" for name in known)]
 
 
 def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], reason: str, at: Callable) -> None:

@@ -45,27 +45,25 @@ def visual_tokens(
 
     own_grid = sizes.budget_scope == "video"
     flat_VD: list[np.ndarray] = []
+    embeds: dict[str, np.ndarray] = {}
     for b in range(batch):
         suffix = f".{b}" if own_grid else ""
         if counts[b] == 0:
             flat_VD.append(np.zeros((0, sizes.width), ar.work))
             continue
         total = counts[b] if own_grid else sum(counts)
-        first = own_grid or not any(counts[:b])
         grid_FyxD = _grid(ar, sizes, w, features(b), total, trace, suffix)
         for axis, name in ((1, "h"), (2, "w")):
-            length = grid_FyxD.shape[axis]
-            noise = _noise(inputs, name, own_grid)
-            embed = position_embedding(ar, w, f"model.mm_rand_pos_{name}.", length, sizes.image_pool, freq, noise)
-            embed = embed.reshape((1, length, 1, -1) if axis == 1 else (1, 1, length, -1))
-            if first:  # one row for the whole batch, recorded once
-                trace.put(f"vision.pos_{name}.embed{suffix}", embed)
-            grid_FyxD = ar.store(grid_FyxD + rms(ar, embed))
-            trace.put(f"vision.pos_{name}{suffix}", grid_FyxD)
+            stage = f"vision.pos_{name}.embed{suffix}"
+            if stage not in embeds:  # one row for all videos of a grid, recorded once
+                length = grid_FyxD.shape[axis]
+                noise = _noise(inputs, name, own_grid)
+                embed = position_embedding(ar, w, f"model.mm_rand_pos_{name}.", length, sizes.image_pool, freq, noise)
+                embeds[stage] = trace.put(stage, embed.reshape((1, length, 1, -1) if axis == 1 else (1, 1, length, -1)))
+            grid_FyxD = trace.put(f"vision.pos_{name}{suffix}", ar.store(grid_FyxD + rms(ar, embeds[stage])))
         embed = _time(ar, sizes, w, counts[b], freq, inputs, f"t_v.{b}").reshape(-1, 1, 1, sizes.width)
-        trace.put(f"vision.pos_t.embed.{b}", embed)
-        grid_FyxD = ar.store(grid_FyxD + rms(ar, embed))
-        trace.put(f"vision.pos_t{suffix}", grid_FyxD)
+        embed = trace.put(f"vision.pos_t.embed.{b}", embed)
+        grid_FyxD = trace.put(f"vision.pos_t{suffix}", ar.store(grid_FyxD + rms(ar, embed)))
         flat_VD.append(grid_FyxD.reshape(-1, sizes.width))
     return _packed(ar, w, flat_VD, seen, "vision", trace)
 
@@ -91,27 +89,22 @@ def audio_tokens(
         if len(mel) == 0:
             trimmed.append(np.zeros((0, len(w("model.mm_aud.encoder.layer_norm.weight"))), ar.work))
             continue
-        pieces_PLC = whisper(ar, sizes, w, mel)
-        trace.put("audio.tower", pieces_PLC)
+        pieces_PLC = trace.put("audio.tower", whisper(ar, sizes, w, mel))
         trimmed.append(pieces_PLC.reshape(-1, pieces_PLC.shape[-1])[:kept])
-    trim_BLC = _right_padded(trimmed)
-    trace.put("audio.trim", trim_BLC)
-    pool_BAD = _pool(ar, sizes, w, trim_BLC)
-    trace.put("audio.pool", np.swapaxes(pool_BAD, 1, 2))
+    trim_BLC = trace.put("audio.trim", _right_padded(trimmed))
+    pool_BDA = trace.put("audio.pool", np.swapaxes(_pool(ar, sizes, w, trim_BLC), 1, 2))
+    pool_BAD = np.swapaxes(pool_BDA, 1, 2)
     flat_AD: list[np.ndarray] = []
     for b, length in enumerate(lengths):
         if length == 0:
             flat_AD.append(pool_BAD[b, :0])
             continue
         x_AD = _projector(ar, w, "model.mm_rand_aud_projector.", pool_BAD[b, :length])
-        trace.put("audio.projector", x_AD)
-        x_AD = bridge_norm(ar, x_AD, w("model.mm_rand_aud_norm.weight"))
-        trace.put("audio.norm", x_AD)
+        x_AD = trace.put("audio.projector", x_AD)
+        x_AD = trace.put("audio.norm", bridge_norm(ar, x_AD, w("model.mm_rand_aud_norm.weight")))
         embed_AD = _time(ar, sizes, w, length, freq, inputs, f"t_a.{b}")
-        trace.put(f"audio.pos_t.embed.{b}", embed_AD)
-        x_AD = ar.store(x_AD + rms(ar, embed_AD))
-        trace.put("audio.pos_t", x_AD)
-        flat_AD.append(x_AD)
+        embed_AD = trace.put(f"audio.pos_t.embed.{b}", embed_AD)
+        flat_AD.append(trace.put("audio.pos_t", ar.store(x_AD + rms(ar, embed_AD))))
     return _packed(ar, w, flat_AD, [bool(np.any(mel)) for mel in mels], "audio", trace)
 
 
@@ -122,25 +115,21 @@ def _grid(
     `total` counts the frames that share the token budget."""
     done: list[np.ndarray] = []
     for tower_FLC in chunks:
-        trace.put("vision.tower", tower_FLC)
+        tower_FLC = trace.put("vision.tower", tower_FLC)
         count, length, width = tower_FLC.shape
         patches = math.isqrt(length)
         x_FCyx = tower_FLC.reshape(count, patches, patches, width).transpose(0, 3, 1, 2)
         short = -patches % sizes.image_pool
-        x_FCyx = np.pad(x_FCyx, ((0, 0), (0, 0), (0, short), (0, short)))
-        trace.put("vision.pad", x_FCyx)
+        x_FCyx = trace.put("vision.pad", np.pad(x_FCyx, ((0, 0), (0, 0), (0, short), (0, short))))
         side = grid_side(sizes, total, patches + short)
         if side is not None:
             matrix = resize_matrix(patches + short, side, ar.work).astype(ar.work)
-            x_FCyx = ar.store(matrix @ x_FCyx @ matrix.T)
-            trace.put(f"vision.resize{suffix}", x_FCyx)
-        x_FCyx = space_to_depth(x_FCyx, sizes.image_pool)
-        trace.put(f"vision.space_to_depth{suffix}", x_FCyx)
+            x_FCyx = trace.put(f"vision.resize{suffix}", ar.store(matrix @ x_FCyx @ matrix.T))
+        x_FCyx = trace.put(f"vision.space_to_depth{suffix}", space_to_depth(x_FCyx, sizes.image_pool))
         x_FyxD = _projector(ar, w, "model.mm_rand_img_projector.", x_FCyx.transpose(0, 2, 3, 1))
-        trace.put(f"vision.projector{suffix}", x_FyxD)
+        x_FyxD = trace.put(f"vision.projector{suffix}", x_FyxD)
         x_FyxD = bridge_norm(ar, x_FyxD, w("model.mm_rand_img_norm.weight"))
-        trace.put(f"vision.norm{suffix}", x_FyxD)
-        done.append(x_FyxD)
+        done.append(trace.put(f"vision.norm{suffix}", x_FyxD))
     return np.concatenate(done)
 
 
@@ -209,14 +198,11 @@ def _noise(inputs: Inputs, axis: str, own_grid: bool) -> np.ndarray | None:
 
 def _packed(ar: Arithmetic, w: Weights, flat: list[np.ndarray], seen: list[bool], path: str, trace: Trace) -> Tokens:
     """Pad the batch at the right, find the kept tokens, norm, blank the others. `seen`: the raw input is not all 0."""
-    packed_BLD = _right_padded(flat)
-    trace.put(f"{path}.packed", packed_BLD)
+    packed_BLD = trace.put(f"{path}.packed", _right_padded(flat))
     keep_BL = (np.sum(np.abs(packed_BLD), axis=-1) != 0) & np.asarray(seen)[:, None]
     trace.put(f"{path}.mask", keep_BL)
     normed_BLD = bridge_norm(ar, packed_BLD, w("model.mm_rand_llm_norm.weight"))
-    normed_BLD = normed_BLD * keep_BL[:, :, None].astype(ar.work)
-    trace.put(f"{path}.llm_norm", normed_BLD)
-    return normed_BLD, keep_BL
+    return trace.put(f"{path}.llm_norm", normed_BLD * keep_BL[:, :, None].astype(ar.work)), keep_BL
 
 
 def _right_padded(rows: list[np.ndarray]) -> np.ndarray:

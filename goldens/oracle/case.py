@@ -114,16 +114,39 @@ class Weights:
 
 
 class Trace:
-    """Stage tensors under the recorded ids. `keep` names what to hold: None all, a glob, globs, or a predicate."""
+    """Stage tensors under the recorded ids. `keep` names what to hold: None all, a glob, globs, or a predicate.
 
-    def __init__(self, keep: Keep = None) -> None:
+    `anchor` gives tensors by stage id: the run goes on with these in place of its own, so that every stage is fed what
+    another run had, and its error is its own. `store` rounds them to the run's dtype.
+    """
+
+    def __init__(
+        self,
+        keep: Keep = None,
+        anchor: Mapping[str, np.ndarray] | None = None,
+        store: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ) -> None:
         self._keep = _predicate(keep)
         self._parts: dict[str, list[np.ndarray]] = {}
+        self._anchor, self._store = anchor or {}, store
+        self._passed: dict[str, int] = {}
 
-    def put(self, stage: str, value: np.ndarray) -> None:
-        """Hold `value`; further pieces of the same stage follow it on axis 0."""
+    @property
+    def anchored(self) -> bool:
+        """Whether some stage is fed from outside."""
+        return bool(self._anchor)
+
+    def put(self, stage: str, value: np.ndarray) -> np.ndarray:
+        """Hold `value` (further pieces of the same stage follow it on axis 0) and return what the run goes on with."""
         if self._keep(stage):
             self._parts.setdefault(stage, []).append(value)
+        if stage not in self._anchor or value.ndim == 0:
+            return value
+        start = self._passed.get(stage, 0)
+        self._passed[stage] = start + len(value)
+        # a case with losses holds its logits flat
+        piece = self._anchor[stage].reshape(-1, *value.shape[1:])[start : start + len(value)]
+        return self._store(piece) if piece.dtype.kind == "f" else piece
 
     def result(self) -> dict[str, np.ndarray]:
         """Every held stage, pieces joined on axis 0."""

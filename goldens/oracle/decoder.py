@@ -46,10 +46,8 @@ def rope_tables(ar: Arithmetic, sizes: Sizes, length: int, trace: Trace) -> tupl
     positions = np.arange(length, dtype=np.int64)[None]
     trace.put("rope.position_ids", positions)
     angles = np.concatenate([positions[..., None].astype(ar.wide) * freq] * 2, axis=-1).astype(np.float64)
-    tables = [ar.store(turn(angles).astype(ar.wide).astype(ar.work)) for turn in (np.cos, np.sin)]
-    trace.put("rope.cos", tables[0])
-    trace.put("rope.sin", tables[1])
-    return tables[0], tables[1]
+    cos, sin = (ar.store(turn(angles).astype(ar.wide).astype(ar.work)) for turn in (np.cos, np.sin))
+    return trace.put("rope.cos", cos), trace.put("rope.sin", sin)
 
 
 def window_mask(length: int, window: int | None) -> np.ndarray:
@@ -84,8 +82,7 @@ def carry_stream(
     A stream token attends to itself alone: its attention output is its own value. The last update feeds nothing and is
     computed because the recordings hold it.
     """
-    x_BLD = scaled(ar, sizes, x_BLD)
-    trace.put(f"layer.0.{name}_input", x_BLD)
+    x_BLD = trace.put(f"layer.0.{name}_input", scaled(ar, sizes, x_BLD))
     layers: list[StreamLayer] = []
     for i in range(sizes.num_layers):
         attention = f"model.layers.{i}.self_attn."
@@ -96,8 +93,7 @@ def carry_stream(
         repeated_BNLH = np.repeat(v_BGLH, sizes.num_heads // sizes.num_kv_heads, axis=1)
         out_BLD = ar.linear(_joined(repeated_BNLH.transpose(0, 2, 1, 3)), w(attention + "o_proj.weight"))
         x_BLD = ar.store(x_BLD + _norm(ar, sizes, w, i, "post_attention_layernorm", out_BLD))
-        x_BLD = _feed_forward(ar, sizes, w, i, x_BLD)
-        trace.put(f"layer.{i}.{name}_stream", x_BLD)
+        x_BLD = trace.put(f"layer.{i}.{name}_stream", _feed_forward(ar, sizes, w, i, x_BLD))
     return layers
 
 
@@ -115,7 +111,7 @@ def run_text(
     x_BTD = scaled(ar, sizes, x_BTD)
     cos, sin = rope_tables(ar, sizes, x_BTD.shape[1], trace)
     for i in range(sizes.num_layers):
-        trace.put(f"layer.{i}.input", x_BTD)
+        x_BTD = trace.put(f"layer.{i}.input", x_BTD)
         attention = f"model.layers.{i}.self_attn."
         n_BTD = _norm(ar, sizes, w, i, "input_layernorm", x_BTD)
         q_BNTH = _heads(ar.linear(n_BTD, w(attention + "q_proj.weight")), sizes.num_heads)
@@ -125,23 +121,20 @@ def run_text(
         causal_TT = window_mask(x_BTD.shape[1], sizes.window if i % 2 == 0 else None)
         keep_BTT = causal_TT[None] & keep_BT[:, None, :] & keep_BT[:, :, None]
         own_BTNH = attend(ar, sizes, _rotated(ar, q_BNTH, cos, sin), _rotated(ar, k_BGTH, cos, sin), v_BGTH, keep_BTT)
-        added_BTD = ar.linear(_joined(own_BTNH), w(attention + "o_proj.weight"))
-        trace.put(f"layer.{i}.t2t", added_BTD)
+        added_BTD = trace.put(f"layer.{i}.t2t", ar.linear(_joined(own_BTNH), w(attention + "o_proj.weight")))
 
         for modality, layers in streams.items():
             stream, stage = layers[i], f"layer.{i}.t2{modality}"
             keep_BTL = keep_BT[:, :, None] & stream.keep_BL[:, None, :]
             out_BTNH = attend(ar, sizes, q_BNTH, stream.k_BGLH, stream.v_BGLH, keep_BTL)
             if i in (0, sizes.num_layers - 1):
-                _trace_cross(sizes, f"xattn.{i}.{modality}", q_BNTH, stream, keep_BT, out_BTNH, trace)
-            cross_BTD = ar.linear(_joined(out_BTNH), w(attention + "o_proj.weight"))
-            trace.put(stage, cross_BTD)
+                _trace_cross(ar, sizes, f"xattn.{i}.{modality}", q_BNTH, stream, keep_BT, out_BTNH, trace)
+            cross_BTD = trace.put(stage, ar.linear(_joined(out_BTNH), w(attention + "o_proj.weight")))
             trace.put(f"{stage}.gate", np.asarray(stream.keep_BL.any(axis=1)))
             added_BTD = ar.store(added_BTD + cross_BTD)  # (self + vis) + aud, in this order
 
         x_BTD = ar.store(x_BTD + _norm(ar, sizes, w, i, "post_attention_layernorm", added_BTD))
-        x_BTD = _feed_forward(ar, sizes, w, i, x_BTD)
-        trace.put(f"layer.{i}.output", x_BTD)
+        x_BTD = trace.put(f"layer.{i}.output", _feed_forward(ar, sizes, w, i, x_BTD))
     return x_BTD
 
 
@@ -176,6 +169,7 @@ def _joined(x_BLNH: np.ndarray) -> np.ndarray:
 
 
 def _trace_cross(
+    ar: Arithmetic,
     sizes: Sizes,
     stage: str,
     q_BNTH: np.ndarray,
@@ -186,11 +180,14 @@ def _trace_cross(
 ) -> None:
     repeats = sizes.num_heads // sizes.num_kv_heads
     k_BNLH, v_BNLH = np.repeat(stream.k_BGLH, repeats, axis=1), np.repeat(stream.v_BGLH, repeats, axis=1)
-    trace.put(f"{stage}.q", q_BNTH)
-    trace.put(f"{stage}.k", k_BNLH)
-    trace.put(f"{stage}.v", v_BNLH)
+    q_BNTH, k_BNLH, v_BNLH = (
+        trace.put(f"{stage}.{part}", x) for part, x in (("q", q_BNTH), ("k", k_BNLH), ("v", v_BNLH))
+    )
     trace.put(f"{stage}.q_mask", keep_BT)
     trace.put(f"{stage}.kv_mask", stream.keep_BL)
+    if trace.anchored:  # t2v and t2a are fed the layer's input and stream, this stage alone q, k and v
+        keep_BTL = keep_BT[:, :, None] & stream.keep_BL[:, None, :]
+        out_BTNH = attend(ar, sizes, q_BNTH, k_BNLH[:, ::repeats], v_BNLH[:, ::repeats], keep_BTL)
     trace.put(f"{stage}.out", out_BTNH)
     if not (keep_BT.all() and stream.keep_BL.all()):
         trace_unpadded(f"{stage}.unpad", q_BNTH, k_BNLH, v_BNLH, keep_BT, stream.keep_BL, trace)

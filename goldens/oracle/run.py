@@ -74,6 +74,8 @@ def forward(
     pos_freq: np.ndarray,
     order_seed: int | None = None,
     keep: Keep = None,
+    anchor: Tensors | None = None,
+    thresholds: Mapping[str, float | None] | None = None,
 ) -> dict[str, np.ndarray]:
     """Every stage tensor of one case under its recorded id.
 
@@ -86,20 +88,23 @@ def forward(
       `inputs.feat_{table,index,scale}` stand in for the tower's output of one video.
     casts, round_to, order_seed: see `Arithmetic`. pos_freq: the table w (D/2) of §5, as torch on the CPU makes it;
       data, in every regime. keep: which stages to hold (glob, globs or predicate); a long case needs it to stay small.
+    anchor: stage tensors by id that the run goes on with in place of its own (rounded to its dtype), so that each
+      stage's error is its own. thresholds: of the losses, see `loss`.
 
     Stages hold float64 (float32 with round_to); masks bool; ids int64. A modality that no sample has leaves no stage.
     With labels: `text.labels`, `loss.per_token` (B·T,) and `loss.none` too. Raises ValueError for a missing weight, a
     table or mask of the wrong shape, an unknown regime.
     """
-    trace = Trace(keep)
+    trace = Trace(keep, anchor, Arithmetic(casts, round_to).store)
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, trace)
     labels_BS = inputs.get("inputs.labels")
     ids_BT, keep_BT, labels_BT = pack(inputs["inputs.input_ids"], inputs.get("inputs.attention_mask"), labels_BS)
     logits_BTK = run.text(ids_BT, keep_BT, trace)
     if labels_BT is not None:
         trace.put("text.labels", labels_BT)
-        for name, value in loss(logits_BTK, labels_BT, casts=casts).items():
-            trace.put(name, value)
+        for name, value in loss(logits_BTK, labels_BT, thresholds, casts=casts, trace=trace).items():
+            if name != "loss.per_token":
+                trace.put(name, value)
     return trace.result()
 
 

@@ -39,9 +39,8 @@ def pack(
 def embed(ar: Arithmetic, w: Weights, ids_BT: np.ndarray, keep_BT: np.ndarray, trace: Trace) -> np.ndarray:
     """Rows of the embedding, exact zeros in the padding, before the sqrt(D) factor."""
     x_BTD = w("model.embed_tokens.weight")[ids_BT] * keep_BT[:, :, None].astype(ar.work)
-    trace.put("text.embeds", x_BTD)
     trace.put("text.mask", keep_BT)
-    return x_BTD
+    return trace.put("text.embeds", x_BTD)
 
 
 def _right_padded(rows: list[np.ndarray], fill: int | bool) -> np.ndarray:

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from goldens.oracle import forward, greedy, loss, teacher_forced
 from tests.oracle import recordings
@@ -140,10 +141,9 @@ def test_rounded_runs_err_as_much_as_the_release(dtype: str, round_to: str) -> N
     """A baseline must be a fair one: stage by stage its error against float64 is like the release's own in that dtype.
     Seven tenths to 1.3 times covers the luck of one draw (measured 0.73 to 1.21); a forgotten or a doubled rounding of
     a whole part moves the ratio beyond. Over all stages the mean ratio is 1 within a tenth."""
-    torch_load = pytest.importorskip("safetensors.torch").load_file
     config, exact = recordings.load("single.f64")
     recordings.load("single.f64")
-    low = {k: v.double().numpy() for k, v in torch_load(recordings.FOLDER / f"single.{dtype}.safetensors").items()}
+    low = {k: v.double().numpy() for k, v in load_file(recordings.FOLDER / f"single.{dtype}.safetensors").items()}
     freq = recordings.pos_freq(config["hidden_size"])
     got = forward(config, recordings.weights(), exact, casts="official", round_to=round_to, pos_freq=freq)
     ratios = {}

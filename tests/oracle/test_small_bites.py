@@ -175,7 +175,7 @@ BITES: dict[str, tuple[str, Patch, float]] = {
     "budget for each video": ("budget", _sizes(budget_scope="video"), 1e-2),
     "budget shared": ("pervideo", _sizes(budget_scope="batch"), 1e-2),
     "mask ignored": ("holes", _mask_ignored, 1e-2),
-    "silent frames kept": ("silent", _raw_mask_ignored, 1e-2),
+    "silent frames kept": ("absent", _raw_mask_ignored, 1e-2),
     "position noise ignored": ("train", _noise_ignored, 1e-2),
     "position noise not clipped": ("train", _noise_not_clipped, 1e-3),
 }

@@ -150,8 +150,8 @@ def test_a_modality_that_no_sample_has_leaves_no_stage(name: str, gone: tuple[st
     assert not same[f"layer.1.t2{gone[1]}.gate"].any()
 
 
-def test_silent_samples() -> None:
-    got = run(CASES["silent"])
+def test_absent_samples() -> None:
+    got = run(CASES["absent"])
     assert got["layer.0.t2a.gate"].tolist() == [False, True, False]
     assert got["layer.0.t2v.gate"].tolist() == [True, False, True]
     assert not got["layer.2.t2a"][[0, 2]].any()

@@ -187,19 +187,18 @@ def _compare_exact(stage: str, candidate: np.ndarray, golden: np.ndarray, where:
 
 
 def _compare_sampled(stage: str, candidate: np.ndarray, golden: Sampled, rule: Rule) -> Result:
-    """The sampled rows value by value, then the row sums and the statistics of the whole.
-
-    A sum over n values of independent errors is allowed sqrt(n) times the budget of one.
-    """
+    """The sampled rows value by value, then what is known of the rest: minimum and maximum, and, where the rule judges
+    them, the sums of all rows and of the whole. A sum over n values is allowed sqrt(n) times `sums`."""
     part = np.take(candidate, golden.index, axis=golden.axis)
     if golden.sample.dtype.kind in "bui" or rule is EXACT:
         return _compare_exact(stage, part, golden.sample, axes(stage, part.ndim))
     result = _compare_whole(stage, part, golden.sample, axes(stage, part.ndim), rule, golden.rms)
-    one = rule.max_abs if rule.max_abs is not None else (rule.max or rule.row or rule.rms or 0.0) * golden.rms
-    one += rule.floor_ulp * rule.eps * float(max(abs(golden.stats[3]), abs(golden.stats[4])))
+    floor = rule.floor_ulp * rule.eps * float(max(abs(golden.stats[3]), abs(golden.stats[4])))
+    value = (rule.max_abs if rule.max_abs is not None else _times(rule.max, golden.rms)) + floor
+    one = _times(rule.sums, golden.rms) + floor
     x, size = candidate.astype(np.float64), candidate.size
     problems, ratios = list(result.problems), [result.ratio]
-    if golden.row_sum.size:
+    if golden.row_sum.size and rule.sums is not None:
         others = tuple(axis for axis in range(x.ndim) if axis != golden.axis)
         d = np.abs(x.sum(axis=others)[golden.row_sum_index] - golden.row_sum)
         budget = one * math.sqrt(size / x.shape[golden.axis])
@@ -214,7 +213,7 @@ def _compare_sampled(stage: str, candidate: np.ndarray, golden: Sampled, rule: R
     total = one * math.sqrt(size)
     # A float64 sum of n terms has a rounding of its own, up to n·eps/2 of the sum of magnitudes.
     slack = 1e-16 * size * float(golden.stats[1])
-    budgets = (total + slack, total + slack, 2 * total * golden.rms + size * one * one + slack * golden.rms, one, one)
+    budgets = (total + slack, total + slack, 2 * total * golden.rms + size * one**2 + slack * golden.rms, value, value)
     for name, m, g, budget in zip(_STATS, stats_of(candidate), golden.stats, budgets, strict=True):
         ratios.append(float(_ratio(abs(m - g), budget)))
         if ratios[-1] > 1:

@@ -154,12 +154,15 @@ def run_case(
     for stage in wanted:
         golden = targets[stage]
         try:
-            rule = tolerances.rule(gate, stage, case.name)
+            rule, own_rule = (
+                tolerances.rule(gate, stage, f"{case.set}/{case.name}", kind=kind)
+                for kind in (tolerance.KINDS if stage in alone else tolerance.KINDS[:1] * 2)
+            )
         except ValueError as error:
             not_run.append((stage, str(error)))
             continue
         result = compare_tensor(stage, chained.get(stage), golden, rule)
-        own = compare_tensor(stage, alone[stage], golden, rule) if stage in alone else None
+        own = compare_tensor(stage, alone[stage], golden, own_rule) if stage in alone else None
         if own is None and (entry := stages.find(stage)) is not None and entry[0].reads_raw:
             own = result
         rows.append(Row(stage, result, own))

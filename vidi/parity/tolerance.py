@@ -18,10 +18,13 @@ from typing import Any
 from vidi.parity.compare import EXACT, Result, Rule
 from vidi.parity.ids import is_exact
 
-__all__ = ["METRICS", "Tolerances", "baseline_of", "gate_name", "load"]
+__all__ = ["KINDS", "METRICS", "Tolerances", "baseline_of", "gate_name", "load"]
 
 METRICS = ("rms", "max", "row", "head")
-_FIELDS = {"why", "max", "rms", "row", "head", "max_abs", "floor_ulp", "eps", *(f"c_{m}" for m in METRICS)}
+KINDS = ("chained", "isolated")  # from raw inputs, or fed the golden's inputs: each has baselines of its own
+_BUDGETS = {"max", "rms", "row", "head", "max_abs", *(f"c_{m}" for m in METRICS)}
+_NUMBERS = {*_BUDGETS, "sums", "floor_ulp", "eps"}
+_FIELDS = {*_NUMBERS, "why", "like"}
 
 
 def gate_name(dtype: str, reference: str) -> str:
@@ -36,26 +39,38 @@ def baseline_of(results: list[Result]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Tolerances:
-    """The loaded tables. gates: NAME -> fields with a list `stage`. baselines: dtype -> case -> stage -> errors."""
+    """The loaded tables. gates: NAME -> fields with a list `stage`. baselines: kind -> dtype -> SET/CASE -> stage ->
+    errors."""
 
     gates: Mapping[str, Mapping[str, Any]]
-    baselines: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]
+    baselines: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]]
 
-    def rule(self, gate: str, stage: str, case: str | None = None, baseline: Mapping[str, float] | None = None) -> Rule:
+    def rule(
+        self,
+        gate: str,
+        stage: str,
+        case: str | None = None,
+        baseline: Mapping[str, float] | None = None,
+        *,
+        kind: str = "chained",
+    ) -> Rule:
         """The rule for a stage under a gate.
 
-        case: names the baseline in baselines.json; `baseline` gives it directly (errors as multiples of rms). Raises
-        ValueError for an unknown gate, or where a baseline is needed and none was measured.
+        case: SET/CASE, names the baseline in baselines.json; `baseline` gives it directly (errors as multiples of rms).
+        kind: chained or isolated, whichever the stage was run. Raises ValueError for an unknown gate, or where a
+        baseline is needed and none was measured.
         """
         if is_exact(stage):
             return EXACT
         if gate not in self.gates:
             raise ValueError(f"no gate named {gate!r} in tolerances.toml: there are {', '.join(sorted(self.gates))}")
         fields = self._fields(gate, stage)
-        budgets: dict[str, Any] = {key: fields[key] for key in (*METRICS, "max_abs") if key in fields}
+        budgets: dict[str, Any] = {key: fields[key] for key in (*METRICS, "max_abs", "sums") if key in fields}
         factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
         if factors:
-            measured = baseline if baseline is not None else self._baseline(gate, stage, case)
+            measured = baseline
+            if measured is None:
+                measured = self._baseline(gate, fields.get("like", stage), case, kind)
             budgets |= {m: c * measured[m] for m, c in factors.items() if m in measured}
         floor: dict[str, Any] = {key: float(fields.get(key, 0.0)) for key in ("floor_ulp", "eps")}
         return replace(Rule(gate, fields["why"]), **budgets, **floor)
@@ -66,19 +81,18 @@ class Tolerances:
         for special in table.get("stage", ()):
             if any(fnmatch.fnmatchcase(stage, glob) for glob in special["glob"].split(",")):
                 own = {key: value for key, value in special.items() if key != "glob"}
-                if "max_abs" in own:
-                    common.pop("max", None)
-                    common.pop("rms", None)
+                if _BUDGETS & set(own):  # a stage's budgets replace the gate's, all of them
+                    common = {key: value for key, value in common.items() if key not in _BUDGETS}
                 return common | own
         return common
 
-    def _baseline(self, gate: str, stage: str, case: str | None) -> Mapping[str, float]:
+    def _baseline(self, gate: str, stage: str, case: str | None, kind: str) -> Mapping[str, float]:
         dtype = gate.split("-")[0]
         try:
-            return self.baselines[dtype][case or ""][stage]
+            return self.baselines[kind][dtype][case or ""][stage]
         except KeyError:
             raise ValueError(
-                f"no baseline for {dtype} {case} {stage} in baselines.json: run tools/measure_baselines.py"
+                f"no {kind} baseline for {dtype} {case} {stage} in baselines.json: run tools/measure_baselines.py"
             ) from None
 
 
@@ -96,7 +110,7 @@ def load(folder: Path) -> Tolerances:
             raise ValueError(f"gate {name}: a budget from baselines needs floor_ulp and eps above 0")
     path = folder / "baselines.json"
     baselines = json.loads(path.read_text()) if path.exists() else {}
-    return Tolerances(gates, baselines.get("errors", {}))
+    return Tolerances(gates, {kind: baselines.get(kind, {}) for kind in KINDS})
 
 
 def _check(name: str, entry: Mapping[str, Any], is_stage: bool) -> None:
@@ -106,7 +120,7 @@ def _check(name: str, entry: Mapping[str, Any], is_stage: bool) -> None:
         raise ValueError(f"gate {name}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(allowed))}")
     if not str(entry.get("why", "")).strip():
         raise ValueError(f"gate {name}: every number needs a reason in `why`")
-    for key in _FIELDS - {"why"}:
+    for key in _NUMBERS:
         value = entry.get(key)
         if value is not None and not (isinstance(value, int | float) and value > 0):
             raise ValueError(f"gate {name}: {key} = {value!r} must be a number above 0")

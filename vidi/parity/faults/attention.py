@@ -162,7 +162,7 @@ def masked_score_zero(original: Any) -> Any:
     return attend
 
 
-@plant(f"{EAGER}[cross]", case="silent")
+@plant(f"{EAGER}[cross]", case="absent")
 def no_key_averages_all(original: Any) -> Any:
     """A sample without any kept token averages its padding in place of adding exactly 0."""
 

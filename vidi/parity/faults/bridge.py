@@ -269,7 +269,7 @@ def llm_norm_over_tokens(original: Any) -> Any:
     return lambda x: module.weight * x * torch.rsqrt(x.square().mean(-2, keepdim=True) + 1e-5)
 
 
-@plant("vidi.bridge.pack.to_stream[norm]", case="silent")
+@plant("vidi.bridge.pack.to_stream[norm]", case="absent")
 def llm_norm_not_masked(original: Any) -> Any:
     """Tokens that are not kept are normed and passed on, not multiplied by the mask."""
     from vidi.inputs import batch

@@ -54,35 +54,24 @@ def position_mlp_in_half(original: Any) -> Any:
 
 @plant("vidi.bridge.position.positions[t]", dtype=HALF)
 def positions_in_half(original: Any) -> Any:
-    """Positions rounded to bf16: 9999 becomes 9984."""
-    return lambda length, extent, dtype, noise=None: original(length, extent, dtype, noise).to(torch.bfloat16).to(dtype)
+    """Time positions rounded to bf16: 9999 becomes 9984."""
+
+    def positions(length: int, extent: int, dtype: Any, noise: Any = None) -> Any:
+        p = original(length, extent, dtype, noise)
+        return p if extent == 2 else p.to(torch.bfloat16).to(dtype)
+
+    return positions
 
 
-@plant("vidi.attention.rope.angles", dtype=HALF)
+@plant("vidi.attention.rope.angles[sin]", dtype=HALF)
 def rope_angles_in_half(original: Any) -> Any:
-    """Rotary angles in bf16: frequencies are rounded before they meet a position."""
+    """Rotary sines of bf16 angles: frequencies are rounded before they meet a position."""
 
     def angles(pos: Any, head_dim: int, theta: float, dtype: Any) -> Any:
         from vidi.attention import rope
 
         angle = pos[..., None].to(dtype) * rope.inverse_frequencies(head_dim, theta, dtype).to(dtype)
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos(), angle.sin()
-
-    return angles
-
-
-@plant("vidi.attention.rope.angles", dtype=HALF, case="holes")
-def rope_frequencies_stored_in_half(original: Any) -> Any:
-    """Rotary frequencies cast with the model: float32 products of bf16 frequencies."""
-
-    def angles(pos: Any, head_dim: int, theta: float, dtype: Any) -> Any:
-        from vidi.attention import rope
-
-        stored = rope.inverse_frequencies(head_dim, theta, dtype).to(torch.bfloat16).float()
-        angle = pos[..., None].float() * stored
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return original(pos, head_dim, theta, dtype)[0], torch.cat((angle, angle), dim=-1).sin()
 
     return angles
 
@@ -174,9 +163,36 @@ def loss_in_half(original: Any) -> Any:
 
 
 @plant("vidi.decoder.decoder.softcap", dtype=HALF)
-def head_rounded_to_eighths(original: Any) -> Any:
-    """Logits pass through fp8 (e4m3) before the cap."""
-    return lambda x, cap: original(x.to(torch.float8_e4m3fn).to(x.dtype), cap)
+def softcap_in_float32(original: Any) -> Any:
+    """The final softcap in float32, cast afterwards."""
+    return lambda x, cap: original(x.float(), cap).to(x.dtype)
+
+
+@plant("vidi.attention.rope.apply", dtype=HALF)
+def rotation_in_float32(original: Any) -> Any:
+    """Heads turned in float32, cast afterwards."""
+    return lambda x, cos, sin: original(x.float(), cos.float(), sin.float()).to(x.dtype)
+
+
+@plant("vidi.attention.eager.attend[cross]", dtype=HALF)
+def weights_cast_before_values(original: Any) -> Any:
+    """Softmax weights of cross-attention rounded to bf16 before they meet the values."""
+
+    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+        if options.get("q_pos_BT") is not None:
+            return original(q, k, v, **options)
+        einsum = torch.einsum
+
+        def rounded(form: str, a: Any, b: Any) -> Any:
+            return einsum(form, a.to(v.dtype).to(a.dtype) if form.startswith("bgrts") else a, b)
+
+        torch.einsum = rounded
+        try:
+            return original(q, k, v, **options)
+        finally:
+            torch.einsum = einsum
+
+    return attend
 
 
 @plant("model.audio_tower", "model.vision_tower", cuda=True, dtype=SINGLE)

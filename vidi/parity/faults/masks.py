@@ -46,31 +46,31 @@ def mask_by_sum(original: Any) -> Any:
     return lambda packed, signal: (packed.sum(-1) > 0) & signal[:, None]
 
 
-@plant("vidi.bridge.mask.keep_tokens", case="silent")
+@plant("vidi.bridge.mask.keep_tokens", case="absent")
 def silence_not_masked(original: Any) -> Any:
     """The mask sees the tokens alone: a silent sample's are never 0, since positions were added."""
     return lambda packed, signal: original(packed, torch.ones_like(signal))
 
 
-@plant("vidi.bridge.mask.has_signal[v]", case="silent")
+@plant("vidi.bridge.mask.has_signal[v]", case="absent")
 def black_frames_count(original: Any) -> Any:
     """A video of all-zero frames counts as a signal."""
     return lambda raw: torch.ones(len(raw), dtype=torch.bool) if raw[0].ndim == 4 else original(raw)
 
 
-@plant("vidi.bridge.mask.has_signal[a]", case="silent")
+@plant("vidi.bridge.mask.has_signal[a]", case="absent")
 def silence_counts(original: Any) -> Any:
     """All-zero log-mel counts as a signal."""
     return lambda raw: torch.ones(len(raw), dtype=torch.bool) if raw[0].ndim == 3 else original(raw)
 
 
-@plant("vidi.bridge.mask.has_signal", case="silent")
+@plant("vidi.bridge.mask.has_signal", case="absent")
 def one_silent_silences_all(original: Any) -> Any:
     """Raw input is looked at for the whole batch at once."""
     return lambda raw: original(raw).all().expand(len(raw)).clone()
 
 
-@plant("vidi.bridge.mask.has_signal[a]", case="silent")
+@plant("vidi.bridge.mask.has_signal[a]", case="absent")
 def signal_of_other_sample(original: Any) -> Any:
     """Samples have each other's signal."""
     return lambda raw: original(raw).flip(0) if raw[0].ndim == 3 else original(raw)

@@ -30,7 +30,7 @@ def indices_of_padding_order(original: Any) -> Any:
     return indices
 
 
-@plant(ROWS + "indices", unpadded=True, case="silent")
+@plant(ROWS + "indices", unpadded=True, case="absent")
 def indices_first_rows(original: Any) -> Any:
     """The first rows of the padded batch, as many as are kept."""
     return lambda rows: torch.arange(len(original(rows)))
@@ -42,7 +42,7 @@ def lengths_shifted(original: Any) -> Any:
     return lambda rows: (original(rows) - 1).clamp(min=0)
 
 
-@plant(ROWS + "cu_seqlens", unpadded=True, case="silent")
+@plant(ROWS + "cu_seqlens", unpadded=True, case="absent")
 def lengths_padded(original: Any) -> Any:
     """Cumulative lengths of the padded batch, cut at its kept rows."""
 
@@ -130,7 +130,7 @@ def scattered_backwards(original: Any) -> Any:
     return lambda x, indices, samples, length: original(x, indices.flip(0), samples, length)
 
 
-@plant("vidi.attention.unpad.pad", unpadded=True, case="silent")
+@plant("vidi.attention.unpad.pad", unpadded=True, case="absent")
 def scattered_to_the_front(original: Any) -> Any:
     """Outputs laid down one after another, padding at the end of the batch."""
     return lambda x, indices, samples, length: original(x, torch.arange(len(indices)), samples, length)

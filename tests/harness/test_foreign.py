@@ -1,0 +1,70 @@
+"""Recordings of other sizes, imported and judged through the command line as a newcomer would."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness import foreign
+from tools import import_official
+from vidi import cli
+from vidi.bridge import fold
+from vidi.decoder.decoder import Decoder
+from vidi.parity import store
+from vidi.parity.golden import Sampled
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("foreign")
+    foreign.record(folder / "recordings")
+    assert import_official.main([str(folder / "recordings"), str(folder / "set")]) == 0
+    return folder / "set"
+
+
+def parity(goldens: Path, tmp_path: Path, *arguments: str) -> tuple[int, dict]:
+    """Exit code of `vidi parity` on the imported set, and its JSON."""
+    file = tmp_path / "run.json"
+    code = cli.main(["parity", "--goldens", str(goldens), "--quiet", "--json", str(file), *arguments])
+    return code, json.loads(file.read_text()) if file.exists() else {}
+
+
+def test_what_was_imported(imported: Path) -> None:
+    cases = {ref.name: store.open_case(ref.folder, ref.name) for ref in store.list_cases(imported)}
+    assert sorted(cases) == ["cost", "pair", "tell"]
+    assert any(isinstance(golden, Sampled) for golden in cases["pair"].targets.values())
+    assert len(cases["pair"].targets) > 100
+    assert list(cases["tell"].targets) == ["tell.nocache.logits"]
+    assert not [stage for stage in cases["cost"].targets if stage.startswith("grad.")]
+
+
+def test_the_model_equals_them(imported: Path, tmp_path: Path) -> None:
+    code, found = parity(imported, tmp_path)
+    assert code == 0
+    assert {case["case"]: len(case["stages"]) > 0 for case in found["cases"]} == dict.fromkeys(
+        ("cost", "pair", "tell"), True
+    )
+    assert not any(case["not_run"] for case in found["cases"])
+
+
+def test_a_wrong_fold_is_seen_at_the_fold(
+    imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = fold.space_to_depth
+    monkeypatch.setattr(fold, "space_to_depth", lambda x, pool: plain(x.transpose(2, 3), pool).transpose(2, 3))
+    code, found = parity(imported, tmp_path, "--case", "pair")
+    assert code == 1
+    assert found["cases"][0]["first_divergence"] == "vision.space_to_depth"
+    assert "first divergence at vision.space_to_depth" in capsys.readouterr().out
+
+
+def test_a_wrong_factor_is_seen_in_decoding_and_loss(
+    imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "scaled", lambda self, x: x * (torch.tensor(31.9).sqrt()))
+    for case, stage in (("tell", "tell.nocache.logits"), ("cost", "logits")):
+        code, found = parity(imported, tmp_path, "--case", case)
+        assert (code, found["cases"][0]["first_divergence"]) == (1, stage)

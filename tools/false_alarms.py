@@ -1,0 +1,176 @@
+"""300 parity runs of the unharmed model under settings that must not matter: how many raise an alarm?
+
+    python tools/false_alarms.py                    print the stored result; exit 1 unless 300 runs raised none
+    python tools/false_alarms.py --run [--jobs 2]   run what is missing; may be stopped and started again
+    python tools/false_alarms.py --run --fresh      forget the stored runs first
+
+Each run is a process of its own under one setting (dtype, threads, instruction sets, chunk sizes, order of keys, attention
+kernel of the towers, cases), drawn from a fixed seed. The result, goldens/false_alarms.json, keeps every setting, how
+many comparisons it made, each alarm with its text, and the worst error over budget of each gate. Runs made under other
+tolerances or baselines do not count: they are made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tools.one_run import Setting, in_subprocess  # noqa: E402
+from vidi.parity import ledger  # noqa: E402
+from vidi.parity.store import list_cases  # noqa: E402
+
+__all__ = ["RUNS", "drawn", "main", "summary"]
+
+RUNS = 300
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+SOURCES = ("tolerances.toml", "baselines.json")
+LONG = ("longvideo", "verylong")  # half a minute each: in every fiftieth run
+LEVELS: tuple[dict[str, str], ...] = (
+    {},
+    {"aten": "default"},
+    {"aten": "avx2"},
+    {"onednn": "SSE41"},
+    {"onednn": "AVX2"},
+    {"mkl": "COMPATIBLE"},
+    {"mkl": "AVX2"},
+    {"aten": "default", "onednn": "SSE41", "mkl": "COMPATIBLE"},
+)
+
+
+def drawn(names: Iterable[str], count: int = RUNS) -> Iterator[Setting]:
+    """The settings, from a fixed seed: dtypes and levels in turn, so that each pair occurs; the rest by lot."""
+    names = list(names)
+    small = [n for n in names if n.startswith("small/")]
+    recorded = [n for n in names if n.startswith("official/") and not n.endswith(LONG)]
+    long = [n for n in names if n.endswith(LONG)]
+    lot = random.Random(2026)
+    for i in range(count):
+        dtype = DTYPES[i % 4]
+        cases = lot.sample(small, 3)
+        if dtype != "float64":
+            cases.append(recorded[i // 4 % len(recorded)])
+            if i % 50 == 1 and long:
+                cases = [long[i // 50 % len(long)]]
+        yield Setting(
+            dtype,
+            tuple(cases),
+            threads=lot.choice((1, 1, 2, 3)),
+            mkldnn=lot.random() > 0.15,
+            towers=lot.choice(("sdpa", "eager")),
+            frame_chunk=lot.choice((1, 2, 3, 64)),
+            key_chunk=lot.choice((1, 7, 64, 8192)),
+            stream_chunk=lot.choice((1, 5, 100, 32768)),
+            key_order=lot.choice((None, lot.randrange(1000))),
+            **LEVELS[i // 4 % len(LEVELS)],
+        )
+
+
+def one(setting: Setting, goldens: Path) -> dict[str, Any]:
+    """What the file keeps of one run."""
+    found = in_subprocess(setting, goldens)
+    worst: dict[str, float] = {}
+    for row in found["rows"]:
+        gate = f"{row['gate']} {row['kind']}"
+        if not row["exact"]:
+            worst[gate] = max(worst.get(gate, 0.0), row["ratio"])
+    alarms = [f"{r['case']} {r['stage']} {r['kind']}: {r['ratio']:.3g} of budget" for r in found["rows"] if not r["ok"]]
+    own = asdict(setting)
+    changed = {key: value for key, value in own.items() if value != getattr(Setting("", ()), key)}
+    return {
+        "setting": changed,
+        "comparisons": len(found["rows"]),
+        "alarms": alarms,
+        "not_run": found["not_run"],
+        "worst": {gate: float(f"{ratio:.3g}") for gate, ratio in sorted(worst.items())},
+        "bits": found["bits"],
+        "seconds": found["seconds"],
+        "machine": found["machine"],
+    }
+
+
+def summary(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Counts over the stored runs."""
+    runs = [run for run in document["runs"] if run is not None]
+    worst: dict[str, float] = {}
+    for run in runs:
+        for gate, ratio in run["worst"].items():
+            worst[gate] = max(worst.get(gate, 0.0), ratio)
+    bits: dict[str, set[str]] = {}
+    for run in runs:
+        for case, value in run["bits"].items():
+            bits.setdefault(f"{run['setting']['dtype']} {case}", set()).add(value)
+    return {
+        "runs": len(runs),
+        "with_alarm": sum(bool(run["alarms"]) for run in runs),
+        "alarms": sum(len(run["alarms"]) for run in runs),
+        "comparisons": sum(run["comparisons"] for run in runs),
+        "not_run": sum(len(run["not_run"]) for run in runs),
+        "different_results": sum(len(values) for values in bits.values()),
+        "worst_of_budget": dict(sorted(worst.items())),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; exits 0 where RUNS runs under the present tolerances raised no alarm, else 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--goldens", type=Path, default=ROOT / "goldens")
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--fresh", action="store_true", help="make all runs again")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args(arguments)
+    path = args.goldens / "false_alarms.json"
+    under = {name: ledger.file_sha256(args.goldens / name) for name in SOURCES}
+    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not args.fresh else {}
+    current = document.get("measured_under") == under
+    if args.run:
+        if not current:
+            document = {"measured_under": under, "runs": [None] * RUNS}
+        _fill(document, args.goldens, path, args.jobs)
+        current = True
+    if not document:
+        print("NOT RUN: there is no stored result; run with --run")
+        return 1
+    shown = summary(document)
+    print(json.dumps(shown, indent=1))
+    for run in document["runs"]:
+        for alarm in (run or {}).get("alarms", ()):
+            print(f"{run['setting']}: {alarm}")
+    if not current:
+        print("tolerances or baselines have changed since these runs: run with --run")
+    return int(not (current and shown["runs"] == RUNS and shown["with_alarm"] == 0))
+
+
+def _fill(document: dict[str, Any], goldens: Path, path: Path, jobs: int) -> None:
+    names = [f"{ref.set}/{ref.name}" for ref in list_cases(goldens)]
+    wanted = [(i, setting) for i, setting in enumerate(drawn(names)) if document["runs"][i] is None]
+    with ThreadPoolExecutor(jobs) as pool:
+        for (i, _), run in zip(wanted, pool.map(lambda item: one(item[1], goldens), wanted), strict=True):
+            machine = run.pop("machine")
+            document["machine"] = {k: machine[k] for k in ("device", "libraries", "python", "system", "cpu_capability")}
+            document["runs"][i] = run
+            _store(document, path)
+            print(f"{i + 1}/{RUNS} {run['seconds']} s, {len(run['alarms'])} alarms {run['alarms'][:2]}", flush=True)
+
+
+def _store(document: dict[str, Any], path: Path) -> None:
+    head = {"summary": summary(document), **{k: v for k, v in document.items() if k not in ("runs", "summary")}}
+    runs = ",\n".join(json.dumps(run) for run in document["runs"])
+    draft = path.with_suffix(".json.tmp")
+    draft.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{runs}\n]}}\n')
+    os.replace(draft, path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
