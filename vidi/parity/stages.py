@@ -590,7 +590,7 @@ STAGES: tuple[Stage, ...] = (
         ("text.embeds",),
         lambda s: _rope(s, "cos"),
         (
-            "vidi.attention.rope.angles",
+            "vidi.attention.rope.angles[cos]",
             "vidi.attention.rope.inverse_frequencies",
             _D + "decoder.Decoder.text_rows[angles]",
         ),
@@ -602,7 +602,7 @@ STAGES: tuple[Stage, ...] = (
         ("text.embeds",),
         lambda s: _rope(s, "sin"),
         (
-            "vidi.attention.rope.angles",
+            "vidi.attention.rope.angles[sin]",
             "vidi.attention.rope.inverse_frequencies",
             _D + "decoder.Decoder.text_rows[angles]",
         ),
