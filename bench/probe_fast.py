@@ -160,12 +160,14 @@ def stream(report: dict[str, Any], limit: float) -> None:
 def vision(report: dict[str, Any]) -> None:
     v = VidiConfig.full().vision
     width, inner, length, heads = v.hidden_size, v.intermediate_size, 729, v.num_heads
-    for frames in (32, 60, 64, 128):
+    for frames in (60, 64, 90, 128, 60):
         count = frames * length
         x, n, y, h = draw(count, width), draw(count, width), draw(count, width), draw(count, inner)
         w_qkv, b_qkv = draw(3 * width, width, scale=0.03), draw(3 * width)
         w_o, b_o = draw(width, width, scale=0.03), draw(width)
         w_1, b_1, w_2 = draw(inner, width, scale=0.03), draw(inner), draw(width, inner, scale=0.015)
+        w_p, b_p, h_p = draw(4352, width, scale=0.03), draw(4352), draw(count, 4352)
+        w_2p = draw(width, 4352, scale=0.015)
         norm, pending = (draw(width), draw(width)), torch.randn(width, device=CUDA)
         qkv = torch.addmm(b_qkv, n, w_qkv.T)
         parts = {
@@ -177,6 +179,10 @@ def vision(report: dict[str, Any]) -> None:
             "fc1+gelu": lambda: kernels.gelu_product(n, w_1, b_1, False, h),
             "fc2": lambda: torch.addmm(b_o, h, w_2.T),
             "fc1": lambda: torch.addmm(b_1, n, w_1.T),
+            "fc1+gelu 4352": lambda: kernels.gelu_product(n, w_p, b_p, False, h_p),
+            "fc1+gelu 4352 in wide": lambda: kernels.gelu_product(n, w_p[:inner], b_1, False, h_p[:, :inner]),
+            "fc2+residual of 4352": lambda: y.addmm_(h_p[:, :inner], w_2.T),
+            "fc2+residual 4352": lambda: y.addmm_(h_p, w_2p.T),
             "gelu": lambda: nnf.gelu(h, approximate="tanh"),
             "gelu_erf": lambda: rows._gelu_erf[(-(-h.numel() // 4096),)](h, h.numel(), BLOCK=4096, num_warps=4),
         }
@@ -207,6 +213,31 @@ def vision(report: dict[str, Any]) -> None:
         report[f"vision {frames}"] = times
 
 
+def tower(report: dict[str, Any]) -> None:
+    """The whole vision tower over 300 frames, by batch; twice, because the card's clock moves."""
+    from vidi.fast.towers import FastVisionTower, even_chunks
+    from vidi.towers.siglip import VisionTower
+
+    with CUDA:
+        fast = FastVisionTower(VisionTower(VidiConfig.full().vision).to(BF16).eval())
+    frames = torch.randint(0, 256, (300, 3, 384, 384), dtype=torch.uint8, device=CUDA)
+    sizes = (30, 43, 50, 60, 64, 75, 86, 90, 100, 120, 150)
+    for round_ in range(3):
+        for size in sizes:
+            covered = 300 // size * size
+
+            def run(size=size, covered=covered):
+                for part in even_chunks(covered, size):
+                    fast(frames[part])
+
+            seconds, _ = measure.timed(CUDA, run)
+            if round_:
+                report.setdefault(str(size), []).append(1e3 * seconds / covered)
+    for size in sizes:
+        print(f"tower, {size} frames a batch: {min(report[str(size)]):.4f} ms a frame", report[str(size)])
+    print("BEST", min(sizes, key=lambda size: min(report[str(size)])))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
@@ -224,7 +255,7 @@ def main() -> None:
         if name == "stream":
             stream(found, limits.product_flops)
         else:
-            {"step": step, "attend": attend, "vision": vision}[name](found)
+            {"step": step, "attend": attend, "vision": vision, "tower": tower}[name](found)
         report[name] = found
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plain", type=lengths, default=(), help="lengths at which the plain path is timed as well")
     parser.add_argument("--plain-backend", default="eager", help="attention of the plain path (default: eager)")
     parser.add_argument("--profile", type=lengths, default=(), help="lengths at which kernels are profiled")
+    parser.add_argument(
+        "--frame-batch", type=int, help="frames that pass through the tower together (default: FastModel's)"
+    )
     parser.add_argument("--device", help="torch device (default: cuda where there is one)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
 
@@ -56,10 +59,12 @@ def run(args: argparse.Namespace) -> int:
     config = VidiConfig.full() if size == "full" else VidiConfig.tiny()
     limits = measure.ceilings(device)
     made_s, model = measure.timed(device, lambda: synthetic.create(config, 0, device=device, dtype=torch.bfloat16))
-    fused_s, fast = measure.timed(device, lambda: accelerate(model))
+    options = {} if args.frame_batch is None else {"frame_batch": args.frame_batch}
+    fused_s, fast = measure.timed(device, lambda: accelerate(model, **options))
     report: dict[str, Any] = {
         "device": measure.device_name(device),
         "size": size,
+        "frame_batch": fast.frame_batch,
         "dtype": "bfloat16",
         "torch": torch.__version__,
         "product_tflops": limits.product_flops / 1e12,

@@ -13,6 +13,7 @@ from vidi import generate, precision
 from vidi.checkpoint import synthetic
 from vidi.config import DecoderConfig, VidiConfig
 from vidi.fast import accelerate, ops, plan, twins
+from vidi.inputs import pixels
 from vidi.inputs.batch import Batch
 
 pytestmark = pytest.mark.gpu
@@ -92,6 +93,17 @@ def test_row_kernels(device, dtype, rows, width):
         weight, bias = case.draw(2 * width, width, scale=width**-0.5), case.draw(2 * width)
         out = poison(case.draw(rows, 2 * width))
         case.judge("gelu_product", [4], x, weight, bias, exact, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_patches_are_exact(device, dtype):
+    random = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (5, 3, 384, 384), dtype=torch.uint8, generator=random).to(device)
+    table = pixels.table().to(device, dtype)
+    found, wanted = (torch.full((5 * 729, 592), torch.nan, dtype=dtype, device=device) for _ in range(2))
+    ops.pick(device).cut_patches(frames, table, 14, 27, found)
+    twins.cut_patches(frames, table, 14, 27, wanted)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

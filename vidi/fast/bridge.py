@@ -12,6 +12,7 @@ from vidi.bridge.bridge import Bridge
 from vidi.bridge.norm import RMSNorm
 from vidi.bridge.projector import Projector
 from vidi.fast import ops
+from vidi.fast.towers import unfolded
 
 __all__ = ["FastNorm", "FastProjector", "accelerated"]
 
@@ -44,8 +45,21 @@ class FastProjector(nn.Module):
         return torch.addmm(self.fc2.bias.data, inner, self.fc2.weight.data.T).view(*x.shape[:-1], -1)
 
 
+class FastPool(nn.Module):
+    """As the pooling convolution, whose windows do not overlap: rows of a product."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        self.size = conv.stride[0]
+        self.kernel_DK = unfolded(conv.weight.data)
+
+    def forward(self, x_BCL: Tensor) -> Tensor:
+        rows_BLC = x_BCL.transpose(1, 2)[:, : x_BCL.shape[2] // self.size * self.size]
+        return (rows_BLC.unflatten(1, (-1, self.size)).flatten(2) @ self.kernel_DK.T).transpose(1, 2)
+
+
 def accelerated(bridge: Bridge) -> Bridge:
-    """A bridge over the same parameters whose norms and projectors are the fused ones."""
+    """A bridge over the same parameters whose norms, projectors and pooling are the fused ones."""
     fast = Bridge.__new__(Bridge)
     nn.Module.__init__(fast)
     for name, module in bridge.named_children():
@@ -53,5 +67,7 @@ def accelerated(bridge: Bridge) -> Bridge:
             module = FastNorm(module)
         elif isinstance(module, Projector):
             module = FastProjector(module)
+        elif isinstance(module, nn.Conv1d):
+            module = FastPool(module)
         setattr(fast, name, module)
     return fast.eval()

@@ -41,13 +41,14 @@ def spans_of(lengths: Mapping[str, Sequence[int]]) -> tuple[dict[str, list[Span]
 
 @dataclass
 class FastCache:
-    """cross_LSX: keys, then values of stream tokens. text_L2BSGH: rotated keys and values of the text.
+    """cross_SX: per layer, keys, then values of stream tokens (one tensor a layer: 43 GB in one piece would find no room
+    between what came before). text_L2BSGH: rotated keys and values of the text.
 
     lengths_B: tokens of each row so far (device). cos_SH, sin_SH: rotary factors of every position of the capacity.
     plans: how the keys of each sample are split. step: the captured decoding step, made by the first one.
     """
 
-    cross_LSX: Tensor
+    cross_SX: Sequence[Tensor]
     spans: dict[str, list[Span]]
     text_L2BSGH: Tensor
     lengths_B: Tensor
@@ -63,18 +64,18 @@ class FastCache:
         config: DecoderConfig,
         lengths_B: Tensor,
         capacity: int,
-        cross_LSX: Tensor,
+        cross_SX: Sequence[Tensor],
         spans: dict[str, list[Span]],
     ) -> FastCache:
         """Room for ``capacity`` text tokens a row beside finished stream keys and values."""
-        dtype, device, samples = cross_LSX.dtype, cross_LSX.device, len(lengths_B)
+        dtype, device, samples = cross_SX[0].dtype, cross_SX[0].device, len(lengths_B)
         shape = (config.num_layers, 2, samples, capacity, config.num_kv_heads, config.head_dim)
         pos_1S = torch.arange(capacity, device=device)[None]
         cos_1SH, sin_1SH = rope.angles(pos_1S, config.head_dim, config.rope_theta, dtype)
         nothing = [(0, 0)] * samples
         visual, audio = spans.get("v", nothing), spans.get("a", nothing)
         return cls(
-            cross_LSX=cross_LSX,
+            cross_SX=cross_SX,
             spans=spans,
             text_L2BSGH=torch.zeros(shape, dtype=dtype, device=device),
             lengths_B=lengths_B,

@@ -169,18 +169,19 @@ class FastModel:
         """Streams first, then the text against their keys: normed text rows (R, D), and the cache."""
         config, length = self.config.decoder, embeds_BTD.shape[1]
         x_SD, spans = stream_pass.flatten(streams, embeds_BTD)
-        cross_LSX = x_SD.new_empty(config.num_layers, len(x_SD), 2 * config.num_kv_heads * config.head_dim)
+        shape = (len(x_SD), 2 * config.num_kv_heads * config.head_dim)
+        cross_SX = [x_SD.new_empty(shape) for _ in range(config.num_layers)]
         x_SD *= precision.sqrt_in(config.hidden_size, self.dtype)
         padded.stream_inputs(x_SD, spans)
         record = padded.recorder(len(x_SD))
         stream_pass.run(
-            *(x_SD, self.layers, config.rms_norm_eps, cross_LSX),
+            *(x_SD, self.layers, config.rms_norm_eps, cross_SX),
             chunk=self.stream_chunk,
             last_stream=last_stream,
             record=record,
         )
         lengths = rows.lengths_B.tolist()
-        cache = FastCache.empty(config, rows.lengths_B.long(), max(capacity, length), cross_LSX, spans)
+        cache = FastCache.empty(config, rows.lengths_B.long(), max(capacity, length), cross_SX, spans)
         cache.held = length
         ends = [sum(lengths[: b + 1]) for b in range(len(lengths))]
         line = TextLine(

@@ -40,7 +40,7 @@ class Step:
         self.layers, self.embed_VD, self.final_norm_D = layers, embed_VD, final_norm_D
         self.config = config
         # What it needs of the cache, not the cache, which holds the step: 40 GB must not wait for a cycle's collection.
-        self.cross_LSX, self.text_L2SGH, self.plan = cache.cross_LSX, cache.text_L2BSGH[:, :, 0], cache.plans[0]
+        self.cross_SX, self.text_L2SGH, self.plan = cache.cross_SX, cache.text_L2BSGH[:, :, 0], cache.plans[0]
         self.cos_SH, self.sin_SH = cache.cos_SH, cache.sin_SH
         self.op = ops.pick(embed_VD.device)
         width, query_width = config.hidden_size, config.num_heads * config.head_dim
@@ -103,7 +103,7 @@ class Step:
                 *(w.qkv_XD, self.pos_1, self.cos_SH, self.sin_SH, self.q_1X[0], self.rotated_1X[0], k_SGH, v_SGH),
             )
             op.attend(
-                *(self.q_1X, self.rotated_1X, self.pos_1, k_SGH, v_SGH, self.cross_LSX[i], self.plan),
+                *(self.q_1X, self.rotated_1X, self.pos_1, k_SGH, v_SGH, self.cross_SX[i], self.plan),
                 *(w.window, config.scale, config.attn_softcap, self.mixed_31X),
             )
             op.product_step(self.mixed_31X[:, 0], w.o_DX, self.branches_3D)

@@ -52,13 +52,13 @@ def run(
     x_SD: Tensor,
     layers: Sequence[LayerWeights],
     eps: float,
-    cross_LSX: Tensor,
+    cross_SX: Sequence[Tensor],
     *,
     chunk: int,
     last_stream: bool = False,
     record: Callable[[int, int, Tensor], None] | None = None,
 ) -> None:
-    """Fill ``cross_LSX`` with the keys and values of all layers; ``x_SD`` (scaled, §6) is used up.
+    """Fill ``cross_SX`` with the keys and values of each layer; ``x_SD`` (scaled, §6) is used up.
 
     ``record(layer, first row, x)``: given each chunk after each layer; the last layer's only with ``last_stream``.
     """
@@ -66,7 +66,7 @@ def run(
     op = ops.pick(x_SD.device)
     rows = chunk_rows(total, chunk)
     inner = layers[0].down_DI.shape[1]
-    half = cross_LSX.shape[-1] // 2
+    half = cross_SX[0].shape[-1] // 2
     normed, branch = x_SD.new_empty(rows, width), x_SD.new_empty(1, rows, width)
     gate_up, acted = x_SD.new_empty(rows, 2 * inner), x_SD.new_empty(rows, inner)
     for start in range(0, total, rows):
@@ -76,7 +76,7 @@ def run(
         op.add_gemma_norm(x_RD, None, None, layers[0].input_norm_D, eps, n_RD)
         for i, w in enumerate(layers):
             following = layers[i + 1].input_norm_D if i + 1 < len(layers) else None
-            keys_values = cross_LSX[i, start : start + count]
+            keys_values = cross_SX[i][start : start + count]
             torch.mm(n_RD, w.kv_XD.T, out=keys_values)
             if following is None and not last_stream:
                 break

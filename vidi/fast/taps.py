@@ -85,7 +85,7 @@ class Padded:
                         name = f"layer.{layer}.{STREAM_NAMES[modality]}_stream"
                         self.tap(name, self.stream(self.recorded[int(layer)], modality))
             elif kind == "xattn" and rest[1] == "q" and rest[0] in self.spans:
-                keys_values = self.stream(cache.cross_LSX[int(layer)], rest[0]).unflatten(-1, (2 * groups, -1))
+                keys_values = self.stream(cache.cross_SX[int(layer)], rest[0]).unflatten(-1, (2 * groups, -1))
                 self.tap(f"xattn.{layer}.{rest[0]}.k", keys_values[:, :, :groups])
                 self.tap(f"xattn.{layer}.{rest[0]}.v", keys_values[:, :, groups:])
 

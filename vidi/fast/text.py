@@ -74,7 +74,7 @@ def run(
                 line.pos_R[rows],
                 k_BSGH[b],
                 v_BSGH[b],
-                cache.cross_LSX[i],
+                cache.cross_SX[i],
                 line.plans[b],
                 w.window,
                 config.scale,

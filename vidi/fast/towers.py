@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidi import precision
 from vidi.fast import ops, weights
@@ -55,7 +55,7 @@ def run_layers(
 
 
 class FastVisionTower:
-    """As `VisionTower`, over one batch of frames; uint8 pixels pass through the table after they are cut to patches."""
+    """As `VisionTower`, over one batch of frames; uint8 pixels pass through the table as they are cut to patches."""
 
     def __init__(self, tower: VisionTower) -> None:
         self.config, self.position_LC = tower.config, tower.position.weight.data
@@ -65,53 +65,76 @@ class FastVisionTower:
         self.kernel_CK = nnf.pad(kernel_CK, (0, -kernel_CK.shape[1] % 8))
         assert tower.patch_embed.bias is not None
         self.bias_C = tower.patch_embed.bias.data
+        self.table_256 = pixels.table().to(kernel_CK)
 
     def __call__(self, images_F3SS: Tensor) -> Tensor:
         """(F, 3, S, S), uint8 or normalised -> (F, L, C)."""
         frames, length, config = len(images_F3SS), len(self.position_LC), self.config
-        side, patch = config.patches_per_side, config.patch_size
         if images_F3SS.shape[1:] != (config.num_channels, config.image_size, config.image_size):
             raise ValueError(
                 f"frames of {tuple(images_F3SS.shape[1:])} given; the tower reads "
                 f"({config.num_channels}, {config.image_size}, {config.image_size})"
             )
-        device, dtype = self.kernel_CK.device, self.kernel_CK.dtype
-        cut = images_F3SS.to(device)[:, :, : side * patch, : side * patch]
-        patches = cut.unflatten(3, (side, patch)).unflatten(2, (side, patch)).permute(0, 2, 4, 1, 3, 5)
-        patches_RK = pixels.normalize(patches.reshape(frames * length, -1), dtype, device)
-        patches_RK = nnf.pad(patches_RK, (0, self.kernel_CK.shape[1] - patches_RK.shape[1]))
+        patches_RK = self._patches(images_F3SS.to(self.kernel_CK.device))
         x_RC = torch.addmm(self.bias_C, patches_RK, self.kernel_CK.T)
         x_RC.view(frames, length, -1).add_(self.position_LC)
         x_RC = run_layers(x_RC, length, self.layers, config.layer_norm_eps, exact_gelu=False, last_norm=None)
         return x_RC.view(frames, length, -1)
 
+    def _patches(self, images_F3SS: Tensor) -> Tensor:
+        side, patch = self.config.patches_per_side, self.config.patch_size
+        if images_F3SS.dtype == torch.uint8:
+            out_RK = self.kernel_CK.new_empty(len(images_F3SS) * side**2, self.kernel_CK.shape[1])
+            op = ops.pick(out_RK.device)
+            op.cut_patches(images_F3SS.contiguous(), self.table_256, patch, side, out_RK)
+            return out_RK
+        rows = nnf.unfold(images_F3SS.to(self.kernel_CK.dtype), patch, stride=patch).transpose(1, 2).flatten(0, 1)
+        return nnf.pad(rows, (0, self.kernel_CK.shape[1] - rows.shape[1]))
+
 
 class FastAudioTower:
-    """As `AudioTower`, over one batch of pieces."""
+    """As `AudioTower`, over one batch of pieces; its convolutions are products over unfolded windows."""
 
     def __init__(self, tower: AudioTower) -> None:
-        self.tower, self.config = tower, tower.config
+        self.config, self.position_LC = tower.config, tower.position.weight.data
         self.layers = [weights.tower_layer(layer) for layer in tower.layers]
+        self.convolutions = [_convolution(tower.conv1), _convolution(tower.conv2)]
+        self.last_norm = (tower.norm.weight.data, tower.norm.bias.data)
 
     def __call__(self, mel_PML: Tensor) -> Tensor:
         """(P, M, mel frames) -> (P, L, C), after the last norm."""
-        tower, config = self.tower, self.config
+        config, pieces = self.config, len(mel_PML)
         if mel_PML.shape[1:] != (config.num_mel_bins, config.mel_frames):
             raise ValueError(
-                f"log-mel of {tuple(mel_PML.shape[1:])} given; the tower reads ({config.num_mel_bins}, {config.mel_frames})"
+                f"log-mel of {tuple(mel_PML.shape[1:])} given; the tower reads pieces of "
+                f"({config.num_mel_bins}, {config.mel_frames})"
             )
-        x = nnf.gelu(tower.conv2(nnf.gelu(tower.conv1(mel_PML)))).transpose(1, 2) + tower.position.weight
-        pieces, length = x.shape[:2]
-        last_norm = (tower.norm.weight.data, tower.norm.bias.data)
+        op, x_PLC = ops.pick(mel_PML.device), mel_PML.transpose(1, 2)
+        for kernel_CK, bias_C, stride in self.convolutions:
+            windows = nnf.pad(x_PLC, (0, 0, 1, 1)).unfold(1, 3, stride).transpose(2, 3)
+            rows_RK = windows.reshape(-1, kernel_CK.shape[1])
+            x_RC = rows_RK.new_empty(len(rows_RK), len(kernel_CK))
+            op.gelu_product(rows_RK, kernel_CK, bias_C, True, x_RC)
+            x_PLC = x_RC.view(pieces, -1, len(kernel_CK))
+        x_PLC += self.position_LC
+        length = x_PLC.shape[1]
         x_RC = run_layers(
-            x.reshape(pieces * length, -1),
-            length,
-            self.layers,
-            config.layer_norm_eps,
+            *(x_PLC.flatten(0, 1), length, self.layers, config.layer_norm_eps),
             exact_gelu=True,
-            last_norm=last_norm,
+            last_norm=self.last_norm,
         )
         return x_RC.view(pieces, length, -1)
+
+
+def _convolution(conv: nn.Conv1d) -> tuple[Tensor, Tensor, int]:
+    """Matrix over windows, bias, stride."""
+    assert conv.bias is not None
+    return unfolded(conv.weight.data), conv.bias.data, conv.stride[0]
+
+
+def unfolded(weight_CIK: Tensor) -> Tensor:
+    """Weights of a convolution along time (C, I, K) as a matrix over windows (K, I): (C, K·I)."""
+    return weight_CIK.transpose(1, 2).flatten(1).contiguous()
 
 
 def even_chunks(total: int, most: int) -> Iterator[slice]:

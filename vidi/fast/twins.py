@@ -21,6 +21,7 @@ from vidi.fast.plan import Plan
 __all__ = [
     "add_gemma_norm",
     "attend",
+    "cut_patches",
     "gate_up_step",
     "gelu_mul",
     "gelu_product",
@@ -74,6 +75,15 @@ def gelu_product(x_RC: Tensor, weight_IC: Tensor, bias_I: Tensor, exact: bool, o
     """out = gelu(x · weightᵀ + bias); ``exact`` is the erf form, otherwise tanh."""
     torch.addmm(bias_I, x_RC, weight_IC.T, out=out_RI)
     out_RI.copy_(nnf.gelu(out_RI, approximate="none" if exact else "tanh"))
+
+
+def cut_patches(pixels_F3SS: Tensor, table_256: Tensor, patch: int, side: int, out_RK: Tensor) -> None:
+    """uint8 pixels -> patches row by row (F·side², at least 3·patch²) through the table; columns beyond are 0."""
+    cut = pixels_F3SS[:, :, : side * patch, : side * patch]
+    grid = cut.unflatten(3, (side, patch)).unflatten(2, (side, patch)).permute(0, 2, 4, 1, 3, 5)
+    rows = table_256[grid.reshape(len(out_RK), -1).int()]
+    out_RK.zero_()
+    out_RK[:, : rows.shape[1]] = rows
 
 
 # ---- attention of text rows -----------------------------------------------------------------------------------------

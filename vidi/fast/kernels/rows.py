@@ -16,7 +16,17 @@ from torch import Tensor
 from vidi.bridge.norm import EPS
 from vidi.fast import twins
 
-__all__ = ["add_gemma_norm", "gelu_mul", "gelu_product", "gelu_tanh", "layer_norm", "rms_norm", "rounded", "tanh"]
+__all__ = [
+    "add_gemma_norm",
+    "cut_patches",
+    "gelu_mul",
+    "gelu_product",
+    "gelu_tanh",
+    "layer_norm",
+    "rms_norm",
+    "rounded",
+    "tanh",
+]
 
 
 @triton.jit
@@ -148,6 +158,32 @@ def rms_norm(x_RD: Tensor, weight_D: Tensor, out_RD: Tensor) -> None:
     rows, width = x_RD.shape
     _rms_norm[(rows,)](
         x_RD, weight_D, out_RD, EPS, D=width, BLOCK=triton.next_power_of_2(width), num_warps=4
+    )  # fmt: skip
+
+
+@triton.jit
+def _cut_patches(
+    pixels_ptr, table_ptr, out_ptr, size, patch, side, columns,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    frame, place = row // (side * side), row % (side * side)
+    k = tl.arange(0, BLOCK)
+    inside = k < 3 * patch * patch
+    channel, dy, dx = k // (patch * patch), k // patch % patch, k % patch
+    y, x = place // side * patch + dy, place % side * patch + dx
+    at = (frame * 3 + channel).to(tl.int64) * size * size + y * size + x
+    value = tl.load(table_ptr + tl.load(pixels_ptr + at, mask=inside, other=0).to(tl.int32), mask=inside, other=0)
+    tl.store(out_ptr + row.to(tl.int64) * columns + k, value, mask=k < columns)
+
+
+def cut_patches(pixels_F3SS: Tensor, table_256: Tensor, patch: int, side: int, out_RK: Tensor) -> None:
+    """See `twins.cut_patches`."""
+    assert all(x.is_contiguous() for x in (pixels_F3SS, table_256, out_RK))
+    rows, columns = out_RK.shape
+    _cut_patches[(rows,)](
+        pixels_F3SS, table_256, out_RK, pixels_F3SS.shape[-1], patch, side, columns,
+        BLOCK=triton.next_power_of_2(columns), num_warps=4,
     )  # fmt: skip
 
 
