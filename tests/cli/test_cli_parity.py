@@ -1,0 +1,198 @@
+"""`vidi parity`: exit codes, what it prints, writes and dumps. And `vidi` itself: quick, and without torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.parity.runs import GOLDENS
+from vidi.cli import COMMANDS, main
+from vidi.parity import store
+
+
+def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
+    code = main(["parity", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_equal_is_0_with_a_row_for_every_stage(capsys):
+    code, out, _ = run(capsys, "--case", "small/oneframe")
+    assert code == 0
+    assert "85 stages of 1 cases in float32 with eager: all equal" in out
+    for stage in store.open_case(GOLDENS / "small", "oneframe").variant("official"):
+        assert stage in out
+
+
+@pytest.fixture
+def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong epsilon in the bridge's norm, the weakest fault that is known."""
+    from vidi.bridge import norm
+
+    monkeypatch.setattr(norm, "EPS", 1e-6)
+
+
+def test_different_is_1_and_names_the_first_stage(capsys, spoiled, tmp_path):
+    arguments = "--case", "small/base", "--dtype", "float64", "--json", str(tmp_path / "run.json")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 1
+    assert "first divergence at vision.norm" in out
+    assert "rerun: vidi parity" in out
+    told = json.loads((tmp_path / "run.json").read_text())
+    assert (told["verdict"], told["exit_code"], told["dtype"]) == ("different", 1, "float64")
+    (case,) = told["cases"]
+    assert case["first_divergence"] == "vision.norm"
+    stages = {row["stage"]: row for row in case["stages"]}
+    assert stages["vision.projector"]["ok"]
+    assert not stages["vision.norm"]["isolated"]["ok"]
+    assert stages["vision.space_to_depth"]["isolated"]["ok"]
+    assert stages["vision.norm"]["isolated"]["ratio"] > 1
+    assert told["fingerprint"]["libraries"]["torch"] == torch.__version__
+
+
+def test_a_stage_alone_is_compared_alone(capsys, spoiled):
+    code, out, _ = run(capsys, "--case", "small/base", "--dtype", "float64", "--stage", "vision.projector")
+    assert code == 0
+    assert "1 stages of 1 cases" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--case", "absent"], "no case 'absent'"),
+        (["--goldens", "{tmp}"], "no goldens in"),
+        (["--goldens", "{tmp}/nowhere"], "no goldens in"),
+        (["--case", "small/base", "--backend", "sdpa"], "softcap"),
+        (["--case", "small/base", "--backend", "magic"], "unknown attention backend 'magic'"),
+        (["--case", "small/base", "--device", "nowhere"], "nowhere"),
+    ],
+)
+def test_unusable_is_2_with_the_reason_on_stderr_alone(capsys, tmp_path, arguments, said):
+    code, out, err = run(capsys, *(a.format(tmp=tmp_path) for a in arguments))
+    assert code == 2
+    assert out == ""
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_dump_that_would_mix_two_cases_is_2(capsys, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for name in ("oneframe.h5", "oneframe.json", "weights.safetensors"):
+            (tmp_path / folder / name).write_bytes((GOLDENS / "small" / name).read_bytes())
+    code, out, err = run(capsys, "--goldens", str(tmp_path), "--dump", str(tmp_path / "dump"))
+    assert (code, out) == (2, "")
+    assert "two sets hold a case named oneframe" in err
+    assert run(capsys, "--goldens", str(tmp_path), "--case", "two/oneframe", "--dump", str(tmp_path / "dump"))[0] == 0
+
+
+def test_altered_goldens_are_2(capsys, tmp_path):
+    for name in ("oneframe.h5", "oneframe.json", "weights.safetensors"):
+        (tmp_path / name).write_bytes((GOLDENS / "small" / name).read_bytes())
+    data = bytearray((tmp_path / "oneframe.h5").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "oneframe.h5").write_bytes(data)
+    code, _, err = run(capsys, "--goldens", str(tmp_path))
+    assert code == 2
+    assert "oneframe.h5 is altered" in err
+
+
+def test_nothing_compared_is_3(capsys):
+    assert run(capsys, "--case", "small/base", "--stage", "no.such.stage")[0] == 3
+    code, out, _ = run(capsys, "--case", "official/single", "--dtype", "float64")
+    assert code == 3
+    assert "nothing compared" in out
+    assert "NOT RUN" in out
+
+
+def test_a_dump_holds_the_runs_own_tensors(capsys, tmp_path, spoiled):
+    """Chained tensors of this run under the stage ids, not the goldens: a planted fault is in them."""
+    assert run(capsys, "--case", "small/base", "--dtype", "float64", "--dump", str(tmp_path / "dump"))[0] == 1
+    dumped = load_file(tmp_path / "dump" / "base.safetensors")
+    targets = store.open_case(GOLDENS / "small", "base").variant("none")
+    assert set(targets) <= set(dumped)
+    for stage in targets:
+        assert tuple(dumped[stage].shape) == targets[stage].shape
+    same = [s for s in targets if torch.equal(dumped[s], torch.from_numpy(targets[s].array))]
+    assert "vision.mask" in same
+    assert "logits" not in same
+    off = (dumped["vision.norm"] - torch.from_numpy(targets["vision.norm"].array)).abs().max()
+    assert off > 1e-8
+
+
+def test_a_dump_of_decoding_holds_uncached_logits(capsys, tmp_path):
+    assert run(capsys, "--case", "generate", "--dump", str(tmp_path))[0] == 0
+    dumped = load_file(tmp_path / "generate.safetensors")
+    case = store.open_case(GOLDENS / "official", "generate")
+    assert {"generate", "generate_short", "generate_wide"} == {k.split(".")[0] for k in case.targets}
+    for stage in case.targets:
+        assert stage.endswith(".nocache.logits")
+        golden = torch.from_numpy(case.targets[stage].array)
+        assert (dumped[stage] - golden).abs().max() <= 1e-4 * golden.square().mean().sqrt()
+
+
+def test_other_recordings_pass_unchanged(capsys, tmp_path):
+    """A golden set somewhere else, by its folder: the embedded tolerances judge it."""
+    for name in ("loss.h5", "loss.json", "weights.safetensors"):
+        (tmp_path / name).write_bytes((GOLDENS / "official" / name).read_bytes())
+    code, out, _ = run(capsys, "--goldens", str(tmp_path))
+    assert code == 0
+    assert "49 stages of 1 cases" in out
+
+
+def test_weights_that_do_not_fit_are_2(capsys, tmp_path):
+    """The manifest is the judge of the weights' content; a file that was swapped is named."""
+    for name in ("oneframe.h5", "oneframe.json"):
+        (tmp_path / name).write_bytes((GOLDENS / "small" / name).read_bytes())
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    code, _, err = run(capsys, "--goldens", str(tmp_path))
+    assert code == 2
+    assert "weights" in err
+
+
+# ---- vidi itself ----------------------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_and_loads_no_torch():
+    code = "import sys; from vidi.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    best = min(_seconds(code)[0] for _ in range(3))
+    out = _seconds(code)[1]
+    assert out.rstrip().endswith("False")
+    for command in COMMANDS:
+        assert command in out
+    assert best < 0.3
+
+
+def _seconds(code: str) -> tuple[float, str]:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return time.perf_counter() - start, done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([command, "--help"])
+    assert ended.value.code == 0
+    assert "usage: vidi " + command in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["paint"])
+    assert ended.value.code == 2
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_the_installed_command_is_this_one():
+    script = Path(sys.executable).with_name("vidi")
+    assert script.exists(), "the package is not installed beside this interpreter"
+    done = subprocess.run([str(script), "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0.1.0"

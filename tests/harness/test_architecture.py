@@ -1,0 +1,175 @@
+"""Who may import whom, what loads torch, who writes goldens, and where official names stand."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+#: Harness modules that read and judge files: usable on a machine without torch.
+LIGHT = ["vidi", "vidi.cli", "vidi.parity", "vidi.attention", "vidi.bridge", "vidi.checkpoint", "vidi.commands"]
+LIGHT += ["vidi.decoder", "vidi.inputs", "vidi.towers", "vidi.commands.parity", "vidi.commands.retrieve"]
+LIGHT += [f"vidi.parity.{name}" for name in ("ids", "store", "golden", "manifest", "tolerance", "sketch", "compare")]
+LIGHT += [f"vidi.parity.{name}" for name in ("result", "ledger", "writer")]
+LIGHT += ["goldens.oracle", "goldens.recipes"]
+
+
+def files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether it is imported at load time rather than in a function or for types only) of a file."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
+
+    def walk(node: ast.AST, top: bool) -> Iterator[tuple[str, bool]]:
+        for child in ast.iter_child_nodes(node):
+            here = top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                here = False
+            if isinstance(child, ast.Import):
+                yield from ((alias.name, here) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    parents = package.split(".")[: len(package.split(".")) - child.level + 1]
+                    base = ".".join([*parents, base] if base else parents)
+                yield base, here
+                yield from ((f"{base}.{alias.name}", here) for alias in child.names)
+            else:
+                yield from walk(child, here)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def test_the_model_never_imports_the_harness():
+    """`vidi.commands` starts runs of both, `vidi.parity` may import the model, nothing else the harness."""
+    free = ("vidi/parity/", "vidi/commands/")
+    wrong = [
+        (str(path.relative_to(ROOT)), name)
+        for path in files("vidi")
+        if not str(path.relative_to(ROOT)).startswith(free)
+        for name, _ in imports(path)
+        if name.split(".")[:2] in (["vidi", "parity"], ["vidi", "commands"])
+    ]
+    # The benchmark's full-size golden is a parity run of its own.
+    assert [w for w in wrong if w[0] != "vidi/bench.py"] == []
+
+
+def test_the_oracle_imports_numpy_and_itself_only():
+    allowed = {"numpy", "goldens", *sys.stdlib_module_names}
+    found = {(path.name, name) for path in files("goldens") for name, _ in imports(path)}
+    assert found
+    assert {(file, name) for file, name in found if name.split(".")[0] not in allowed} == set()
+
+
+def test_the_package_imports_neither_tests_nor_tools_nor_goldens():
+    found = {(path.name, name) for path in files("vidi") for name, _ in imports(path)}
+    assert {f for f in found if f[1].split(".")[0] in ("tests", "tools", "goldens")} == set()
+
+
+def test_nothing_but_the_oracle_and_its_tests_reads_the_oracle():
+    """The oracle is a second opinion only as long as nobody else computes with it."""
+    found = {str(path.relative_to(ROOT)) for path in files("vidi") for name, _ in imports(path) if "oracle" in name}
+    assert found == set()
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_load_neither_torch_nor_the_model(module):
+    code = f"import sys, {module}; print([m for m in ('torch', 'vidi.model', 'transformers') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+WRITES = re.compile(r"\b(write_text|write_bytes|open\([^)]*[\"'][wax]b?\+?[\"']|to_file|save_file|h5py\.File\([^)]*[\"'][wa])")
+
+
+def test_only_the_writer_and_the_ledger_write_goldens_and_only_tools_call_them():
+    """Writing is in `parity.writer` and `parity.ledger`; the package itself never calls what is in there."""
+    callers = {
+        str(path.relative_to(ROOT))
+        for path in files("vidi", "goldens")
+        for name, _ in imports(path)
+        if name in ("vidi.parity.writer",) or name.startswith("vidi.parity.writer.")
+    }
+    # A golden of the full size is written where the caller says, by the command that makes it.
+    assert callers <= {"vidi/parity/full.py"}
+    assert not [p for p in files("goldens") if WRITES.search(p.read_text(encoding="utf-8"))]
+    appends = [p for p in files("vidi") if re.search(r"ledger\.append\(", p.read_text(encoding="utf-8"))]
+    assert appends == []
+
+
+# Names as in a released checkpoint. Model code speaks of its own.
+OFFICIAL = re.compile(r"model\.(layers|embed_tokens|mm_)|_layernorm\b|\b[qkvo]_proj\b|self_attn\b|mm_rand_|lm_head")
+MAY_NAME = ("vidi/checkpoint/names.py", "vidi/checkpoint/explain.py", "vidi/parity/maps/")
+
+
+def test_official_names_stand_in_one_place():
+    """In code, that is: docstrings and comments may say what a name means."""
+    found = []
+    for path in files("vidi"):
+        place = str(path.relative_to(ROOT))
+        if place.startswith(MAY_NAME):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docs = {
+            id(node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
+                if OFFICIAL.search(node.value):
+                    found.append(f"{place}:{node.lineno}: {node.value[:60]}")
+    assert found == []
+
+
+def test_every_module_says_what_it_exports():
+    """`__all__` in every module with code, and every name in it exists."""
+    missing, wrong = [], []
+    for path in files("vidi", "goldens"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        defines = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        names = [
+            n
+            for n in tree.body
+            if isinstance(n, ast.Assign | ast.AugAssign)
+            and "__all__" in ast.dump(n.targets[0] if isinstance(n, ast.Assign) else n.target)
+        ]
+        # Modules of faults export nothing: what they define registers itself.
+        if defines and not names and "parity/faults/" not in str(path):
+            missing.append(str(path.relative_to(ROOT)))
+        exported = {c.value for n in names for c in ast.walk(n.value) if isinstance(c, ast.Constant)}
+        known = {
+            t.id if isinstance(t, ast.Name) else getattr(t, "name", None)
+            for n in ast.walk(tree)
+            for t in [
+                *getattr(n, "targets", []),
+                *([n.target] if isinstance(n, ast.AnnAssign | ast.AugAssign) else []),
+                *([n] if isinstance(n, ast.FunctionDef | ast.ClassDef) else []),
+            ]
+        }
+        bound = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+        if lost := exported - known - bound:
+            wrong.append((str(path.relative_to(ROOT)), lost))
+    assert missing == []
+    assert wrong == []
+
+
+def test_no_drawer_for_everything():
+    assert [p.name for p in files("vidi", "goldens", "tests", "tools") if p.stem in ("utils", "common", "helpers")] == []
+
+
+@pytest.mark.parametrize("folder", ["vidi", "goldens", "tests", "tools"])
+def test_skips_go_through_not_run(folder):
+    """A test that cannot run says so through `tests.not_run`; the run itself checks this too (`test_tiers.py`)."""
+    direct = re.compile(r"pytest\.(skip\(|xfail|importorskip)|mark\.(skip|xfail)")
+    allowed = {"test_tiers.py", "test_architecture.py"}
+    found = [p.name for p in files(folder) if p.name not in allowed and direct.search(p.read_text(encoding="utf-8"))]
+    assert found == []
