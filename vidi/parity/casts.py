@@ -9,7 +9,7 @@ order, so a small share of values (`SHARE`) may differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,26 +34,28 @@ Array = np.ndarray
 Round = Callable[[Array], Array]
 
 
-def compare(bench: stages.Bench, wanted: list[str]) -> Iterator[tuple[str, Result]]:
-    """(id, result) of every stage of ``wanted`` whose casts are known and whose inputs the case holds. ``bench``: a model in
-    half precision."""
-    for stage_id in wanted:
+def compare(bench: stages.Bench, alone: Mapping[str, Tensor]) -> Iterator[tuple[str, Result]]:
+    """(id, result) of every stage of ``alone`` (as `stages.isolated` makes them) whose casts are known. ``bench``: a model in
+    half precision, with plain arithmetic on a CPU; other kernels round elsewhere."""
+    for stage_id, value in alone.items():
         found = stages.find(stage_id)
         twin = _TWINS.get(found[0].template) if found else None
         if found is None or twin is None:
             continue
-        site = Site(bench, *found)
         try:
-            with torch.no_grad():
-                mine, theirs = _np(found[0].run(site)), twin(site, _rounding(bench.model.dtype))
-        except (NotHeld, KeyError):
+            theirs = twin(Site(bench, *found), _rounding(bench.model.dtype))
+        except NotHeld:
             continue
         spreads = found[0].template == "layer.{i}.t2t" and bench.model.dtype == torch.float16
-        yield stage_id, _result(stage_id, mine, theirs, max(SPREADS if spreads else SHARE, 1 / mine.size))
+        yield stage_id, _result(stage_id, _np(value), theirs, max(SPREADS if spreads else SHARE, 1 / theirs.size))
 
 
 def _result(stage_id: str, mine: Array, theirs: Array, allowed: float) -> Result:
     # What is float32 in a half-precision run (the loss) may differ by an ulp of another logarithm.
+    if mine.shape != theirs.shape or not np.isfinite(mine).all():
+        return Result(
+            stage_id, False, Rule("casts", WHY, max=allowed), problems=("another shape, or values that are not finite",)
+        )
     differs = ~np.isclose(mine, theirs, rtol=5e-7, atol=0)
     share, axes = float(differs.mean()), ids.axes(stage_id, mine.ndim)
     content = tuple(axis for axis in range(mine.ndim) if axis not in axes.rows)

@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from vidi.parity import casts, feed, fingerprint, stages, store, suite, tolerance
+from vidi.parity import feed, fingerprint, store, suite, tolerance
 from vidi.parity.faults import varlen
 from vidi.parity.faults.plant import Fault, expected_stage, own_stages, planted
 from vidi.parity.golden import Golden, GoldenError
@@ -79,7 +79,7 @@ class Bench:
         key = name, dtype, unpadded
         if key not in self._clean:
             with varlen.route(unpadded):
-                run, _ = run_case(self.case(name), self.model(name, dtype), self.tolerances, dtype)
+                run, _ = suite.run_case(self.case(name), self.model(name, dtype), self.tolerances, dtype=dtype)
             if not run.rows:
                 why = run.not_run[0][1] if run.not_run else "no stage has a golden"
                 raise GoldenError(f"{run.name} in {dtype} compares nothing: {why}")
@@ -88,22 +88,6 @@ class Bench:
                 raise GoldenError(f"{run.name} in {dtype} differs at {stage} without any fault: mend the model first")
             self._clean[key] = run
         return self._clean[key]
-
-
-def run_case(case: Case, model: Any, tolerances: Tolerances, dtype: str) -> tuple[CaseRun, dict[str, Tensor]]:
-    """`suite.run_case`, in half precision with the bits of casts beside the errors: a row shows the worse of the two."""
-    run, tensors = suite.run_case(case, model, tolerances, dtype=dtype)
-    if dtype not in casts.DTYPES or run.reference == "recorded":
-        return run, tensors
-    bench = stages.Bench(case, model, case.variant(run.reference))
-    bits = dict(casts.compare(bench, [row.stage for row in run.rows]))
-    rows = [
-        replace(row, isolated=bits[row.stage])
-        if row.stage in bits and (row.isolated is None or bits[row.stage].ratio >= row.isolated.ratio)
-        else row
-        for row in run.rows
-    ]
-    return replace(run, rows=tuple(rows)), tensors
 
 
 @dataclass(frozen=True)
@@ -144,7 +128,7 @@ def judge(fault: Fault, bench: Bench, dtype: str | None = None) -> Verdict:
             model = None if fault.rebuild else bench.model(fault.case, dtype)
             with planted(fault, model):
                 model = model or feed.load_model(case, feed.DTYPES[dtype])
-                run, tensors = run_case(case, model, bench.tolerances, dtype)
+                run, tensors = suite.run_case(case, model, bench.tolerances, dtype=dtype)
     except Exception as error:  # a fault may break anything
         return Verdict(fault, dtype, True, None, expected, math.inf, crashed=f"{type(error).__name__}: {error}"[:200])
     red = [row for row in run.rows if not row.ok]
