@@ -6,10 +6,14 @@ they are the specified casts, in a float64 model they vanish and the same code i
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 __all__ = ["at_least_float32", "cast_model", "promoted", "sqrt_in"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def promoted(dtype: torch.dtype) -> torch.dtype:
@@ -26,7 +30,7 @@ def sqrt_in(value: int, dtype: torch.dtype) -> float:
     return torch.tensor(value, dtype=torch.float64).sqrt().to(dtype).item()
 
 
-def cast_model(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_model(model: M, dtype: torch.dtype) -> M:
     """Cast ``model`` in place to ``dtype``, its position MLPs to at least float32 (§5). Returns the model."""
     exact = {id(p) for m in model.modules() if getattr(m, "at_least_float32", False) for p in m.parameters()}
     for parameter in model.parameters():

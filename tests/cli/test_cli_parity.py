@@ -66,7 +66,7 @@ def test_a_stage_alone_is_compared_alone(capsys, spoiled):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--case", "absent"], "no case 'absent'"),
+        (["--case", "nowhere"], "no case 'nowhere'"),
         (["--goldens", "{tmp}"], "no goldens in"),
         (["--goldens", "{tmp}/nowhere"], "no goldens in"),
         (["--case", "small/base", "--backend", "sdpa"], "softcap"),

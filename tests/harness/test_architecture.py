@@ -124,9 +124,9 @@ def test_official_names_stand_in_one_place():
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         }
         for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs:
-                if OFFICIAL.search(node.value):
-                    found.append(f"{place}:{node.lineno}: {node.value[:60]}")
+            text = node.value if isinstance(node, ast.Constant) and id(node) not in docs else None
+            if isinstance(text, str) and OFFICIAL.search(text):
+                found.append(f"{place}:{node.lineno}: {text[:60]}")
     assert found == []
 
 
@@ -146,15 +146,8 @@ def test_every_module_says_what_it_exports():
         if defines and not names and "parity/faults/" not in str(path):
             missing.append(str(path.relative_to(ROOT)))
         exported = {c.value for n in names for c in ast.walk(n.value) if isinstance(c, ast.Constant)}
-        known = {
-            t.id if isinstance(t, ast.Name) else getattr(t, "name", None)
-            for n in ast.walk(tree)
-            for t in [
-                *getattr(n, "targets", []),
-                *([n.target] if isinstance(n, ast.AnnAssign | ast.AugAssign) else []),
-                *([n] if isinstance(n, ast.FunctionDef | ast.ClassDef) else []),
-            ]
-        }
+        known = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        known |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
         bound = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
         if lost := exported - known - bound:
             wrong.append((str(path.relative_to(ROOT)), lost))

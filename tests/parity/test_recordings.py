@@ -34,12 +34,12 @@ CASES = ("single", "batch", "longvideo", "verylong", "silent", "generate", "loss
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (FOLDER / "weights.safetensors").is_file():
         not_run(f"no recordings in {FOLDER.name}; set VIDI_RECORDINGS to the folder that holds them")
     place = tmp_path_factory.mktemp("recordings") / "full"
     import_recordings(FOLDER, place, full=True)
-    yield place
+    return place
 
 
 @pytest.fixture(autouse=True)

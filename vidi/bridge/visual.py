@@ -8,7 +8,7 @@ Everything up to packing acts on single frames, so frames pass in chunks of any 
 from __future__ import annotations
 
 import itertools
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +62,7 @@ def split_at(chunks_FLC: Iterable[Tensor], sizes: Iterable[int]) -> Iterator[Ten
             if end > start:
                 yield chunk[: end - start]
                 chunk, start = chunk[end - start :], end
-            end = next(ends, math.inf)
+            end = next(ends, sys.maxsize)
         if len(chunk):
             yield chunk
         start += len(chunk)

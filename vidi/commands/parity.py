@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 __all__ = ["add_arguments", "run"]
 
@@ -44,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         dump = Dump(Path(args.dump), [ref.name for ref in refs]) if args.dump else None
         with status.status("") as line:
 
-            def on_case(case: suite.CaseRun, tensors: dict) -> None:
+            def on_case(case: suite.CaseRun, tensors: Mapping[str, Any]) -> None:
                 line.update(f"{case.name} done")
                 if dump is not None:
                     dump.write(case.case, tensors)

@@ -5,7 +5,8 @@ Dims: B samples, T text tokens, L stream tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ class Decoder(nn.Module):
         for modality, s_BLD in state.items():
             tap(f"layer.0.{STREAM_NAMES[modality]}_input", s_BLD)
 
-        for layer in self.layers:
+        for layer in cast("Sequence[DecoderLayer]", self.layers):
             tap(f"layer.{layer.layer_idx}.input", x_BTD)
             cross = {m: CrossKeys(*layer.stream_keys_values(s_BLD), keep[m]) for m, s_BLD in state.items()}
             for m in cross:
