@@ -137,7 +137,7 @@ def tokens_from_the_end(original: Any) -> Any:
             tap("audio.pool", out)
             return torch.stack([row.roll(n - out.shape[-1], -1) for row, n in zip(out, counts, strict=True)])
 
-        audio.pool = turned
+        audio.pool = turned  # type: ignore[assignment]
         try:
             own = lambda i, x: i == "audio.pool" or tap(i, x)  # noqa: E731
             return original(bridge, tower, pieces, sizes, signal, config, tap=own, **rest)
