@@ -196,7 +196,9 @@ def test_every_stage_is_drawn_once_above_what_it_feeds(draw) -> None:
     assert len({(node.lane, node.row) for node in nodes.values()}) == len(nodes)
     for stage in STAGES:
         for name in draw.feeds(stage):
-            assert nodes[name].row < nodes[draw.drawn_as(stage.template)].row, f"{name} feeds {stage.template} from below"
+            assert nodes[name].row < nodes[draw.drawn_as(stage.template)].row, (
+                f"{name} feeds {stage.template} from below"
+            )
     text = draw.dataflow_svg()
     assert all(text.count(f">{draw.drawn_as(stage.template)}</text>") == 1 for stage in STAGES)
 

@@ -163,7 +163,8 @@ def test_plain_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     text = printed()
     assert "\x1b" not in text
-    assert LONG in text
+    for line, _ in report.table(run_of(*ROWS).cases[0]):
+        assert f"{line}\n" in text
     assert "NOT RUN set/case logits: no baseline for logits\n" in text
     assert text.endswith("2 stages of 1 cases in float64 with eager: 1 different, 1 NOT RUN\n")
 
@@ -261,19 +262,24 @@ def test_nothing_compared_is_no_success() -> None:
 
 
 def test_errors_stand_between_noise_and_fault(tmp_path: Path) -> None:
-    noise = {"noise_by_stage": {"float64": {"layer.{i}.t2t": 1e-4}, "float32": {"layer.{i}.t2t": 0.5}}}
+    noise = {
+        "noise_by_stage": {"float64": {"layer.{i}.t2t": 1e-4, "layer.{i}.input": 0.1, "logits": None}, "float32": {}}
+    }
     faults = [
-        {"stage": "layer.0.t2t", "dtype": "float64", "killed": True, "margin": 1e6},
-        {"stage": "layer.2.t2t", "dtype": "float64", "killed": True, "margin": 100.0},
-        {"stage": "layer.2.t2t", "dtype": "bfloat16", "killed": True, "margin": 3.0},
-        {"stage": None, "dtype": "float64", "killed": False, "margin": 0.1},
-        {"stage": "vision.mask", "dtype": "float64", "killed": True, "margin": None},
+        {"expected_stage": "layer.0.t2t", "dtype": "float64", "margin": 1e6},
+        {"expected_stage": "layer.2.t2t", "dtype": "float64", "margin": 100.0},
+        {"expected_stage": "layer.2.t2t", "dtype": "bfloat16", "margin": 3.0},
+        {"expected_stage": "layer.2.t2t", "dtype": "float64", "margin": 2.0, "crashed": "boom"},
+        {"expected_stage": "layer.2.t2t", "dtype": "float64", "margin": 0.0, "not_run": "no GPU"},
+        {"expected_stage": None, "dtype": "float64", "margin": 0.1},
+        {"expected_stage": "vision.mask", "dtype": "float64", "margin": None},
     ]
     (tmp_path / "noise.json").write_text(json.dumps(noise))
     (tmp_path / "faults.json").write_text(json.dumps({"faults": faults}))
     references = page.References.load(tmp_path, "float64")
     assert references.of("layer.1.t2t") == (1e-4, 100.0)
-    assert references.of("vision.mask") == (None, None)
+    assert references.of("vision.mask") == references.of("logits") == (None, None)
+    assert references.of("layer.2.input") == (0.1, None)
     text = page.render(run_of(Row("layer.1.t2t", result("layer.1.t2t", 1e-10), None)), references)
     assert "<rect class=n width=25%" in text
     assert re.search(r"<use href=#fault x=62.5% /><use href=#chained x=43.[78]% />", text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,32 +42,35 @@ _TEXTS = 12  # failure texts shown per case; the rest is one command away
 @dataclass(frozen=True)
 class References:
     """What an error is drawn beside, as multiples of the stage's budget: largest noise seen, weakest fault that must be
-    caught. Both by stage id or registry template; either may be empty."""
+    caught. Both by the registry's template; either may be empty."""
 
     noise: Mapping[str, float]
     faults: Mapping[str, float]
 
     @classmethod
     def load(cls, folder: Path, dtype: str) -> References:
-        """From ``noise.json`` ({"noise_by_stage": {DTYPE: {STAGE: ratio}}}) and ``faults.json`` (what `vidi faults --json`
-        writes) of a golden folder. What is not there, or was measured in another dtype, stays empty."""
+        """From ``noise.json`` (`tools/measure_noise.py`) and ``faults.json`` (`vidi faults --json`) of a golden folder.
+        What is not there, or was measured in another dtype, stays empty."""
         noise = _read(folder / "noise.json").get("noise_by_stage", {}).get(dtype, {})
         weakest: dict[str, float] = {}
         for fault in _read(folder / "faults.json").get("faults", []):
-            if fault.get("dtype") == dtype and fault.get("killed") and fault.get("margin") is not None:
-                found = stages.find(fault["stage"] or "")
-                key = found[0].template if found else str(fault["stage"])
+            if any(fault.get(key) for key in ("crashed", "loud", "not_run")) or fault.get("dtype") != dtype:
+                continue
+            if fault.get("expected_stage") and fault.get("margin") is not None:  # null: an exact stage differs
+                key = _template(fault["expected_stage"])
                 weakest[key] = min(fault["margin"], weakest.get(key, math.inf))
-        return cls(noise, weakest)
+        return cls({stage: ratio for stage, ratio in noise.items() if ratio is not None}, weakest)
 
     def of(self, stage: str) -> tuple[float | None, float | None]:
         """(noise, weakest fault) of a stage id."""
-        entry = stages.find(stage)
-        keys = (stage, entry[0].template) if entry else (stage,)
-        noise, fault = (
-            next((float(table[key]) for key in keys if key in table), None) for table in (self.noise, self.faults)
-        )
-        return noise, fault
+        key = _template(stage)
+        return self.noise.get(key), self.faults.get(key)
+
+
+def _template(stage: str) -> str:
+    """A stage's id with its numbers as places, as in the registry."""
+    found = stages.find(stage)
+    return found[0].template if found else re.sub(r"\.\d+(?=\.|\Z)", ".{i}", stage)
 
 
 def _read(path: Path) -> dict[str, Any]:
