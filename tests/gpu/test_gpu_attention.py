@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.gpu,
     # torch advises TF32 for float32 kernels; parity refuses it.
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # dynamo looks at it
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # torch's own import of triton parts
 ]
 

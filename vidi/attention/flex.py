@@ -63,8 +63,9 @@ def attend(
     head_dim = q_BTNH.shape[-1]
     missing = 0 if on_cpu else max(SMALLEST_HEAD - head_dim, 0)
     run: Any = _uncompiled if on_cpu else _compiled()
-    # Sizes become symbols after their second value; still, each dtype, head dim, cap and kind of mask is a compilation.
-    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS):
+    # Sizes become symbols after their second value, but a cap or a window must stay a number: a kernel cannot read one from
+    # the host. So each dtype, head dim, cap, window and kind of mask is a compilation of its own.
+    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS, specialize_int=True, specialize_float=True):
         out = run(
             *(nnf.pad(x, (0, missing)).transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
             score_mod=_capped(softcap),
