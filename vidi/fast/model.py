@@ -42,7 +42,7 @@ class FastModel:
         model: VidiModel,
         *,
         stream_chunk: int = 32768,
-        frame_batch: int = 64,
+        frame_batch: int = 100,
         piece_batch: int = 16,
         graph: bool = True,
     ) -> None:
