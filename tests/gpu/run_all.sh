@@ -17,7 +17,7 @@ part attention-flex-fp32 "flex and kernel and fp32" test_gpu_attention.py &
 part attention-flex-cross "flex and kernel and bf16 and 256 and cross" test_gpu_attention.py &
 part attention-flex-self "flex and kernel and bf16 and 256 and not cross" test_gpu_attention.py &
 part attention-flex-rest "flex and not kernel" test_gpu_attention.py &
-part width "test" test_gpu_width.py &
+OMP_NUM_THREADS=8 part width "test" test_gpu_width.py &  # its reference is NumPy at full width
 part goldens-plain "not flash and not flex" test_gpu_goldens.py &
 part goldens-flash "flash" test_gpu_goldens.py &
 part goldens-flex-float32 "flex and float32" test_gpu_goldens.py &
