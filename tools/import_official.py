@@ -58,8 +58,8 @@ TIED = "equals model.embed_tokens.weight (tied); released files omit it"
 
 # Thinning for git: elements kept of a tensor that is already sampled, and of a whole one outside the single-sample
 # case. The sums of all rows stay, so a wrong row is seen whether or not it is among those kept.
-THIN_SAMPLE = 8_000
-THIN_WHOLE = 25_000
+THIN_SAMPLE = 4_000
+THIN_WHOLE = 12_000
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

@@ -1,6 +1,5 @@
-"""What a case's baselines were measured from: the oracle's code and the golden's content, as one hash.
-
-Comments, docstrings and white space do not count: they change no number.
+"""What stored figures were measured from, as hashes: a case's baselines from the oracle's code and the golden's content
+(comments, docstrings and white space do not count: they change no number), a run's verdict from all that judged it.
 """
 
 from __future__ import annotations
@@ -9,12 +8,15 @@ import hashlib
 import io
 import json
 import tokenize
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from vidi.parity.store import Case
+from vidi.parity.store import Case, open_case
+from vidi.parity.tolerance import KINDS
 
-__all__ = ["code_of", "made_from"]
+__all__ = ["budgets_of", "code_of", "made_from"]
 
 ORACLE = Path(__file__).resolve().parents[1] / "goldens" / "oracle"
 _SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING}
@@ -25,6 +27,34 @@ def made_from(case: Case) -> str:
     """sha256 over the oracle's code and the case's tensors, weights, config and info."""
     body = {key: case.manifest[key] for key in ("inputs", "targets", "weights", "config", "info")}
     return hashlib.sha256(f"{_oracle()}\n{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
+
+
+def budgets_of(goldens: Path, cases: Iterable[str]) -> str:
+    """16 hex digits over the tolerances, and the goldens and baselines of these cases (SET/CASE)."""
+    digest = hashlib.sha256((goldens / "tolerances.toml").read_bytes())
+    for name in sorted(cases):
+        digest.update(_judges(goldens, name).encode())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _judges(goldens: Path, name: str) -> str:
+    folder, _, last = name.rpartition("/")
+    targets = open_case(goldens / folder, last).manifest["targets"]
+    return json.dumps([name, targets, {f"{kind} {dtype}": own for kind, dtype, own in _baselines(goldens, name)}])
+
+
+def _baselines(goldens: Path, name: str) -> Iterator[tuple[str, str, Any]]:
+    stored = _stored(goldens / "baselines.json")
+    for kind in KINDS:
+        for dtype, cases in stored.get(kind, {}).items():
+            if name in cases:
+                yield kind, dtype, cases[name]
+
+
+@cache
+def _stored(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 @cache

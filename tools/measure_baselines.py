@@ -143,7 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--goldens", type=Path, default=ROOT / "goldens")
     parser.add_argument("--case", action="append", metavar="SET/CASE", help="only this case (may be repeated)")
     parser.add_argument("--accept", action="store_true", help="write baselines.json and enter it in the ledger")
-    parser.add_argument("--spread", action="store_true", help="print the errors of as many other orders, over the stored")
+    parser.add_argument(
+        "--spread", action="store_true", help="print the errors of as many other orders, over the stored"
+    )
     parser.add_argument("--reason", default="")
     args = parser.parse_args(arguments)
     path = args.goldens / "baselines.json"

@@ -52,10 +52,8 @@ def settings(cases: Iterable[str]) -> Iterator[Setting]:
             {"threads": 2},
             {"frame_chunk": 1},
             {"key_chunk": 7},
-            {"key_chunk": 1},
             {"stream_chunk": 5},
             {"key_order": 1},
-            {"key_order": 2},
             {"towers": "eager"},
             {"mkldnn": False},
             {"aten": "default"},
@@ -66,7 +64,9 @@ def settings(cases: Iterable[str]) -> Iterator[Setting]:
         ):
             yield replace(plain, **change)
         # samples of these share no token budget, so that a neighbour may not matter
-        yield replace(plain, alone=True, cases=tuple(f"small/{name}" for name in ("base", "holes", "absent", "novideo")))
+        yield replace(
+            plain, alone=True, cases=tuple(f"small/{name}" for name in ("base", "holes", "absent", "novideo"))
+        )
         if dtype != "float64":
             yield replace(plain, cases=tuple(name for name in LONG if name in cases))
 
@@ -110,10 +110,16 @@ def measure(goldens: Path) -> dict[str, Any]:
     for setting in settings(names):
         found = in_subprocess(setting, goldens)
         machine = machine or found["machine"]
-        new = {name: bits for name, bits in found["bits"].items() if plain.setdefault((setting.dtype, name), bits) != bits}
-        changed = {k: v for k, v in asdict(setting).items() if k not in ("cases", "dtype") and v != getattr(Setting("", ()), k)}
+        new = {
+            name: bits for name, bits in found["bits"].items() if plain.setdefault((setting.dtype, name), bits) != bits
+        }
+        changed = {
+            k: v for k, v in asdict(setting).items() if k not in ("cases", "dtype") and v != getattr(Setting("", ()), k)
+        }
         counts = not changed or setting.alone or bool(new)
-        tried.append({"dtype": setting.dtype, **changed, "cases": len(setting.cases), "moved_bits": len(new), "counts": counts})
+        tried.append(
+            {"dtype": setting.dtype, **changed, "cases": len(setting.cases), "moved_bits": len(new), "counts": counts}
+        )
         print(f"{setting.dtype} {changed or 'plain'}: {len(new)} of {len(found['bits'])} cases moved", flush=True)
         if counts:
             _largest(gates, found["rows"])
@@ -169,7 +175,9 @@ def table(noise: Mapping[str, Any], faults: Mapping[tuple[str, str], tuple[float
                 elif margin is None:
                     fault = "none planted"
                 else:
-                    fault = "exact" if math.isinf(margin) else f"{margin * own['tolerance']:.1e} ({name}, {margin:.3g}x)"
+                    fault = (
+                        "exact" if math.isinf(margin) else f"{margin * own['tolerance']:.1e} ({name}, {margin:.3g}x)"
+                    )
                 yield f"  {template:34} {own['noise']:.1e} | {own['tolerance']:.1e} | {fault}"
 
 
@@ -180,7 +188,9 @@ def overlaps(noise: Mapping[str, Any], faults: Mapping[tuple[str, str], tuple[fl
         for kind, stages in kinds.items():
             for template, own in stages.items():
                 if own["ratio"] >= 1:
-                    found.append(f"{gate} {kind} {template}: noise is {own['ratio']:.3g} of the tolerance, at {own['at']}")
+                    found.append(
+                        f"{gate} {kind} {template}: noise is {own['ratio']:.3g} of the tolerance, at {own['at']}"
+                    )
     for (gate, template), (margin, name) in (faults or {}).items():
         if margin <= 1:
             found.append(f"{gate} {template}: fault {name} reaches {margin:.3g} of the tolerance")
@@ -221,7 +231,9 @@ def main(arguments: list[str] | None = None) -> int:
     found = overlaps(noise, faults)
     stale = [name for name in SOURCES if noise["measured_under"][name] != ledger.file_sha256(args.goldens / name)]
     found += [f"{name} has changed since the noise was measured" for name in stale]
-    print("\n".join(found) or "every tolerance lies above its noise" + ("" if faults is None else " and below its faults"))
+    print(
+        "\n".join(found) or "every tolerance lies above its noise" + ("" if faults is None else " and below its faults")
+    )
     return int(bool(found))
 
 

@@ -114,7 +114,9 @@ def _alone(case: Any, model: Any, tolerances: Any, setting: Setting, bits: dict,
     variant, gate = suite.reference_of(case, setting.dtype)
     targets, batch = case.variant(variant), feed.batch_of(case.inputs)
     for b in range(len(batch.input_ids_BT)):
-        tap = Trace(lambda stage: stage in targets and stage.endswith((".t2t", ".t2v", ".t2a", ".output", ".norm", "logits")))
+        tap = Trace(
+            lambda stage: stage in targets and stage.endswith((".t2t", ".t2v", ".t2a", ".output", ".norm", "logits"))
+        )
         model(_sample(batch, b), last_stream=True, tap=tap)
         for stage, value in tap.tensors().items():
             golden = targets[stage]

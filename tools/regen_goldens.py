@@ -266,7 +266,9 @@ def _stale_baselines(goldens: Path) -> list[str]:
     for ref in list_cases(goldens):
         name = f"{ref.set}/{ref.name}"
         if known.pop(name, None) != made_from(open_case(ref.folder, ref.name)):
-            problems.append(f"baselines of {name} were not measured from it and this oracle: tools/measure_baselines.py")
+            problems.append(
+                f"baselines of {name} were not measured from it and this oracle: tools/measure_baselines.py"
+            )
     return [*problems, *(f"baselines of {name}: there is no such case" for name in known)]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import json
 import os
 import shutil
 import signal
@@ -10,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from goldens import recipes
 from tools import regen_goldens
+from tools.made_from import code_of, made_from
 from vidi.parity import ledger, store
 from vidi.parity.golden import GoldenError, whole
 from vidi.parity.manifest import set_sha256
@@ -28,7 +33,16 @@ CASE, STAGE = "oneframe", "final.norm"
 POINTS = ("copied", "written", "synced", "exchanged", "cleaned", "ledger")
 
 
-def _run(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The tool in this process, its guard against pytest and the model lifted: the guard has tests of its own."""
+    out, err, given = io.StringIO(), io.StringIO(), list(map(str, arguments))
+    unguarded = mock.patch.object(regen_goldens, "_refuse_where_unsafe")
+    with unguarded, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = regen_goldens.main(given)
+    return subprocess.CompletedProcess(given, code, out.getvalue(), err.getvalue())
+
+
+def _apart(*arguments: object, code: str | None = None) -> subprocess.CompletedProcess[str]:
     """The tool in a process of its own, outside pytest."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     start = ["-c", code] if code else [str(ROOT / "tools" / "regen_goldens.py")]
@@ -147,7 +161,7 @@ def test_it_cannot_be_reached_from_pytest(goldens: Path, capsys: pytest.CaptureF
 
 
 def test_it_never_loads_the_model(goldens: Path) -> None:
-    loaded = _run(
+    loaded = _apart(
         "--goldens", goldens, "--case", CASE, "--accept", "--reason", "x",
         code="import sys; sys.path.insert(0, '.'); from tools import regen_goldens as r; code = r.main();"
         "print([m for m in sys.modules if m.split('.')[0] == 'torch' or m.startswith('vidi.')]); sys.exit(code)",
@@ -155,7 +169,7 @@ def test_it_never_loads_the_model(goldens: Path) -> None:
     assert loaded.returncode == 0, loaded.stderr
     assert "torch" not in loaded.stdout.splitlines()[-1]
     assert all(name.startswith("vidi.parity") for name in eval(loaded.stdout.splitlines()[-1]))
-    beside = _run(
+    beside = _apart(
         "--goldens", goldens, "--case", CASE, "--accept", "--reason", "x",
         code="import sys, torch; sys.path.insert(0, '.'); from tools import regen_goldens as r; sys.exit(r.main())",
     )  # fmt: skip
@@ -171,7 +185,7 @@ def test_killed_at_any_moment_a_whole_set_is_there(goldens: Path, point: str) ->
         f"def at(p):\n    if p == {point!r}: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"sys.exit(r.main(sys.argv[1:], at))"
     )
-    killed = _run("--goldens", goldens, "--case", CASE, "--accept", "--reason", "killed", code=code)
+    killed = _apart("--goldens", goldens, "--case", CASE, "--accept", "--reason", "killed", code=code)
     assert killed.returncode == -signal.SIGKILL
     assert store.verify(goldens / "small")
     is_old = _snapshot(goldens / "small") == old
@@ -206,7 +220,7 @@ def test_an_error_while_writing_leaves_the_set(goldens: Path) -> None:
 
 def test_byte_identical_twice(tmp_path: Path) -> None:
     for name in ("one", "two"):
-        made = _run("--goldens", tmp_path / name, "--case", CASE, "--case", "train", "--accept", "--reason", "first")
+        made = _apart("--goldens", tmp_path / name, "--case", CASE, "--accept", "--reason", "first")
         assert made.returncode == 0, made.stderr
     assert _snapshot(tmp_path / "one" / "small") == _snapshot(tmp_path / "two" / "small")
     assert (tmp_path / "one" / "ledger.toml").read_bytes() == (tmp_path / "two" / "ledger.toml").read_bytes()
@@ -216,6 +230,7 @@ def test_the_gate_sees_a_tolerance_without_ledger_entry(goldens: Path, monkeypat
     one = {CASE: recipes.cases()[CASE]}
     monkeypatch.setattr(recipes, "cases", lambda: one)
     _rewrite(goldens / "small", -0.25)
+    case = store.open_case(goldens / "small", CASE)
     path = goldens / "tolerances.toml"
     path.write_text((GOLDENS / "tolerances.toml").read_text())
     for subject, sha256 in (
@@ -229,9 +244,28 @@ def test_the_gate_sees_a_tolerance_without_ledger_entry(goldens: Path, monkeypat
     assert problem.startswith("tolerances: changed since its last ledger entry (")
     assert _run("--goldens", goldens, "--accept-tolerances", "--reason", "the test loosens it").returncode == 0
     assert regen_goldens.check(goldens) == []
+    baselines = goldens / "baselines.json"
+    for known, said in (
+        ({}, ["baselines of small/oneframe were not measured from it and this oracle"]),
+        ({f"small/{CASE}": "0" * 64}, ["baselines of small/oneframe were not measured from it and this oracle"]),
+        ({f"small/{CASE}": made_from(case), "small/gone": ""}, ["baselines of small/gone: there is no such case"]),
+        ({f"small/{CASE}": made_from(case)}, []),
+    ):
+        baselines.write_text(json.dumps({"made_from": known}))
+        ledger.append(goldens, "baselines", ledger.file_sha256(baselines), "the test measures")
+        assert [problem.split(": tools/")[0] for problem in regen_goldens.check(goldens)] == said
     (goldens / "small" / "spare.h5").write_bytes(b"")
     (problem,) = regen_goldens.check(goldens)
     assert problem.startswith("spare.h5: orphaned")
+
+
+def test_comments_are_no_other_oracle() -> None:
+    source = 'def f(x):\n    """What it does."""\n    # why\n    return x + 1\n'
+    same = '# head\n\ndef f(x):\n    """Other words."""\n    return x  +  1  # here\n'
+    assert code_of(source) == code_of(same)
+    assert code_of(source) != code_of(source.replace("+ 1", "+ 2"))
+    assert code_of(source) != code_of(source.replace("    return", "    if x:\n        return"))
+    assert code_of('x = "a"\n') != code_of('x = "b"\n')
 
 
 def test_the_gate_sees_missing_recipes_and_cases(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,7 +64,7 @@ def list_cases(folder: Path) -> list[CaseRef]:
 
 
 class Targets(Mapping[str, Golden]):
-    """The golden tensors of one variant of a case by stage id, in pipeline order, read and verified on access."""
+    """The golden tensors of one variant of a case by stage id, in pipeline order, read and verified on first access."""
 
     def __init__(self, case: Case, variant: str) -> None:
         self._case, self.variant = case, variant
@@ -74,7 +74,10 @@ class Targets(Mapping[str, Golden]):
     def __getitem__(self, stage: str) -> Golden:
         if stage not in self._entries:
             raise KeyError(f"{self._case.name} has no target {stage} in {self.variant}")
-        return self._case._golden(f"{self.variant}/{stage}", self._entries[stage])
+        place, held = f"{self.variant}/{stage}", self._case._held
+        if place not in held:
+            held[place] = self._case._golden(place, self._entries[stage])
+        return held[place]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._ids)
@@ -156,6 +159,16 @@ class Case:
             raise GoldenError(f"{self.name}: weights file {path.name} is altered: {restore_hint(path)}")
         return tensors
 
+    @cached_property
+    def _held(self) -> dict[str, Golden]:
+        """Goldens read and verified so far: a run asks for each several times."""
+        return {}
+
+    @cached_property
+    def _opened(self) -> dict[str, np.ndarray | GoldenError]:
+        """Arrays of the variants read so far, not yet verified; opening the file costs more than reading from it."""
+        return {}
+
     def _golden(self, place: str, entry: Mapping[str, Any]) -> Golden:
         dtype, shape = entry.get("as", entry["dtype"]), tuple(entry["shape"])
         if entry["form"] == "whole":
@@ -175,24 +188,43 @@ class Case:
 
     def _array(self, place: str, entry: Mapping[str, Any]) -> np.ndarray:
         path = self.folder / f"{self.name}.h5"
-        try:
-            with h5py.File(path, "r") as file:
-                data = file.get(place)
-                if not isinstance(data, h5py.Dataset):
-                    raise GoldenError(f"{self.name}: {place} is missing from {path.name}: {restore_hint(path)}")
-                if data.dtype.name != entry["dtype"] or list(data.shape) != entry["shape"]:
-                    found = f"{data.dtype.name} {list(data.shape)}"
-                    wanted = f"{entry['dtype']} {entry['shape']}"
-                    raise GoldenError(f"{self.name}: {place} is {found}, manifest says {wanted}: {restore_hint(path)}")
-                array = np.asarray(data[()])
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise GoldenError(f"{self.name}: {place} cannot be read ({error}): {restore_hint(path)}") from None
+        if place not in self._opened:
+            self._read(path, place.split("/")[0])
+        array = self._opened.pop(place)
+        if isinstance(array, GoldenError):
+            raise array
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             first = [int(i) for i in np.argwhere(~np.isfinite(array))[0]]
             raise GoldenError(f"{self.name}: {place} holds NaN or Inf, first at {first}: {restore_hint(path)}")
         if content_sha256(array) != entry["sha256"]:
             raise GoldenError(f"{self.name}: {place} is altered, its content hash does not match: {restore_hint(path)}")
         return array
+
+
+    def _read(self, path: Path, group: str) -> None:
+        """Every array of `inputs` or of a variant, with one opening of the file; what cannot be read as its error."""
+        tables = self.manifest["inputs"] if group == "inputs" else self.manifest["targets"][group]
+        try:
+            with h5py.File(path, "r") as file:
+                for stage, entry in tables.items():
+                    parts = PARTS.get(entry.get("form", "whole"))
+                    for part in parts or ("",):
+                        place = f"{group}/{stage}/{part}".rstrip("/")
+                        self._opened[place] = self._take(file, path, place, entry["parts"][part] if parts else entry)
+        except OSError as error:
+            raise GoldenError(f"{self.name}: {group} cannot be read ({error}): {restore_hint(path)}") from None
+
+    def _take(self, file: h5py.File, path: Path, place: str, entry: Mapping[str, Any]) -> np.ndarray | GoldenError:
+        try:
+            data = file.get(place)
+            if not isinstance(data, h5py.Dataset):
+                return GoldenError(f"{self.name}: {place} is missing from {path.name}: {restore_hint(path)}")
+            if data.dtype.name != entry["dtype"] or list(data.shape) != entry["shape"]:
+                found, wanted = f"{data.dtype.name} {list(data.shape)}", f"{entry['dtype']} {entry['shape']}"
+                return GoldenError(f"{self.name}: {place} is {found}, manifest says {wanted}: {restore_hint(path)}")
+            return np.asarray(data[()])
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            return GoldenError(f"{self.name}: {place} cannot be read ({error}): {restore_hint(path)}")
 
 
 def open_case(folder: Path | str, name: str) -> Case:
