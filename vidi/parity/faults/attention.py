@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from vidi.attention import rope
-from vidi.attention.unpad import Rows
 from vidi.parity.faults.plant import plant
 
 SELF = "vidi.decoder.attention.DecomposedAttention.attend_self"
@@ -137,29 +136,9 @@ def softcap_before_scale(original: Any) -> Any:
 
 
 @plant("vidi.attention.eager.softcapped")
-def softcap_clamps(original: Any) -> Any:
-    """The cap clamps in place of bending."""
-    return lambda scores, cap: scores if cap is None else scores.clamp(-cap, cap)
-
-
-@plant("vidi.attention.eager.softcapped")
 def softcap_sigmoid(original: Any) -> Any:
     """A cap that bends twice as early: cap · tanh(2·scores/cap) / 2."""
     return lambda scores, cap: scores if cap is None else cap / 2 * torch.tanh(2 * scores / cap)
-
-
-@plant(f"{EAGER}[cross]")
-def masked_score_zero(original: Any) -> Any:
-    """Masked keys have score 0 in place of minus infinity: every row averages over padding too."""
-
-    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        keep = options.get("keep_k")
-        if keep is None or keep.full or options.get("q_pos_BT") is not None:
-            return original(q, k, v, **options)
-        hidden = ~keep.keep_BL[:, :, None, None]
-        return original(q, k.masked_fill(hidden, 0), v.masked_fill(hidden, 0), **(options | {"keep_k": None}))
-
-    return attend
 
 
 @plant(f"{EAGER}[cross]", case="absent")
@@ -340,13 +319,3 @@ def rope_on_stream_queries(original: Any) -> Any:
 def values_rotated(original: Any) -> Any:
     """Values of the text rotated as well."""
     return lambda self, q, k, v, **rest: original(self, q, k, _rotated(self, v), **rest)
-
-
-@plant(SELF)
-def text_mask_as_lengths(original: Any) -> Any:
-    """The rows that count as text are those of the longest sample."""
-
-    def attend(self: Any, q: Any, k: Any, v: Any, *, keep_q: Any, **rest: Any) -> Any:
-        return original(self, q, k, v, keep_q=keep_q and Rows(torch.ones_like(keep_q.keep_BL)), **rest)
-
-    return attend

@@ -90,21 +90,6 @@ def position_stands_still(original: Any) -> Any:
 
 
 @plant(STEP, case="decode")
-def position_one_late(original: Any) -> Any:
-    """The first step skips a position."""
-
-    def step(self: Any, ids: Any, cache: Any, **rest: Any) -> Any:
-        if not hasattr(cache, "late"):
-            cache.late, cache.lengths_B = True, cache.lengths_B + 1
-            for held in cache.text:  # room for one more
-                grown = [torch.cat((x, torch.zeros_like(x[:, :1])), 1) for x in (held.k_BSGH, held.v_BSGH)]
-                held.__dict__.update(k_BSGH=grown[0], v_BSGH=grown[1])
-        return original(self, ids, cache, **rest)
-
-    return step
-
-
-@plant(STEP, case="decode")
 def position_of_longest_row(original: Any) -> Any:
     """All rows continue from the longest row's end, as right-padded batches do in the release."""
 

@@ -171,12 +171,6 @@ def streams_average_tokens(original: Any) -> Any:
     return lambda self, s, v: original(self, s, v.mean(1, keepdim=True).expand_as(v))
 
 
-@plant(LAYER + "update_stream")
-def streams_without_norm_behind(original: Any) -> Any:
-    """The value's norm is left out in streams."""
-    return lambda self, s, v: self.feed_forward(s + self.attention.attend_own_token(v))
-
-
 @plant(LAYER + "stream_keys_values")
 def stream_keys_not_normed(original: Any) -> Any:
     """Stream keys and values read the stream without input norm."""

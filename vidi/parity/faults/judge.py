@@ -184,12 +184,18 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
 
 def weakest_by_stage(verdicts: Iterable[Verdict]) -> dict[str, tuple[str, float]]:
     """stage -> (fault, margin): the fault that each stage sees least clearly, for the tolerance report. Layer and sample
-    numbers stand as they were reported."""
+    numbers stand as they were reported; a margin of inf has no bound (padding touched, or an exact stage)."""
     weakest: dict[str, tuple[str, float]] = {}
     for v in verdicts:
-        if v.killed and v.stage is not None and v.silent and v.margin < weakest.get(v.stage, ("", math.inf))[1]:
-            weakest[v.stage] = (v.fault.name, v.margin)
+        if v.killed and v.silent and v.stage is not None:
+            weakest[v.stage] = min(
+                weakest.get(v.stage, (v.fault.name, v.margin)), (v.fault.name, v.margin), key=_margin
+            )
     return weakest
+
+
+def _margin(found: tuple[str, float]) -> float:
+    return found[1]
 
 
 def as_json(verdicts: Sequence[Verdict], seconds: float) -> dict[str, Any]:

@@ -46,12 +46,6 @@ def mask_by_sum(original: Any) -> Any:
     return lambda packed, signal: (packed.sum(-1) > 0) & signal[:, None]
 
 
-@plant("vidi.bridge.mask.keep_tokens", case="absent")
-def silence_not_masked(original: Any) -> Any:
-    """The mask sees the tokens alone: a silent sample's are never 0, since positions were added."""
-    return lambda packed, signal: original(packed, torch.ones_like(signal))
-
-
 @plant("vidi.bridge.mask.has_signal[v]", case="absent")
 def black_frames_count(original: Any) -> Any:
     """A video of all-zero frames counts as a signal."""
@@ -73,7 +67,7 @@ def one_silent_silences_all(original: Any) -> Any:
 @plant("vidi.bridge.mask.has_signal[a]", case="absent")
 def signal_of_other_sample(original: Any) -> Any:
     """Samples have each other's signal."""
-    return lambda raw: original(raw).flip(0) if raw[0].ndim == 3 else original(raw)
+    return lambda raw: original(raw).roll(1) if raw[0].ndim == 3 else original(raw)
 
 
 @plant("vidi.attention.mask.zero_rows")

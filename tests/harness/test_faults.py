@@ -1,0 +1,242 @@
+"""The harness is judged by known faults: each is seen, at the stage whose code it is, and no two are the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.not_run import not_run
+from vidi.attention import unpad
+from vidi.bridge import fold, norm
+from vidi.commands import faults as command
+from vidi.parity import faults, fingerprint, store
+from vidi.parity.faults import judge as judges
+from vidi.parity.faults import plant
+from vidi.parity.faults.plant import Fault, expected_stage, planted
+from vidi.parity.golden import GoldenError
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU_ONLY = "dtypes.tf32_on"
+RECORDINGS = Path(os.environ.get("VIDI_RECORDINGS", ROOT.parent / "shared" / "official"))
+
+
+@pytest.fixture(scope="module")
+def bench() -> faults.Bench:
+    return faults.Bench.open(store.goldens_dir())
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _judged(chosen: list[Fault], bench: faults.Bench) -> list[faults.Verdict]:
+    return faults.judge_all(chosen, bench)
+
+
+def _sample() -> list[Fault]:
+    """A fault for every third piece of code that any fault patches, and the one that needs a GPU."""
+    return [*list({fault.targets[0]: fault for fault in faults.FAULTS.values()}.values())[::3], faults.FAULTS[GPU_ONLY]]
+
+
+def test_there_are_enough_and_all_are_described() -> None:
+    assert len(faults.FAULTS) >= 100
+    assert all(fault.what.endswith(".") and fault.targets for fault in faults.FAULTS.values())
+    assert all(name == fault.name for name, fault in faults.FAULTS.items())
+
+
+def test_measured_faults_are_among_them() -> None:
+    assert len(faults.MEASURED) == 28
+    assert set(faults.MEASURED.values()) <= set(faults.FAULTS)
+    if not (RECORDINGS / "bug_effects.txt").is_file():
+        not_run(f"no bug_effects.txt in {RECORDINGS}: set VIDI_RECORDINGS to the folder of recordings")
+    lines = (RECORDINGS / "bug_effects.txt").read_text("utf-8").splitlines()[1:]
+    assert [re.split(r"\s+\{", line)[0] for line in lines if line.strip()] == list(faults.MEASURED)
+
+
+def test_seen_where_they_are(bench: faults.Bench) -> None:
+    """Silent, seen, first at the own stage. The slow tier and `vidi faults` run them all."""
+    verdicts = _judged(_sample(), bench)
+    wrong = {v.fault.name: (v.stage, v.expected_stage, v.strays, v.loud, v.crashed) for v in verdicts if not v.not_run}
+    wrong = {name: why for name, why in wrong.items() if why[0] != why[1] or any(why[2:])}
+    assert not wrong
+    assert {v.fault.name for v in verdicts if v.not_run} == {GPU_ONLY}
+
+
+@pytest.mark.slow
+def test_all_silent_all_seen_all_different(bench: faults.Bench) -> None:
+    verdicts = _judged(list(faults.FAULTS.values()), bench)
+    ran = [v for v in verdicts if v.not_run is None]
+    assert [v.fault.name for v in ran if not v.silent] == []
+    assert [v.fault.name for v in ran if not v.killed] == []
+    assert sum(v.localised for v in ran) >= 0.95 * len(ran)
+    assert faults.exit_code(verdicts) == 0
+    places = defaultdict(list)
+    for v in ran:
+        places[v.fault.case, v.dtype, v.stage].append(v)
+    twins = [
+        (a.fault.name, b.fault.name)
+        for found in places.values()
+        for a, b in itertools.combinations(found, 2)
+        if a.tensor is not None and b.tensor is not None and plant.same(a.tensor, b.tensor)
+    ]
+    assert twins == []
+
+
+def test_a_fault_that_changes_nothing_is_not_seen(bench: faults.Bench) -> None:
+    idle = Fault("test.idle", "Nothing.", ("vidi.bridge.fold.pad",), lambda original: lambda *given: original(*given))
+    (verdict,) = _judged([idle], bench)
+    assert (verdict.killed, verdict.silent, verdict.expected_stage) == (False, True, "vision.pad")
+    assert faults.exit_code([verdict]) == 1
+
+
+def test_a_fault_of_another_place_is_not_localised(bench: faults.Bench) -> None:
+    astray = Fault(
+        "test.astray", "Late.", ("vidi.bridge.fold.pad",), lambda original: lambda x, pool=2: original(x, pool)
+    )
+
+    def make(original: Any) -> Any:
+        def pad(x: Any, pool: int = 2) -> Any:
+            norm.EPS = 2.0  # as if the pad's author had changed the norm
+            return original(x, pool)
+
+        return pad
+
+    try:
+        (verdict,) = _judged([dataclasses.replace(astray, make=make)], bench)
+    finally:
+        norm.EPS = 1e-5
+    assert verdict.killed
+    assert verdict.stage == "vision.norm"
+    assert not verdict.localised
+    assert faults.exit_code([verdict]) == 1
+
+
+def test_crashes_and_loud_faults_are_counted_apart(bench: faults.Bench) -> None:
+    def crash(original: Any) -> Any:
+        return lambda *given: 1 / 0
+
+    def loud(original: Any) -> Any:
+        return lambda *given: original(*given) * math.nan
+
+    target = ("vidi.bridge.fold.space_to_depth",)
+    verdicts = _judged([Fault("t.crash", "C.", target, crash), Fault("t.loud", "L.", target, loud)], bench)
+    assert verdicts[0].crashed == "ZeroDivisionError: division by zero"
+    assert verdicts[1].loud[0] == "vision.space_to_depth"
+    result = faults.as_json(verdicts, 0)
+    assert (result["total"], result["crashed"], result["loud"]) == (0, 1, 1)
+    assert faults.exit_code(verdicts) == 1  # nothing silent ran
+
+
+def test_a_model_that_differs_already_is_refused(bench: faults.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm, "EPS", 1e-6)
+    with pytest.raises(GoldenError, match=r"small/base in float64 differs at vision\.norm without any fault"):
+        _judged([faults.FAULTS["bridge.pad_top_left"]], faults.Bench.open(store.goldens_dir()))
+
+
+def test_patches_are_undone(bench: faults.Bench) -> None:
+    model = bench.model("base", "float64")
+    before = fold.pad, vars(unpad.Rows)["indices"], norm.EPS, model.bridge.llm_norm.weight.data_ptr()
+    names = ("bridge.pad_top_left", "unpadding.indices_off_by_one", "bridge.rms_eps", "bridge.llm_norm_one_percent")
+    for name in names:
+        with planted(faults.FAULTS[name], model):
+            pass
+    assert (fold.pad, vars(unpad.Rows)["indices"], norm.EPS, model.bridge.llm_norm.weight.data_ptr()) == before
+    with planted(faults.FAULTS["bridge.one_token_a_frame"], model):
+        assert "forward" in vars(model.bridge.image_projector)
+    assert "forward" not in vars(model.bridge.image_projector)
+
+
+@pytest.mark.parametrize(
+    ("site", "target", "at"),
+    [
+        ("vidi.bridge.norm.", "vidi.bridge.norm.rms", True),
+        ("vidi.bridge.norm.rms", "vidi.bridge.norm.rms", True),
+        ("vidi.bridge.norm.rms", "vidi.bridge.norm.EPS", False),
+        ("vidi.bridge.norm.rms", "vidi.bridge.norm.rms_other", False),
+        ("vidi.bridge.position.add[h]", "vidi.bridge.position.add[w]", False),
+        ("vidi.bridge.position.add[h]", "vidi.bridge.position.add", True),
+        ("model.decoder.layers.0.input_norm", "model.decoder.layers.*.input_norm.eps", True),
+        ("model.decoder.layers.0.input_norm", "model.decoder.layers.1.input_norm", False),
+    ],
+)
+def test_sites(site: str, target: str, at: bool) -> None:
+    assert plant._is_at(site, target) is at
+
+
+def test_expected_stage_comes_from_the_registry() -> None:
+    """In pipeline order, of the case's own ids: a case without pictures sees a shared norm first in audio."""
+    rms = faults.FAULTS["bridge.rms_eps"]
+    assert expected_stage(rms, ["vision.pad", "vision.norm", "audio.norm"]) == "vision.norm"
+    assert expected_stage(rms, ["audio.trim", "audio.norm"]) == "audio.norm"
+    assert expected_stage(rms, ["rope.cos"]) is None
+    later = faults.FAULTS["attention.window_on_odd_layer"]
+    assert expected_stage(later, ["layer.0.t2t", "layer.1.t2t"]) == "layer.1.t2t"
+
+
+def test_weakest_by_stage(bench: faults.Bench) -> None:
+    chosen = [faults.FAULTS[n] for n in ("bridge.rms_eps", "bridge.rms_centred", "bridge.pad_replicate")]
+    verdicts = _judged(chosen, bench)
+    weakest = faults.weakest_by_stage(verdicts)
+    assert weakest["vision.norm"][0] == "bridge.rms_eps"
+    assert weakest["vision.pad"] == ("bridge.pad_replicate", verdicts[2].margin)
+
+
+def test_precision_switches_are_restored(bench: faults.Bench) -> None:
+    _judged([faults.FAULTS["bridge.pad_replicate"]], bench)
+    with fingerprint.ieee():
+        fingerprint.assert_ieee()
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = _arguments("--fault", "bridge.pad_*,dtypes.tf32_on", "--json", str(tmp_path / "faults.json"))
+    assert command.run(args) == 0
+    result = json.loads((tmp_path / "faults.json").read_text("utf-8"))
+    assert (result["total"], result["killed"], result["localised"], result["not_run"]) == (4, 4, 4, 1)
+    assert all({"name", "killed", "stage", "expected_stage", "margin"} <= set(fault) for fault in result["faults"])
+    shown = capsys.readouterr().out
+    assert "NOT RUN: dtypes.tf32_on (it acts on a CUDA device alone)" in shown
+    assert "4 of 4 silent faults seen, 4 first at their own stage" in shown
+
+
+def test_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.run(_arguments("--list", "--fault", "masks.*")) == 0
+    assert "masks.all_tokens_kept" in capsys.readouterr().out
+    assert command.run(_arguments("--fault", "nothing")) == 2
+    assert "no fault matches 'nothing'" in capsys.readouterr().err
+    assert command.run(_arguments("--fault", "bridge.pad_*", "--goldens", str(tmp_path))) == 2
+    assert "no goldens in" in capsys.readouterr().err
+
+
+def _arguments(*given: str) -> Any:
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_a_verdict_counts_only_silent_faults_that_ran() -> None:
+    fault = faults.FAULTS["bridge.pad_top_left"]
+    seen = judges.Verdict(fault, "float64", True, "vision.pad", "vision.pad", 5.0)
+    missed = judges.Verdict(fault, "float64", False, None, "vision.pad", 0.5)
+    elsewhere = judges.Verdict(fault, "float64", True, "vision.norm", "vision.pad", 1.5)
+    assert faults.exit_code([seen] * 20) == 0
+    assert faults.exit_code([seen] * 20 + [missed]) == 1
+    assert faults.exit_code([seen] * 19 + [elsewhere]) == 0  # 95 %
+    assert faults.exit_code([seen] * 18 + [elsewhere]) == 1
+    assert faults.as_json([seen, elsewhere], 0)["margins_under_2"] == [fault.name]
+    assert faults.as_json([seen, elsewhere], 0)["minimum_margin"] == 1.5
