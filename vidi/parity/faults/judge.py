@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from vidi.parity import feed, fingerprint, store, suite, tolerance
 from vidi.parity.faults import varlen
 from vidi.parity.faults.plant import Fault, expected_stage, own_stages, planted
-from vidi.parity.golden import Golden, GoldenError
+from vidi.parity.golden import GoldenError
 from vidi.parity.store import Case
 from vidi.parity.suite import CaseRun
 from vidi.parity.tolerance import Tolerances
@@ -31,30 +30,13 @@ LOCALISED = 0.95  #: share of faults that must first be reported at their own st
 CLEAR = 2.0  #: margins below this are named
 
 
-class HeldCase(Case):
-    """A case whose tensors are read and verified once."""
-
-    @cached_property
-    def _held(self) -> dict[str, Mapping[str, Golden]]:
-        return {}
-
-    def variant(self, name: str) -> Any:
-        if name not in self._held:
-            self._held[name] = dict(super().variant(name).items())
-        return self._held[name]
-
-    @property
-    def targets(self) -> Any:
-        return self.variant(self.variants[0])
-
-
 @dataclass
 class Bench:
     """Cases and models, opened and built on first use and shared by all faults."""
 
     goldens: Path
     tolerances: Tolerances
-    _cases: dict[str, HeldCase] = field(default_factory=dict)
+    _cases: dict[str, Case] = field(default_factory=dict)
     _models: dict[tuple[str, str], Any] = field(default_factory=dict)
     _clean: dict[tuple[str, str, bool], CaseRun] = field(default_factory=dict)
 
@@ -62,11 +44,10 @@ class Bench:
     def open(cls, goldens: Path) -> Bench:
         return cls(goldens, tolerance.load(goldens))
 
-    def case(self, name: str) -> HeldCase:
+    def case(self, name: str) -> Case:
         if name not in self._cases:
             folder, _, last = name.rpartition("/")
-            opened = store.open_case(self.goldens / (folder or "small"), last)
-            self._cases[name] = HeldCase(opened.folder, opened.name, opened.manifest)
+            self._cases[name] = store.open_case(self.goldens / (folder or "small"), last)
         return self._cases[name]
 
     def model(self, name: str, dtype: str) -> Any:
