@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.cli.clock import quickest
 from tests.parity.runs import GOLDENS
 from vidi.cli import COMMANDS, main
 from vidi.parity import store
@@ -162,18 +162,11 @@ def test_weights_that_do_not_fit_are_2(capsys, tmp_path):
 
 def test_help_is_quick_and_loads_no_torch():
     code = "import sys; from vidi.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
-    best = min(_seconds(code)[0] for _ in range(3))
-    out = _seconds(code)[1]
-    assert out.rstrip().endswith("False")
+    seconds, done = quickest([sys.executable, "-c", code])
+    assert done.stdout.rstrip().endswith("False")
     for command in COMMANDS:
-        assert command in out
-    assert best < 0.3
-
-
-def _seconds(code: str) -> tuple[float, str]:
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return time.perf_counter() - start, done.stdout
+        assert command in done.stdout
+    assert seconds < 0.3
 
 
 @pytest.mark.parametrize("command", COMMANDS)
