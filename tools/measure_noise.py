@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tools.one_run import Setting, in_subprocess  # noqa: E402
+from tools.one_run import Server, Setting  # noqa: E402
 from vidi.parity import ledger  # noqa: E402
 from vidi.parity.golden import GoldenError  # noqa: E402
 from vidi.parity.store import list_cases  # noqa: E402
@@ -51,8 +51,8 @@ def settings(cases: Iterable[str]) -> Iterator[Setting]:
         for change in (
             {"threads": 2},
             {"frame_chunk": 1},
-            {"key_chunk": 7},
-            {"stream_chunk": 5},
+            {"key_chunk": 20},
+            {"stream_chunk": 50},
             {"key_order": 1},
             {"towers": "eager"},
             {"mkldnn": False},
@@ -99,6 +99,13 @@ def _largest(table: dict[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
             }
 
 
+def _runs(names: list[str], goldens: Path) -> Iterator[tuple[Setting, dict[str, Any]]]:
+    with Server(goldens) as server:
+        # plain settings first; then those of one environment together
+        for setting in sorted(settings(names), key=lambda s: [x or "" for x in (s.aten, s.onednn, s.mkl)]):
+            yield setting, server.run(setting)
+
+
 def measure(goldens: Path) -> dict[str, Any]:
     """Run every setting; what noise.json holds."""
     names = [f"{ref.set}/{ref.name}" for ref in list_cases(goldens)]
@@ -107,8 +114,7 @@ def measure(goldens: Path) -> dict[str, Any]:
     tried: list[dict[str, Any]] = []
     blinds: dict[str, dict[str, float]] = {}
     machine: dict[str, Any] = {}
-    for setting in settings(names):
-        found = in_subprocess(setting, goldens)
+    for setting, found in _runs(names, goldens):
         machine = machine or found["machine"]
         new = {
             name: bits for name, bits in found["bits"].items() if plain.setdefault((setting.dtype, name), bits) != bits

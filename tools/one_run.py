@@ -1,9 +1,11 @@
 """One parity run under one setting, in this process: every error of every stage, as JSON on stdout.
 
     python tools/one_run.py '{"dtype": "float32", "cases": ["small/base"], "threads": 2, "aten": "avx2", ...}'
+    python tools/one_run.py --serve        a setting a line on stdin, each run in a process of its own
 
 A setting names what must not change a result beyond noise. `aten`, `onednn` and `mkl` limit the instruction sets that
-libraries use; they act through the environment, before a library loads, hence one process per setting.
+libraries use; they act through the environment, before a library loads. So a `Server` starts one process for each such
+environment, which loads the libraries and then forks for every setting.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-__all__ = ["ENVIRONMENT", "Setting", "in_subprocess", "run"]
+__all__ = ["ENVIRONMENT", "Server", "Setting", "run"]
 
 ENVIRONMENT = {"aten": "ATEN_CPU_CAPABILITY", "onednn": "ONEDNN_MAX_CPU_ISA", "mkl": "MKL_CBWR"}
 Found = dict[str, Any]
@@ -50,16 +52,60 @@ class Setting:
         clean = {key: value for key, value in os.environ.items() if key not in ENVIRONMENT.values()}
         limits = {name: getattr(self, field) for field, name in ENVIRONMENT.items()}
         clean |= {name: value for name, value in limits.items() if value is not None}
-        return clean | {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        return clean | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # threads: set in the run itself
 
 
-def in_subprocess(setting: Setting, goldens: Path | None = None, timeout: float = 600) -> Found:
-    """Run a setting in a process of its own. Raises RuntimeError with what it printed where it fails."""
-    command = [sys.executable, __file__, json.dumps(asdict(setting)), *([str(goldens)] if goldens else [])]
-    done = subprocess.run(command, capture_output=True, text=True, env=setting.environment(), timeout=timeout)
-    if done.returncode:
-        raise RuntimeError(f"{setting}: exit {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+class Server:
+    """Runs settings in processes of their own, one after another; a context manager. Not for use by two threads."""
+
+    def __init__(self, goldens: Path) -> None:
+        self._goldens, self._environment = goldens, None
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
+
+    def run(self, setting: Setting) -> Found:
+        """What `run` found in a fresh process. Raises RuntimeError with the reason where that process failed."""
+        environment = setting.environment()
+        if self._process is None or environment != self._environment:
+            self.__exit__()
+            command = [sys.executable, __file__, "--serve", str(self._goldens)]
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._process, self._environment = subprocess.Popen(command, env=environment, **pipes), environment
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(asdict(setting)) + "\n")
+        self._process.stdin.flush()
+        found = json.loads(self._process.stdout.readline() or '{"error": "the server ended"}')
+        if "error" in found:
+            raise RuntimeError(f"{setting}: {found['error']}")
+        return found
+
+
+def _serve(goldens: Path) -> None:
+    from vidi.parity import feed, fingerprint, suite, tolerance  # noqa: F401  (loaded once, before the forks)
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            try:
+                print(json.dumps(run(_setting(line), goldens)), flush=True)
+            except BaseException as error:
+                print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
+            os._exit(0)
+        if os.waitpid(child, 0)[1]:
+            print(json.dumps({"error": "the process was killed"}), flush=True)
+
+
+def _setting(text: str) -> Setting:
+    given = json.loads(text)
+    return Setting(**{**given, "cases": tuple(given["cases"])})
 
 
 def run(setting: Setting, goldens: Path) -> Found:
@@ -71,7 +117,7 @@ def run(setting: Setting, goldens: Path) -> Found:
     torch.set_num_threads(setting.threads)
     tolerances, start = tolerance.load(goldens), time.perf_counter()
     bits, rows, not_run = {}, [], []
-    with fingerprint.ieee(), torch.backends.mkldnn.flags(enabled=setting.mkldnn), _chunks(setting):
+    with fingerprint.ieee(), _computed(setting):
         for name in setting.cases:
             folder, _, last = name.rpartition("/")
             case = store.open_case(goldens / folder, last)
@@ -169,8 +215,8 @@ def _hash(tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _chunks(setting: Setting) -> Any:
-    """Chunk sizes, and the order of a stream's keys, for the time of the run."""
+def _computed(setting: Setting) -> Any:
+    """Kernels, chunk sizes, and the order of a stream's keys, for the time of the run."""
     import contextlib
     from unittest import mock
 
@@ -189,6 +235,8 @@ def _chunks(setting: Setting) -> Any:
         return plain(self, q, k[:, order], v[:, order], keep_q=keep_q, keep_k=rows, backend=backend)
 
     stack = contextlib.ExitStack()
+    stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+    torch._C._set_mkldnn_enabled(setting.mkldnn)  # the public switch sets TF32 too, and warns
     stack.enter_context(mock.patch.object(eager, "KEY_CHUNK", setting.key_chunk))
     stack.enter_context(mock.patch.object(decoder, "STREAM_CHUNK", setting.stream_chunk))
     if setting.key_order is not None:
@@ -197,6 +245,8 @@ def _chunks(setting: Setting) -> Any:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    chosen = Setting(**{**given, "cases": tuple(given["cases"])})
-    print(json.dumps(run(chosen, Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "goldens")))
+    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "goldens"
+    if sys.argv[1] == "--serve":
+        _serve(folder)
+    else:
+        print(json.dumps(run(_setting(sys.argv[1]), folder)))
