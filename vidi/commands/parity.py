@@ -21,6 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, sdpa, flash, flex")
     parser.add_argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
+    parser.add_argument("--path", choices=("plain", "fast"), default="plain", help="the readable path, or vidi.fast")
+    parser.add_argument(
+        "--size",
+        choices=("tiny", "full"),
+        default="tiny",
+        help="full: the 9B sizes on a GPU, fast against plain by ratio",
+    )
     parser.add_argument("--chained", action="store_true", help="only from raw inputs on, no stage fed alone (faster)")
     parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON")
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
@@ -38,6 +45,17 @@ def run(args: argparse.Namespace) -> int:
 
     console, status = Console(), Console(stderr=True)
     try:
+        if args.size == "full":
+            import torch
+
+            from vidi.parity import full
+
+            if not torch.cuda.is_available():
+                print("NOT RUN full size: no CUDA device; 9B parameters in float32 need a GPU of 80 GB")
+                return NOTHING
+            whole = full.run(args.goldens, device=args.device if args.device != "cpu" else "cuda")
+            console.print(whole.text(), soft_wrap=True, highlight=False, markup=False)
+            return whole.exit_code
         goldens = store.goldens_dir(args.goldens)
         refs = suite.select(goldens, args.case)
         # Imported recordings bring no tolerances of their own: the embedded ones judge them.
@@ -60,13 +78,18 @@ def run(args: argparse.Namespace) -> int:
                 backend=args.backend,
                 glob=args.stage,
                 isolate=not args.chained,
+                fast=args.path == "fast",
                 on_case=on_case,
             )
     except (GoldenError, ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"vidi parity: {error}", file=sys.stderr)
         return UNUSABLE
     # What a rerun of one stage needs beside case, stage, dtype and backend.
-    given = (("--goldens", args.goldens), ("--device", args.device if args.device != "cpu" else None))
+    given = (
+        ("--goldens", args.goldens),
+        ("--device", args.device if args.device != "cpu" else None),
+        ("--path", args.path if args.path != "plain" else None),
+    )
     options = shlex.join(word for name, value in given if value for word in (name, value))
     report.print_run(found, console, verbose=not args.quiet, options=options)
     if args.json:

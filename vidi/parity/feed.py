@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -10,13 +11,29 @@ import torch
 from torch import Tensor
 
 from vidi import precision
+from vidi.bridge import position
 from vidi.checkpoint import names
 from vidi.config import VidiConfig
+from vidi.fast import accelerate
+from vidi.fast.model import FastModel
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
+from vidi.parity import store
 from vidi.parity.store import Case
 
-__all__ = ["DTYPES", "batch_of", "load_model", "noise_of", "to_torch", "with_window"]
+__all__ = [
+    "DTYPES",
+    "Runner",
+    "batch_of",
+    "install_table",
+    "load_model",
+    "machine_table",
+    "noise_of",
+    "to_torch",
+    "with_window",
+]
+
+Runner = VidiModel | FastModel
 
 DTYPES = {
     "float64": torch.float64,
@@ -27,8 +44,10 @@ DTYPES = {
 
 
 def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", backend: str = "eager") -> VidiModel:
-    """The case's model with the case's weights, cast as the specification says. Raises ValueError naming tensors that
-    do not fit."""
+    """The case's model with the case's weights and the stored position table, cast as the specification says.
+
+    Raises ValueError naming tensors that do not fit.
+    """
     config = VidiConfig.from_official(case.config)
     model = VidiModel(config, backend=backend)
     state = {}
@@ -42,18 +61,36 @@ def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{case.name}: the weights do not fit the configuration: {error}") from None
+    install_table(model, store.position_table(config.decoder.hidden_size))
     return precision.cast_model(model, dtype).to(device)
 
 
-def with_window(model: VidiModel, window: int) -> VidiModel:
+def install_table(model: VidiModel, table_K: np.ndarray | None) -> None:
+    """Compute with a stored table of position frequencies. The model's own must be this machine's `frequencies`, which
+    is a stage of its own (`pos.freq`); ``None`` keeps it."""
+    for module in (model.bridge.pos_h, model.bridge.pos_w, model.bridge.pos_t):
+        assert torch.equal(module.freq_K, position.frequencies(2 * len(module.freq_K)))
+        if table_K is not None:
+            module.freq_K = torch.from_numpy(table_K.copy())
+
+
+def machine_table(width: int) -> Tensor:
+    """What `pos.freq` is on this machine, by the definition of spec §5, (width / 2,) float32."""
+    return torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
+
+
+def with_window(model: Runner, window: int) -> Runner:
     """The same weights under another sliding window (the recordings hold a decoding run with a wider one)."""
     if window == model.config.decoder.sliding_window:
         return model
+    plain = model.plain if isinstance(model, FastModel) else model
     decoder = dataclasses.replace(model.config.decoder, sliding_window=window)
     with torch.device("meta"):
-        twin = VidiModel(dataclasses.replace(model.config, decoder=decoder), backend=model.backend)
-    twin.load_state_dict(model.state_dict(), assign=True)
-    return twin
+        twin = VidiModel(dataclasses.replace(model.config, decoder=decoder), backend=plain.backend)
+    twin.load_state_dict(plain.state_dict(), assign=True)
+    for axis in ("pos_h", "pos_w", "pos_t"):
+        getattr(twin.bridge, axis).freq_K = getattr(plain.bridge, axis).freq_K
+    return accelerate(twin) if isinstance(model, FastModel) else twin
 
 
 def batch_of(inputs: Mapping[str, np.ndarray], ids: str = "inputs.input_ids") -> Batch:

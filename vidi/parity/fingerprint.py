@@ -59,7 +59,9 @@ def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "isa_limits": {n: os.environ[n] for n in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR") if n in os.environ},
+        "isa_limits": {
+            n: os.environ[n] for n in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR") if n in os.environ
+        },
         "matmul": {name: bool(getattr(torch.backends.cuda.matmul, name)) for name in _MATMUL},
         "cudnn_allow_tf32": bool(torch.backends.cudnn.allow_tf32),
     }

@@ -116,6 +116,7 @@ def render(run: Run, references: References, options: str = "") -> str:
         divergences=[_divergence(case, run, options) for case in run.cases if case.first_divergence],
         closest=_closest(run),
         cases=[_case(case, references, worst) for case in run.cases],
+        notes=[(case.name, note) for case in run.cases for note in case.notes],
         not_run=[(case.name, names, why) for case in run.cases for names, why in report.grouped(case.not_run)],
         heat=_heat(worst) if worst else None,
         drawn={"noise": bool(references.noise), "faults": bool(references.faults)},

@@ -119,6 +119,8 @@ def print_run(run: Run, console: Console, *, verbose: bool = True, options: str 
             say(f"\n{case.name} against {case.reference}, {case.seconds:.1f} s")
             for line, ok in table(case, console.width if console.is_terminal else None):
                 say(line, None if ok else "red")
+        for note in case.notes:
+            console.print(f"NOTE {case.name} {note}", soft_wrap=True, highlight=False, markup=False)
         for names, reason in grouped(case.not_run):
             some = names[0] if len(names) == 1 else f"{len(names)} stages ({names[0]} … {names[-1]})"
             say(f"NOT RUN {case.name} {some}: {reason}")
@@ -178,7 +180,8 @@ def summary(run: Run) -> str:
     different = sum(not row.ok for row in rows)
     missing = sum(len(case.not_run) for case in run.cases)
     verdict = "nothing compared" if run.nothing else f"{different} different" if different else "all equal"
-    parts = [f"{len(rows)} stages of {len(run.cases)} cases in {run.dtype} with {run.backend}: {verdict}"]
+    how = f"{run.dtype} with {run.backend}" + (" on the fast path" if run.path == "fast" else "")
+    parts = [f"{len(rows)} stages of {len(run.cases)} cases in {how}: {verdict}"]
     if missing:
         parts.append(f"{missing} NOT RUN")
     return ", ".join(parts)
@@ -205,6 +208,7 @@ def as_json(run: Run) -> dict[str, Any]:
         "exit_code": run.exit_code,
         "dtype": run.dtype,
         "backend": run.backend,
+        "path": run.path,
         "fingerprint": run.fingerprint,
         "cases": [
             {
@@ -214,6 +218,7 @@ def as_json(run: Run) -> dict[str, Any]:
                 "seconds": round(case.seconds, 3),
                 "first_divergence": case.first_divergence.stage if case.first_divergence else None,
                 "stages": [_row_json(row) for row in case.rows],
+                "notes": list(case.notes),
                 "not_run": [{"stage": stage, "reason": reason} for stage, reason in case.not_run],
             }
             for case in run.cases

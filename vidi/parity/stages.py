@@ -176,13 +176,7 @@ class Site:
         return CrossKeys(k, v, Rows(self["{path}.mask"]))
 
     def embed(self, module: position.PositionEmbedding, axis: str, length: int) -> Tensor:
-        """The embedding along one axis over the golden table of frequencies, whatever this machine's own is."""
-        own, golden = module.freq_K, self.bench.targets.get("pos.freq")
-        module.freq_K = torch.from_numpy(golden.array).to(own.device) if isinstance(golden, Whole) else own
-        try:
-            return position.embed(module, axis, length, self.bench.noise, self.model.dtype)
-        finally:
-            module.freq_K = own
+        return position.embed(module, axis, length, self.bench.noise, self.model.dtype)
 
 
 # ---- what a stage's entry runs, where one expression would be too long --------------------------------------------------

@@ -24,7 +24,7 @@ from vidi.parity.manifest import PARTS, content_sha256, parse, restore_hint, wei
 from vidi.parity.sketch import Sketch, SketchSpec
 
 __all__ = [
-    "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "open_case", "synthetic_tower",
+    "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "open_case", "position_table", "synthetic_tower",
     "verify",
 ]  # fmt: skip
 
@@ -200,7 +200,6 @@ class Case:
             raise GoldenError(f"{self.name}: {place} is altered, its content hash does not match: {restore_hint(path)}")
         return array
 
-
     def _read(self, path: Path, group: str) -> None:
         """Every array of `inputs` or of a variant, with one opening of the file; what cannot be read as its error."""
         tables = self.manifest["inputs"] if group == "inputs" else self.manifest["targets"][group]
@@ -267,6 +266,16 @@ def verify(folder: Path | str) -> int:
         if path.name not in used:
             raise GoldenError(f"{path.name}: orphaned, no case uses these weights: delete it or restore its case")
     return count
+
+
+def position_table(width: int, goldens: Path | None = None) -> np.ndarray | None:
+    """The stored table of position frequencies for decoder width ``width``, (width / 2,) float32; None where none is.
+
+    One ulp of it is 6e-4 rad at the far end of time, and torch's exp differs between processors, so every run computes
+    with the stored one (spec §5).
+    """
+    path = (goldens or goldens_dir()) / "pos_freq.safetensors"
+    return load_file(path).get(str(width)) if path.is_file() else None
 
 
 def synthetic_tower(inputs: Mapping[str, np.ndarray]) -> np.ndarray:

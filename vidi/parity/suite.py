@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vidi.fast import accelerate
 from vidi.parity import casts, feed, fingerprint, ids, stages, store, tolerance, trace
 from vidi.parity.compare import EXACT, Result, compare, nothing_compared
 from vidi.parity.golden import Golden, GoldenError, Whole
@@ -52,6 +53,7 @@ class CaseRun:
     rows: tuple[Row, ...]
     not_run: tuple[tuple[str, str], ...] = ()
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()  #: what is the machine's doing, not the model's
 
     @property
     def name(self) -> str:
@@ -68,6 +70,7 @@ class Run:
     dtype: str
     backend: str
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    path: str = "plain"  #: plain, or fast (`vidi.fast`)
 
     @property
     def nothing(self) -> bool:
@@ -107,9 +110,12 @@ def run(
     backend: str = "eager",
     glob: str | None = None,
     isolate: bool = True,
+    fast: bool = False,
     on_case: Callable[[CaseRun, Mapping[str, Tensor]], None] | None = None,
 ) -> Run:
     """Run cases one after another. ``on_case`` sees each finished case and its chained tensors.
+
+    ``fast``: through the fast path (`vidi.fast`), chained only; what it does not do (training) is NOT RUN.
 
     Raises GoldenError for goldens that cannot be trusted, ValueError where model or backend refuse the case.
     """
@@ -118,11 +124,24 @@ def run(
         for ref in refs:
             case = store.open_case(ref.folder, ref.name)
             model = feed.load_model(case, feed.DTYPES[dtype], device, backend)
-            result, tensors = run_case(case, model, tolerances, dtype=dtype, glob=glob, isolate=isolate)
+            if fast and (reason := trains(case)):
+                tensors: dict[str, Tensor] = {}
+                missing = tuple((stage, reason) for stage in ids.matching(case.targets, glob))
+                result = CaseRun(case.name, case.set, reference_of(case, dtype)[0], (), missing)
+            else:
+                runner = accelerate(model) if fast else model
+                isolate = isolate and not fast
+                result, tensors = run_case(case, runner, tolerances, dtype=dtype, glob=glob, isolate=isolate)
             finished.append(result)
             if on_case is not None:
                 on_case(result, tensors)
-        return Run(tuple(finished), dtype, backend, fingerprint.fingerprint(device))
+        return Run(tuple(finished), dtype, backend, fingerprint.fingerprint(device), "fast" if fast else "plain")
+
+
+def trains(case: Case) -> str | None:
+    """Why the fast path does not run a case; None where it does."""
+    trained = "inputs.labels" in case.inputs
+    return "the fast path is for inference: no loss, no gradients, no position noise" if trained else None
 
 
 def run_case(
@@ -154,7 +173,7 @@ def run_case(
         alone = dict(stages.isolated(bench, wanted))
         if dtype in casts.DTYPES and variant == "official" and (model.device.type, model.backend) == ("cpu", "eager"):
             bits = dict(casts.compare(bench, alone))
-    rows, not_run = [], []
+    rows, not_run, notes = [], [], []
     for stage in wanted:
         golden = targets[stage]
         try:
@@ -172,12 +191,28 @@ def run_case(
         if stage in bits and (own is None or bits[stage].ratio > max(own.ratio, 1)):
             own = bits[stage]  # within its error budget, and rounded in the wrong place
         rows.append(Row(stage, result, own))
+        if stage == "pos.freq" and not result.ok and (note := machine_note(golden, chained[stage])):
+            notes.append(note)
+            rows[-1] = Row(stage, replace(result, ok=True, problems=()), None)
         if stage.endswith(".nocache.logits"):  # the same truth for decoding step by step
             cached = stage.replace("nocache", "cached")
             rows.append(Row(cached, compare_tensor(cached, chained[cached], golden, rule), None))
         elif stage.endswith((".tokens", ".lengths")) and not rows[-1].ok:
             rows[-1] = forgive_ties(rows[-1], stage, chained, targets)
-    return CaseRun(case.name, case.set, variant, tuple(rows), tuple(not_run), time.perf_counter() - start), chained
+    return CaseRun(
+        case.name, case.set, variant, tuple(rows), tuple(not_run), time.perf_counter() - start, tuple(notes)
+    ), chained
+
+
+def machine_note(golden: Golden, found_K: Tensor) -> str | None:
+    """Why a table of frequencies that is not the stored one is no fault of the model: it is what torch gives on this
+    machine. None where it is neither. The chain runs with the stored table either way (`feed.load_model`)."""
+    if not isinstance(golden, Whole) or not torch.equal(found_K, feed.machine_table(2 * len(found_K))):
+        return None
+    differ = int((found_K.numpy() != golden.array).sum())
+    return (
+        f"pos.freq: torch.exp on this machine differs in {differ} of {len(found_K)} entries; the stored table was used"
+    )
 
 
 def compare_tensor(stage: str, candidate: Tensor | None, golden: Golden, rule: Any) -> Result:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from vidi import generate, loss
 from vidi.attention import unpad
 from vidi.attention.unpad import Rows
+from vidi.bridge import position
 from vidi.checkpoint import names
 from vidi.decoder.attention import repeat_heads
 from vidi.inputs.batch import Batch
@@ -45,7 +47,7 @@ class Trace:
         return {stage: parts[0] if len(parts) == 1 else torch.cat(parts) for stage, parts in self._parts.items()}
 
 
-def capture(case: Case, model: VidiModel, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+def capture(case: Case, model: feed.Runner, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """Run ``case`` through ``model`` from its raw inputs: every stage that its targets hold (chained), and more.
 
     Where the case has labels, losses and the gradients that its targets name are there too; where it decodes, the
@@ -59,15 +61,12 @@ def capture(case: Case, model: VidiModel, wanted: Callable[[str], bool] | None =
     return found
 
 
-def forward(case: Case, model: VidiModel, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+def forward(case: Case, model: feed.Runner, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """The stages of one whole pass, with losses and gradients where the case has labels."""
     inputs, batch = case.inputs, feed.batch_of(case.inputs)
-    noise = feed.noise_of(inputs)
     grads = [stage for stage in case.targets if stage.startswith("grad.")]
     tap = Trace(wanted and (lambda stage: wanted(stage) or stage in NEEDED))
-    model.train(bool(noise))
-    model.position_noise = lambda axis, length: noise[axis]
-    with torch.set_grad_enabled(bool(grads)):
+    with training(model, feed.noise_of(inputs)), torch.set_grad_enabled(bool(grads)):
         if "inputs.feat_index" in inputs:
             features = feed.to_torch(store.synthetic_tower(inputs), model.dtype, model.device)
             signal_B = torch.ones(1, dtype=torch.bool)
@@ -76,12 +75,27 @@ def forward(case: Case, model: VidiModel, wanted: Callable[[str], bool] | None =
             logits_BTV = model.decode_text(batch, streams, last_stream=True, tap=tap)
         else:
             logits_BTV = model(batch, last_stream=True, tap=tap)
-        found = {"pos.freq": model.bridge.pos_t.freq_K, **tap.tensors()}
+        found = {"pos.freq": position.frequencies(model.config.decoder.hidden_size), **tap.tensors()}
         found |= dict(cross_attention(found, model.config.decoder.num_heads))
-        if batch.labels_BT is not None:
+        if batch.labels_BT is not None and isinstance(model, VidiModel):
             found |= _losses(case, model, logits_BTV, found, grads)
-    model.eval()
     return {stage: value.detach() for stage, value in found.items()}
+
+
+@contextmanager
+def training(model: feed.Runner, noise: Mapping[str, Tensor]) -> Iterator[None]:
+    """Training mode with a case's own position noise; evaluation where the case has none."""
+    if not noise or not isinstance(model, VidiModel):
+        yield
+        return
+    drawn = model.position_noise
+    model.train()
+    model.position_noise = lambda axis, length: noise[axis]
+    try:
+        yield
+    finally:
+        model.eval()
+        model.position_noise = drawn
 
 
 def cross_attention(found: Mapping[str, Tensor], heads: int) -> Iterator[tuple[str, Tensor]]:
@@ -134,7 +148,7 @@ def _losses(
     return out
 
 
-def decoding(case: Case, model: VidiModel) -> dict[str, Tensor]:
+def decoding(case: Case, model: feed.Runner) -> dict[str, Tensor]:
     """Each variant V of a decoding case: logits along its golden tokens, `V.nocache.logits` by whole passes and
     `V.cached.logits` step by step, and what the model decodes on its own, `V.tokens` and `V.lengths`."""
     found = {}
@@ -161,7 +175,7 @@ def decoding(case: Case, model: VidiModel) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def whole_pass_logits(model: VidiModel, batch: Batch, tokens_BS: Tensor, streams: dict[str, Stream]) -> Tensor:
+def whole_pass_logits(model: feed.Runner, batch: Batch, tokens_BS: Tensor, streams: dict[str, Stream]) -> Tensor:
     """(B, S, V) without any cache: entry s from one pass over the prompt and tokens[:s], all of them in one pass, because
     the text is causal. Every row continues from its own last kept token."""
     prompt_BT, keep_BT = batch.input_ids_BT, batch.keep_BT
