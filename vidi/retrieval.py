@@ -126,17 +126,32 @@ def retrieve(
 ) -> Answer:
     """Ask a model when something is seen in a video file: greedy decoding, its answer read as time ranges (spec §2).
 
-    Inputs go to the device and dtype of the model's embedding. Raises ValueError as ``prepare`` does.
+    ``model``: `VidiModel`, or the fast path over it. Raises ValueError as ``prepare`` does.
     """
     # Imported here: reading an answer, or preparing inputs, needs no model.
     from vidi import generate
 
-    weight = model.decoder.embed.weight
     inputs = prepare(
-        path, query, tokenizer, model.config, fps=fps, device=weight.device, dtype=weight.dtype, progress=progress
+        path, query, tokenizer, model.config, fps=fps, device=model.device, dtype=model.dtype, progress=progress
     )
+    encoded, total = 0, len(inputs.frames.images_u8)
+
+    def count(stage_id: str, value: torch.Tensor) -> None:
+        nonlocal encoded
+        if stage_id == "vision.tower":
+            encoded += len(value)
+            _tell(progress, "encoding", encoded, total)
+
+    with torch.inference_mode():
+        streams = model.streams(inputs.batch, count)
     _tell(progress, "answer", 0, max_new_tokens)
-    generated = generate.greedy(model, inputs.batch, max_new_tokens=max_new_tokens, progress=_stage(progress, "answer"))
+    generated = generate.greedy(
+        model,
+        inputs.batch,
+        max_new_tokens=max_new_tokens,
+        streams=streams,
+        progress=_stage(progress, "answer"),
+    )
     tokens = tuple(generated.tokens[0])
     text = prompt.decode(tokenizer, tokens)
     ranges = tuple(parse_ranges(text))

@@ -83,18 +83,22 @@ def test_a_wrong_query_is_told_before_the_file_is_read(tmp_path):
 
 @pytest.fixture
 def told(monkeypatch):
-    """A model of which only the embedding's place is asked, and the calls that decoding got."""
+    """A model that says where it lives and sees every frame at once, and the calls that decoding got."""
     calls = []
 
-    def greedy(model, batch, *, max_new_tokens, progress):
+    def greedy(model, batch, *, max_new_tokens, streams, progress):
         calls.append((batch, max_new_tokens))
         if progress is not None:
             progress(1, max_new_tokens)
         return SimpleNamespace(tokens=[TINY.encode("0.25-0.50, 0.75-1.00").ids])
 
     monkeypatch.setattr(generate, "greedy", greedy)
-    weight = torch.zeros(1, dtype=torch.bfloat16)
-    model = SimpleNamespace(config=CONFIG, decoder=SimpleNamespace(embed=SimpleNamespace(weight=weight)))
+    def streams(batch, tap):
+        tap("vision.tower", batch.images[0])
+        return {}
+
+    device = torch.device("cpu")
+    model = SimpleNamespace(config=CONFIG, device=device, dtype=torch.bfloat16, streams=streams)
     return model, calls
 
 
@@ -119,5 +123,5 @@ def test_progress_leaves_stdout_alone(tmp_path, told, capsys):
         retrieval.retrieve(model, TINY, make_video(tmp_path / "a.mp4"), "a car", progress=progress)
     out, err = capsys.readouterr()
     assert out == ""
-    for stage in ("frames", "sound", "answer"):
+    for stage in ("frames", "sound", "encoding", "answer"):
         assert stage in err

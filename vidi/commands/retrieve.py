@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "float32"), default="bf16")
     parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, flash, flex")
+    parser.add_argument(
+        "--path", choices=("auto", "plain", "fast"), default="auto", help="auto: the fast path on a GPU, else the plain one"
+    )
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second to look at (default 1, as trained)")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
@@ -28,7 +31,9 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vidi import retrieval
+    from vidi.attention import dispatch
     from vidi.checkpoint import load, progress
+    from vidi.fast import accelerate
     from vidi.inputs import prompt
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[args.dtype]
@@ -37,11 +42,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{args.video}: no such file")
         with progress.bar("loading") as report:
             model = load.load(args.checkpoint, device=args.device, dtype=dtype, progress=report)
-        model.backend = args.backend
+        model.backend = dispatch.check(args.backend)
+        fast = args.path == "fast" or (args.path == "auto" and model.device.type == "cuda")
         tokenizer = prompt.load_tokenizer(Path(args.checkpoint), model.config)
         with retrieval.progress_on_stderr() as report:
             answer = retrieval.retrieve(
-                model,
+                accelerate(model) if fast else model,
                 tokenizer,
                 args.video,
                 args.query,
