@@ -217,7 +217,8 @@ NOTES = (
 HEADS = ((0, "visual path"), (3, "audio path"), (4, "text"))
 STYLE = (
     "text{font:10px system-ui,'DejaVu Sans',sans-serif;fill:#1b1f24}.id{font:600 11px ui-monospace,'DejaVu Sans Mono',monospace}"
-    ".sh{font:10px ui-monospace,'DejaVu Sans Mono',monospace}.head{font-size:13px;font-weight:600}.note{font-size:11.5px}.soft{fill:#59636e}"
+    ".sh{font:10px ui-monospace,'DejaVu Sans Mono',monospace}.head{font-size:13px;font-weight:600}.note{font-size:11.5px}"
+    ".soft{fill:#59636e}"
     ".halo{paint-order:stroke;stroke:#f6f8fa;stroke-width:5px}"
     ".bg{fill:#fff}.frame{fill:#f6f8fa;stroke:#c3cad2}.box{fill:#fff;stroke-width:1.4}.e{fill:none;stroke-width:1.2}"
     ".v{stroke:#0068a8}.p{stroke:#8a3b76}.a{stroke:#0a7d5c}.t{stroke:#9a5b00}"

@@ -1,7 +1,7 @@
 """Edits of the model's source for `tools/mutate.py`: where one can be made, what it makes, and a sample of them by seed.
 
 Drawn from the syntax trees of `SOURCES`: operators, comparisons, constants, conditions, arguments, slices, returned tuples,
-statements, twin functions such as sin and cos. Docstrings, annotations, imports, `__all__` and the words of errors are left alone.
+statements, twin functions such as sin and cos. Docstrings, annotations, imports, `__all__` and error texts are left alone.
 """
 
 from __future__ import annotations

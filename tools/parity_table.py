@@ -15,7 +15,9 @@ def main() -> None:
         for dtype in dtypes:
             run = suite.run(refs, tolerances, dtype=dtype)
             rows = [(case, row) for case in run.cases for row in case.rows]
-            numeric = [(row.chained.errors["max"], f"{case.case} {row.stage}") for case, row in rows if row.chained.errors]
+            numeric = [
+                (row.chained.errors["max"], f"{case.case} {row.stage}") for case, row in rows if row.chained.errors
+            ]
             error, place = max(numeric)
             different = sum(not row.ok for _, row in rows)
             print(f"| {name} | {dtype} | {len(refs)} | {len(rows)} | {different} | {error:.1e} | `{place}` |")

@@ -51,7 +51,8 @@ def greedy(
 ) -> Generated:
     """The most likely token at each step, until every row has met the end-of-turn token or ``max_new_tokens``.
 
-    ``streams``: of these videos, where they are there already (several questions about one video). ``progress`` is called with (tokens so far, limit). Raises ValueError for a limit below 1.
+    ``streams``: of these videos, where they are there already (several questions about one video). ``progress`` is
+    called with (tokens so far, limit). Raises ValueError for a limit below 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1")

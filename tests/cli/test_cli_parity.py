@@ -161,7 +161,9 @@ def test_weights_that_do_not_fit_are_2(capsys, tmp_path):
 
 
 def test_help_is_quick_and_loads_no_torch():
-    code = "import sys; from vidi.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = (
+        "import sys; from vidi.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
     seconds, done = quickest([sys.executable, "-c", code])
     assert done.stdout.rstrip().endswith("False")
     for command in COMMANDS:

@@ -56,7 +56,9 @@ def independent(film: Path) -> dict[str, np.ndarray]:
     with av.open(str(film)) as container:
         stream = container.streams.audio[0]
         resampler = av.AudioResampler(format="s16", layout="mono", rate=16000)
-        parts = [part.to_ndarray()[0] for frame in [*container.decode(stream), None] for part in resampler.resample(frame)]
+        parts = [
+            part.to_ndarray()[0] for frame in [*container.decode(stream), None] for part in resampler.resample(frame)
+        ]
         # An mp4 states where its sound ends; what stands behind is the encoder's padding.
         seconds = float(stream.duration * stream.time_base)
     sound = np.concatenate(parts)[: round(seconds * 16000)].astype(np.float32) / 32768
@@ -67,8 +69,9 @@ def independent(film: Path) -> dict[str, np.ndarray]:
         extract(sound[i : i + 16000], sampling_rate=16000, return_tensors="pt", device="cpu")["input_features"]
         for i in range(0, len(sound), 16000)
     ]
-    before, after = "<start_of_turn>user\n", (
-        "\nDuring which time segments in the video can we see a red car?<end_of_turn>\n<start_of_turn>model\n"
+    before, after = (
+        "<start_of_turn>user\n",
+        ("\nDuring which time segments in the video can we see a red car?<end_of_turn>\n<start_of_turn>model\n"),
     )
     tokenizer = prompt.tiny_tokenizer()
     sides = [tokenizer.encode(side, add_special_tokens=False).ids for side in (before, after)]
@@ -133,7 +136,16 @@ def test_an_answer_without_ranges_says_so(film, tmp_path, capsys):
 def test_the_whole_command(film, tmp_path):
     """As a user runs it: under 15 seconds, the answer alone on stdout, progress on stderr."""
     talking.write(tmp_path / "talking", ["0.25", "-0.50"])
-    command = [sys.executable, "-m", "vidi.cli", "retrieve", str(film), QUERY, "--checkpoint", str(tmp_path / "talking")]
+    command = [
+        sys.executable,
+        "-m",
+        "vidi.cli",
+        "retrieve",
+        str(film),
+        QUERY,
+        "--checkpoint",
+        str(tmp_path / "talking"),
+    ]
     seconds, done = quickest(command, tries=1)
     assert done.stdout == "00:00:02-00:00:04\n0.25-0.50\n"
     assert "frames" in done.stderr

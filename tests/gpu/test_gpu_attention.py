@@ -109,7 +109,8 @@ def hold(
     base = list(zip(*(outcomes(simple(seed), tensors, weight) for seed in range(4)), strict=True))
     with torch.no_grad():
         found = {"out": (faulty or kernel)(*tensors)}
-    # flash has no gradient through cached keys, flex none on a CPU. A query that sees one key alone has gradients of 0 by cancellation: nothing to measure.
+    # flash has no gradient through cached keys, flex none on a CPU. A query that sees one key alone has gradients of 0 by
+    # cancellation: nothing to measure.
     backward = not (backend == "flash" and case.start) and not (backend == "flex" and device.type == "cpu")
     if backward and case.window != 0:
         names = ("out under grad", "dq", "dk", "dv")

@@ -87,7 +87,9 @@ def test_light_modules_load_neither_torch_nor_the_model(module):
     assert done.stdout.strip() == "[]"
 
 
-WRITES = re.compile(r"\b(write_text|write_bytes|open\([^)]*[\"'][wax]b?\+?[\"']|to_file|save_file|h5py\.File\([^)]*[\"'][wa])")
+WRITES = re.compile(
+    r"\b(write_text|write_bytes|open\([^)]*[\"'][wax]b?\+?[\"']|to_file|save_file|h5py\.File\([^)]*[\"'][wa])"
+)
 
 
 def test_only_the_writer_and_the_ledger_write_goldens_and_only_tools_call_them():
@@ -148,7 +150,9 @@ def test_every_module_says_what_it_exports():
         exported = {c.value for n in names for c in ast.walk(n.value) if isinstance(c, ast.Constant)}
         known = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         known |= {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
-        bound = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+        bound = {
+            a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names
+        }
         if lost := exported - known - bound:
             wrong.append((str(path.relative_to(ROOT)), lost))
     assert missing == []
@@ -156,7 +160,9 @@ def test_every_module_says_what_it_exports():
 
 
 def test_no_drawer_for_everything():
-    assert [p.name for p in files("vidi", "goldens", "tests", "tools") if p.stem in ("utils", "common", "helpers")] == []
+    assert [
+        p.name for p in files("vidi", "goldens", "tests", "tools") if p.stem in ("utils", "common", "helpers")
+    ] == []
 
 
 @pytest.mark.parametrize("folder", ["vidi", "goldens", "tests", "tools"])

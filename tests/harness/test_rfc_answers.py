@@ -108,7 +108,11 @@ def test_masks() -> None:
 
 
 CAUSES = {
-    "a: a 4-D causal mask": (lambda m: m[:, None, None] & m[:, None, :, None], {}, "4 dimensions (1, 1, 11, 11): this is a causal"),
+    "a: a 4-D causal mask": (
+        lambda m: m[:, None, None] & m[:, None, :, None],
+        {},
+        "4 dimensions (1, 1, 11, 11): this is a causal",
+    ),
     "b: the placeholder counted": (lambda m: m.new_ones(1, 12), {}, "it still counts the image placeholder"),
     "c: cached keys counted": (lambda m: m.new_ones(1, 20), {"cached_keys": 9}, "it covers the 9 cached keys too"),
     "d: cut by a sliding layer": (lambda m: m[:, -8:], {"window": 8}, "a sliding layer cut it to its window of 8"),

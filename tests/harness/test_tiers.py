@@ -97,7 +97,10 @@ def test_nothing_selected_is_no_success(run):
     ("text", "said"),
     [
         ("import pytest\ndef test_a(): pytest.skip('NOT RUN: out of habit')", "skipped outside tests.not_run"),
-        ("import pytest\n@pytest.mark.skip(reason='later')\ndef test_a(): pass", "skipped outside tests.not_run: later"),
+        (
+            "import pytest\n@pytest.mark.skip(reason='later')\ndef test_a(): pass",
+            "skipped outside tests.not_run: later",
+        ),
         ("import pytest\npytest.importorskip('no_such_module')\ndef test_a(): pass", "skipped outside tests.not_run"),
         ("import pytest\n@pytest.mark.xfail\ndef test_a(): assert False", "expected failures are not used here"),
         ("import pytest\n@pytest.mark.xfail\ndef test_a(): pass", "expected failures are not used here"),

@@ -106,7 +106,9 @@ def test_half_precision_errs_no_more_than_the_release(imported: Path, short: str
     record_property("worst", f"{worst}: {ratios[worst]:.2f} times the recording's own error")
     assert not wrong, "\n".join(wrong)
     middle = float(np.median([r for r in ratios.values() if r]))
-    assert 0.7 < middle < 1.3, f"the typical error is {middle:.2f} of the release's: some rounding is missing or doubled"
+    assert 0.7 < middle < 1.3, (
+        f"the typical error is {middle:.2f} of the release's: some rounding is missing or doubled"
+    )
 
 
 def test_what_is_left_out_is_said(imported: Path) -> None:

@@ -114,7 +114,8 @@ def test_missing_fields_are_named(field):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"{", "not readable as JSON"), (b"[]", "a JSON object is expected"), (b"\xff\xfe", "not readable")]
+    ("content", "said"),
+    [(b"{", "not readable as JSON"), (b"[]", "a JSON object is expected"), (b"\xff\xfe", "not readable")],
 )
 def test_broken_files_are_named(content, said, tmp_path):
     path = tmp_path / "config.json"

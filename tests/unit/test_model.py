@@ -133,7 +133,9 @@ def test_a_backend_that_cannot_cap_scores_refuses_the_decoder_and_names_others()
 
 
 def test_an_unknown_backend_is_refused_when_the_model_is_made():
-    with pytest.raises(ValueError, match=f"unknown attention backend 'fast'; choose from {', '.join(dispatch.BACKENDS)}"):
+    with pytest.raises(
+        ValueError, match=f"unknown attention backend 'fast'; choose from {', '.join(dispatch.BACKENDS)}"
+    ):
         VidiModel(tiny.config(), backend="fast")
 
 
@@ -188,7 +190,8 @@ def test_gradients_equal_finite_differences():
     """One number of every kind of parameter that feeds the loss, float64, central differences."""
     model = copy.deepcopy(tiny.model()).requires_grad_(True)
     labelled = [
-        dataclasses.replace(s, labels=[-100, *s.ids[1:]]) for s in (tiny.sample(9, 2, 60), tiny.sample(5, 1, 30, seed=2))
+        dataclasses.replace(s, labels=[-100, *s.ids[1:]])
+        for s in (tiny.sample(9, 2, 60), tiny.sample(5, 1, 30, seed=2))
     ]
     batch = tiny.make(labelled)
     named = dict(model.named_parameters())

@@ -49,7 +49,11 @@ def test_a_float64_model_computes_nothing_in_float32():
     with Dtypes() as dtypes:
         out = tiny.model()(batch)
     assert out.dtype == torch.float64
-    assert dtypes.seen.get(torch.float32, set()) <= {"aten.unsqueeze.default", "aten.slice.Tensor", "aten.detach.default"}
+    assert dtypes.seen.get(torch.float32, set()) <= {
+        "aten.unsqueeze.default",
+        "aten.slice.Tensor",
+        "aten.detach.default",
+    }
     assert torch.bfloat16 not in dtypes.seen
 
 
@@ -58,7 +62,9 @@ def test_every_stage_of_a_half_precision_model_is_in_its_dtype(dtype):
     model = precision.cast_model(copy.deepcopy(tiny.model()), dtype)
     sample = tiny.sample(12, 3, 60)
     seen = {}
-    out = model(tiny.make([sample]).to(dtype=dtype), last_stream=True, tap=lambda stage, x: seen.update({stage: x.dtype}))
+    out = model(
+        tiny.make([sample]).to(dtype=dtype), last_stream=True, tap=lambda stage, x: seen.update({stage: x.dtype})
+    )
     assert out.dtype == dtype
     real = {stage: kind for stage, kind in seen.items() if kind.is_floating_point}
     assert len(real) > 60

@@ -93,6 +93,7 @@ def told(monkeypatch):
         return SimpleNamespace(tokens=[TINY.encode("0.25-0.50, 0.75-1.00").ids])
 
     monkeypatch.setattr(generate, "greedy", greedy)
+
     def streams(batch, tap):
         tap("vision.tower", batch.images[0])
         return {}

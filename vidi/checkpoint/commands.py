@@ -58,9 +58,7 @@ def run_synth(args: argparse.Namespace) -> int:
         extra["tokenizer.json"] = tiny_tokenizer().to_str(pretty=True)
     try:
         with progress.bar("writing") as report:
-            synthetic.synth(
-                args.out, config, args.seed, dtype=dtype, extra=extra, force=args.force, progress=report
-            )
+            synthetic.synth(args.out, config, args.seed, dtype=dtype, extra=extra, force=args.force, progress=report)
     except CheckpointError as error:
         print(f"unusable: {error}", file=sys.stderr)
         return UNUSABLE

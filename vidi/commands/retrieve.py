@@ -14,12 +14,17 @@ UNUSABLE = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="mp4, mkv or webm file")
     parser.add_argument("query", metavar="QUERY", help="what to look for, such as 'an onion being sliced'")
-    parser.add_argument("--checkpoint", metavar="DIR", required=True, help="folder with config.json, shards, tokenizer.json")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", required=True, help="folder with config.json, shards, tokenizer.json"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "float32"), default="bf16")
     parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, flash, flex")
     parser.add_argument(
-        "--path", choices=("auto", "plain", "fast"), default="auto", help="auto: the fast path on a GPU, else the plain one"
+        "--path",
+        choices=("auto", "plain", "fast"),
+        default="auto",
+        help="auto: the fast path on a GPU, else the plain one",
     )
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second to look at (default 1, as trained)")
     parser.add_argument("--max-new-tokens", type=int, default=1024)

@@ -47,7 +47,10 @@ def by_formula(layer, config, x, streams):
 
     def kv(s):
         n = norm(s, layer.input_norm)
-        return [split(n @ w.weight.T, config.num_kv_heads).repeat_interleave(heads // config.num_kv_heads, 1) for w in (a.k, a.v)]
+        return [
+            split(n @ w.weight.T, config.num_kv_heads).repeat_interleave(heads // config.num_kv_heads, 1)
+            for w in (a.k, a.v)
+        ]
 
     def turned(y):
         freq = 1 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim)
@@ -82,9 +85,7 @@ def test_a_layer_is_its_formula(layer_idx, modalities):
     config, layer = model.config.decoder, model.decoder.layers[layer_idx]
     x, streams = noise(1, 13, 40), {m: noise(1, 21 if m == "v" else 5, 40) for m in modalities}
     text = model.decoder.text_rows(torch.arange(13)[None], Rows.all_kept(1, 13), "eager", torch.float64)
-    cross = {
-        m: CrossKeys(*layer.stream_keys_values(s), Rows.all_kept(1, s.shape[1])) for m, s in streams.items()
-    }
+    cross = {m: CrossKeys(*layer.stream_keys_values(s), Rows.all_kept(1, s.shape[1])) for m, s in streams.items()}
     wanted, after = by_formula(layer, config, x[0], {m: s[0] for m, s in streams.items()})
     tiny.assert_close(layer(x, text, cross)[0], wanted)
     for m, s in streams.items():

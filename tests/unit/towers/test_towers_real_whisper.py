@@ -139,4 +139,3 @@ def test_trained_positions_are_whispers_sinusoids(tower):
     angle = torch.arange(1500, dtype=torch.float64)[:, None] * scale
     wanted = torch.cat([angle.sin(), angle.cos()], dim=1)
     assert (tower.position.weight.double() - wanted).abs().max() < 1e-3
-
