@@ -257,6 +257,7 @@ def mutate(folder: Path, seed: int) -> None:
             continue  # an earlier mutation has taken the file away
 
 
+@pytest.mark.slow
 def test_a_thousand_broken_folders(tmp_path: Path) -> None:
     tiny = VidiConfig.tiny()
     config = replace(

@@ -37,6 +37,7 @@ def _damage(raw: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_thousand_damaged_sets(tmp_path: Path) -> None:
     folder = make_set(tmp_path / "set")
     whole = {name: (folder / name).read_bytes() for name in FILES}

@@ -177,6 +177,7 @@ def test_it_never_loads_the_model(goldens: Path) -> None:
     assert "torch is loaded" in beside.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 def test_killed_at_any_moment_a_whole_set_is_there(goldens: Path, point: str) -> None:
     old = _snapshot(goldens / "small")

@@ -30,7 +30,8 @@ PURE = {
     *("vision.tower", "vision.pad", "vision.resize", "vision.space_to_depth", "vision.projector"),
     *("audio.tower", "audio.trim", "audio.pool", "audio.projector", "text.embeds"),
 }
-CASES = ("single", "batch", "longvideo", "verylong", "silent", "generate", "loss")
+CASES = ("single", "batch", "silent", "generate", "loss")
+LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("longvideo", "verylong")]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def opened(imported: Path, name: str) -> store.Case:
     return store.open_case(imported, name)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *LONG])
 def test_float32_chained_from_raw_inputs(imported: Path, name: str, record_property) -> None:
     case = opened(imported, name)
     model = feed.load_model(case, torch.float32)

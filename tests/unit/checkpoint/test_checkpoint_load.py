@@ -203,6 +203,7 @@ def test_a_config_given_by_hand_replaces_the_file(broken: Path) -> None:
     assert load(broken, config=VidiConfig.tiny()).config.decoder.rope_theta == 10000.0
 
 
+@pytest.mark.slow
 def test_host_memory_beside_the_model(tmp_path: Path) -> None:
     """Peak resident memory of a fresh process: the model's own bytes and little more, for one tensor of 128 MB."""
     tiny = VidiConfig.tiny()

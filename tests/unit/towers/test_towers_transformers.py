@@ -21,8 +21,9 @@ def shaken(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Every parameter random, biases and norms too: a forgotten one shows."""
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=rng) * 0.3)
+        for name, parameter in module.named_parameters():
+            centre = float("norm" in name and name.endswith("weight"))
+            parameter.copy_(centre + torch.randn(parameter.shape, generator=rng) * 0.3)
     return module.eval()
 
 
