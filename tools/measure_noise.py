@@ -28,31 +28,35 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from tools.made_from import budgets_of  # noqa: E402
 from tools.one_run import Server, Setting  # noqa: E402
 from vidi.parity import ledger  # noqa: E402
 from vidi.parity.golden import GoldenError  # noqa: E402
 from vidi.parity.store import list_cases  # noqa: E402
 
-__all__ = ["blind", "main", "overlaps", "settings", "table", "template_of"]
+__all__ = ["blind", "main", "overlaps", "settings", "stale", "table", "template_of"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
-LONG = ("official/longvideo", "official/verylong")
+LONG = ("official/longvideo", "official/verylong")  # what they add, resizing, the small cases have too
+FEW = ("small/base", "small/absent", "small/decode", "small/pervideo", "official/batch", "official/single")
+ALONE = (
+    "small/base",
+    "small/holes",
+    "small/absent",
+    "small/novideo",
+)  # no shared token budget: a neighbour may not matter
 BLIND = 0.25  # of rms
-SOURCES = ("tolerances.toml", "baselines.json")
 
 
 def settings(cases: Iterable[str]) -> Iterator[Setting]:
     """Every setting of the study, the plain one of each dtype first."""
     names = tuple(name for name in cases if name not in LONG)
-    small = tuple(name for name in names if name.startswith("small/"))
+    few = tuple(name for name in FEW if name in names)
     for dtype in DTYPES:
-        plain = Setting(dtype, small if dtype == "float64" else names)
-        yield plain
+        yield Setting(dtype, _judged(names, dtype))
         for change in (
             {"threads": 2},
-            {"frame_chunk": 1},
-            {"key_chunk": 20},
-            {"stream_chunk": 50},
+            {"frame_chunk": 1, "key_chunk": 20, "stream_chunk": 50},
             {"key_order": 1},
             {"towers": "eager"},
             {"mkldnn": False},
@@ -60,15 +64,14 @@ def settings(cases: Iterable[str]) -> Iterator[Setting]:
             {"aten": "avx2"},
             {"onednn": "SSE41"},
             {"mkl": "COMPATIBLE"},
-            {"aten": "default", "onednn": "SSE41", "mkl": "COMPATIBLE", "threads": 2},
         ):
-            yield replace(plain, **change)
-        # samples of these share no token budget, so that a neighbour may not matter
-        yield replace(
-            plain, alone=True, cases=tuple(f"small/{name}" for name in ("base", "holes", "absent", "novideo"))
-        )
-        if dtype != "float64":
-            yield replace(plain, cases=tuple(name for name in LONG if name in cases))
+            yield replace(Setting(dtype, _judged(few, dtype)), **change)
+        yield Setting(dtype, tuple(name for name in ALONE if name in names), alone=True)
+
+
+def _judged(names: tuple[str, ...], dtype: str) -> tuple[str, ...]:
+    """float32 recordings do not judge float64."""
+    return tuple(name for name in names if dtype != "float64" or not name.startswith("official/"))
 
 
 def template_of(stage: str) -> str:
@@ -141,7 +144,7 @@ def measure(goldens: Path) -> dict[str, Any]:
                 worst[template] = max(worst.get(template, 0.0), own["ratio"])
     return {
         "unit": "multiples of the golden's rms; ratio: of the tolerance at the same place",
-        "measured_under": {name: ledger.file_sha256(goldens / name) for name in SOURCES},
+        "measured_under": {name: budgets_of(goldens, [name]) for name in names if name not in LONG},
         "machine": machine,
         "settings": tried,
         "gates": gates,
@@ -203,6 +206,15 @@ def overlaps(noise: Mapping[str, Any], faults: Mapping[tuple[str, str], tuple[fl
     return found
 
 
+def stale(noise: Mapping[str, Any], goldens: Path) -> list[str]:
+    """Cases whose golden or budgets are others than when the noise was measured."""
+    names = {f"{ref.set}/{ref.name}" for ref in list_cases(goldens)} - set(LONG)
+    changed = {name for name in names if noise["measured_under"].get(name) != budgets_of(goldens, [name])}
+    return [
+        f"{name}: golden, tolerances or baselines have changed since the noise was measured" for name in sorted(changed)
+    ]
+
+
 def blind(noise: Mapping[str, Any]) -> Iterator[str]:
     """Stages whose budget passes a quarter of their size, by name."""
     for key, stages in noise["blind"].items():
@@ -235,8 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     print("\n".join(table(noise, faults)))
     print("\n".join(["", *blind(noise)]))
     found = overlaps(noise, faults)
-    stale = [name for name in SOURCES if noise["measured_under"][name] != ledger.file_sha256(args.goldens / name)]
-    found += [f"{name} has changed since the noise was measured" for name in stale]
+    found += stale(noise, args.goldens)
     print(
         "\n".join(found) or "every tolerance lies above its noise" + ("" if faults is None else " and below its faults")
     )

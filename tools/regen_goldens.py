@@ -48,7 +48,12 @@ WEIGHTS = "weights.safetensors"
 CHANGED = 1e-10  # of rms, casts="none"
 MODEL = ("torch", "vidi.model", "vidi.towers", "vidi.bridge", "vidi.attention", "vidi.decoder", "vidi.generate")
 LISTED = 40  # changes written out in one ledger entry
-LEDGER_FILES = {"tolerances": "tolerances.toml", "baselines": "baselines.json", "pos.freq": "pos_freq.safetensors"}
+LEDGER_FILES = {
+    "tolerances": "tolerances.toml",
+    "baselines": "baselines.json",
+    "noise": "noise.json",
+    "pos.freq": "pos_freq.safetensors",
+}
 
 
 @dataclass(frozen=True)

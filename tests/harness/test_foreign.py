@@ -68,3 +68,18 @@ def test_a_wrong_factor_is_seen_in_decoding_and_loss(
     for case, stage in (("tell", "tell.nocache.logits"), ("cost", "logits")):
         code, found = parity(imported, tmp_path, "--case", case)
         assert (code, found["cases"][0]["first_divergence"]) == (1, stage)
+
+
+def test_a_half_precision_recording_judges_nothing_directly(imported: Path, tmp_path: Path) -> None:
+    """Its own noise is as large as a run's; what cannot be judged is said, and counts as nothing compared."""
+    recordings = imported.parent / "recordings"
+    half = tmp_path / "half"
+    half.mkdir()
+    for suffix in ("json", "safetensors"):
+        (half / f"cost.bf16.{suffix}").write_bytes((recordings / f"cost.f32.{suffix}").read_bytes())
+    (half / "weights.safetensors").write_bytes((recordings / "weights.safetensors").read_bytes())
+    assert import_official.main([str(half), str(tmp_path / "set")]) == 0
+    for dtype in ("bfloat16", "float32"):
+        code, found = parity(tmp_path / "set", tmp_path, "--dtype", dtype)
+        assert code == 3
+        assert "noise of its own" in found["cases"][0]["not_run"][0]["reason"]
