@@ -226,3 +226,36 @@ def test_pad_rows_to_a_length() -> None:
     assert torch.equal(batches.pad_rows(rows, 2), batches.pad_rows(rows))
     with pytest.raises(ValueError, match="rows of 2 do not fit into 1"):
         batches.pad_rows(rows, 1)
+
+
+def test_pad_rows_looks_at_the_rows_length() -> None:
+    with pytest.raises(ValueError, match="rows of 3 do not fit into 2"):
+        batches.pad_rows([torch.ones(3, 1)], 2)
+    long = batches.pad_rows([torch.ones(2, 1, 5)] * 4, 3)
+    assert long.shape == (4, 3, 1, 5)
+
+
+def test_batch_without_media_moves() -> None:
+    ids = torch.tensor([[2, 5, 7]])
+    moved = batches.Batch(ids).to("cpu", torch.float16)
+    assert (moved.images, moved.audios, moved.keep_BT, moved.labels_BT) == (None, None, None, None)
+    assert torch.equal(moved.input_ids_BT, ids)
+
+
+def test_streams_are_updated_in_bounded_chunks(decode: store.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call sees more tokens than the chunk allows, all samples counted; one call where they fit."""
+    from vidi.decoder import decoder
+
+    layer = feed.load_model(decode, torch.float64).decoder.layers[0]
+    stream = torch.randn(2, 9, 24, dtype=torch.float64)
+    values = layer.stream_keys_values(stream)[1]
+    whole, seen = layer.update_stream(stream, values), []
+    own = layer.update_stream
+    monkeypatch.setattr(
+        layer, "update_stream", lambda s, v: seen.append(s.shape[0] * s.shape[1]) or own(s, v), raising=False
+    )
+    for chunk, calls in ((18, [18]), (17, [17, 1]), (5, [5, 5, 5, 3])):
+        monkeypatch.setattr(decoder, "STREAM_CHUNK", chunk)
+        seen.clear()
+        torch.testing.assert_close(decoder.update_in_chunks(layer, stream, values), whole, rtol=1e-12, atol=1e-12)
+        assert seen == calls
