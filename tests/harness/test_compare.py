@@ -197,7 +197,7 @@ def test_every_gate_has_a_reason_and_every_baseline_gate_a_floor() -> None:
     for kind in tolerance.KINDS:
         measured = tables.baselines[kind]["bfloat16"]["small/base"]["layer.1.t2v"]
         rule = tables.rule("bfloat16-official", "layer.1.t2v", "small/base", kind=kind)
-        assert rule.rms == 1.5 * measured["rms"]
+        assert rule.rms == (1.5 if kind == "chained" else 1.3) * measured["rms"]
         assert rule.floor_ulp > 0
     with pytest.raises(ValueError, match=r"no chained baseline for bfloat16 small/nowhere layer\.0\.t2v"):
         tables.rule("bfloat16-official", "layer.0.t2v", "small/nowhere")

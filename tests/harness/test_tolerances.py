@@ -26,6 +26,7 @@ def entries() -> list[tuple[str, dict]]:
     found = []
     for name, table in TOML["gate"].items():
         found += [(name, table), *((f"{name} {own['glob']}", own) for own in table.get("stage", ()))]
+        found += [(f"{name} isolated", table["isolated"])] if "isolated" in table else []
     return found
 
 
@@ -96,6 +97,10 @@ def test_a_stage_fed_alone_is_held_tighter() -> None:
         for stage in ("layer.2.t2t", "layer.2.t2v", "layer.2.output", "final.norm", "logits")
     ]
     assert all(alone < chained / 1.5 for chained, alone in pairs), pairs
+    alone = TABLES.rule(gate, "layer.0.t2v", case, kind="isolated")
+    chained = TABLES.rule(gate, "layer.0.t2v", case)
+    assert alone.floor_ulp < chained.floor_ulp
+    assert 0.01 > 1.3 * TABLES.baselines["isolated"]["bfloat16"][case]["vision.llm_norm"]["rms"], "1 % shows in bfloat16"
     isolated = TABLES.baselines["isolated"]["bfloat16"]
     widest = max(errors["rms"] for stages in isolated.values() for errors in stages.values())
     assert widest < 0.05, "every stage fed alone has power in bfloat16"

@@ -25,6 +25,7 @@ KINDS = ("chained", "isolated")  # from raw inputs, or fed the golden's inputs: 
 _BUDGETS = {"max", "rms", "row", "head", "max_abs", *(f"c_{m}" for m in METRICS)}
 _NUMBERS = {*_BUDGETS, "sums", "floor_ulp", "eps"}
 _FIELDS = {*_NUMBERS, "why", "like"}
+_TABLES = {"stage", "isolated"}  # inside a gate's own table
 
 
 def gate_name(dtype: str, reference: str) -> str:
@@ -64,7 +65,7 @@ class Tolerances:
             return EXACT
         if gate not in self.gates:
             raise ValueError(f"no gate named {gate!r} in tolerances.toml: there are {', '.join(sorted(self.gates))}")
-        fields = self._fields(gate, stage)
+        fields = self._fields(gate, stage, kind)
         budgets: dict[str, Any] = {key: fields[key] for key in (*METRICS, "max_abs", "sums") if key in fields}
         factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
         if factors:
@@ -75,9 +76,11 @@ class Tolerances:
         floor: dict[str, Any] = {key: float(fields.get(key, 0.0)) for key in ("floor_ulp", "eps")}
         return replace(Rule(gate, fields["why"]), **budgets, **floor)
 
-    def _fields(self, gate: str, stage: str) -> dict[str, Any]:
+    def _fields(self, gate: str, stage: str, kind: str) -> dict[str, Any]:
         table = self.gates[gate]
-        common = {key: value for key, value in table.items() if key != "stage"}
+        common = {key: value for key, value in table.items() if key not in _TABLES}
+        if kind == "isolated":
+            common |= table.get("isolated", {})
         for special in table.get("stage", ()):
             if any(fnmatch.fnmatchcase(stage, glob) for glob in special["glob"].split(",")):
                 own = {key: value for key, value in special.items() if key != "glob"}
@@ -104,8 +107,11 @@ def load(folder: Path) -> Tolerances:
     """
     gates = tomllib.loads((folder / "tolerances.toml").read_text()).get("gate", {})
     for name, table in gates.items():
-        for entry in (table, *table.get("stage", ())):
-            _check(name, entry, is_stage=entry is not table)
+        _check(name, table, _TABLES)
+        for entry in (table["isolated"],) if "isolated" in table else ():
+            _check(f"{name}.isolated", entry, set())
+        for entry in table.get("stage", ()):
+            _check(name, entry, {"glob"})
         if any(f"c_{m}" in table for m in METRICS) and not (table.get("floor_ulp", 0) > 0 and table.get("eps", 0) > 0):
             raise ValueError(f"gate {name}: a budget from baselines needs floor_ulp and eps above 0")
     path = folder / "baselines.json"
@@ -113,8 +119,8 @@ def load(folder: Path) -> Tolerances:
     return Tolerances(gates, {kind: baselines.get(kind, {}) for kind in KINDS})
 
 
-def _check(name: str, entry: Mapping[str, Any], is_stage: bool) -> None:
-    allowed = _FIELDS | ({"glob"} if is_stage else {"stage"})
+def _check(name: str, entry: Mapping[str, Any], more: set[str]) -> None:
+    allowed = _FIELDS | more
     unknown = sorted(set(entry) - allowed)
     if unknown:
         raise ValueError(f"gate {name}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(allowed))}")
