@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vidi import generate
-from vidi.attention import dispatch, eager, sdpa
+from vidi.attention import dispatch, eager, sdpa, unpad
 from vidi.attention.unpad import Rows
 from vidi.bridge import audio, fold, mask, position, visual
 from vidi.cache import Cache
@@ -111,6 +111,7 @@ def test_grid_that_fits_is_the_same_tensor() -> None:
     assert fold.resize(grid, 12) is grid
     assert fold.resized_side(3, 12, 108) == 12
     assert fold.resized_side(4, 12, 108) == 10
+    assert fold.resized_side(1, 8, 16) == 8  # a budget that is just met enlarges nothing
     assert fold.resized_side(10**6, 28, 60000) == 10
     assert fold.pad(torch.zeros(2, 16, 3)).shape == (2, 3, 4, 4)
     with pytest.raises(ValueError, match="15 patches are no square grid"):
@@ -259,3 +260,65 @@ def test_streams_are_updated_in_bounded_chunks(decode: store.Case, monkeypatch: 
         seen.clear()
         torch.testing.assert_close(decoder.update_in_chunks(layer, stream, values), whole, rtol=1e-12, atol=1e-12)
         assert seen == calls
+
+
+def test_unpadding_names_the_placeholder() -> None:
+    """Without a cache, a text mask one too long still counts the placeholder; it does not cover cached keys."""
+    q, k, v = _qkv(3, 4)
+    with pytest.raises(ValueError, match="still counts the image placeholder"):
+        unpad._unpad_xattn_input(q, k, v, Rows.all_kept(2, 4), Rows.all_kept(2, 4))
+    with pytest.raises(ValueError, match="covers the 1 cached keys too"):
+        unpad._unpad_xattn_input(q, k, v, Rows.all_kept(2, 4), Rows.all_kept(2, 4), cached_keys=1)
+    with pytest.raises(ValueError, match=r"the key mask is \(2, 5\), the keys are \(2, 4\)"):
+        unpad._unpad_xattn_input(q, k, v, None, Rows.all_kept(2, 5))
+
+
+def test_nothing_stays_on_the_host(train: store.Case) -> None:
+    """Inputs follow the model's device, and what attention makes follows its tensors (a device without memory will do)."""
+    meta = torch.device("meta")
+    model, batch = feed.load_model(train, torch.float32).to(meta), feed.batch_of(train.inputs)
+    embeds, rows, labels = model.embed_text(batch)
+    assert labels is not None
+    assert {embeds.device, rows.keep_BL.device, labels.device} == {meta}
+    moved = batch.to(meta, torch.float16)
+    assert moved.images is not None
+    assert moved.audios is not None
+    tensors = [moved.input_ids_BT, moved.keep_BT, moved.labels_BT, *moved.images, *moved.audios]
+    assert {x.device for x in tensors if x is not None} == {meta}
+    assert {x.dtype for x in (*moved.images, *moved.audios)} == {torch.float16}
+    q, k, v = (x.to(meta) for x in _qkv(5, 5))
+    for kernel in (eager, sdpa):
+        out = kernel.attend(q, k, v, scale=1.0, q_pos_BT=torch.arange(5, device=meta).expand(2, 5), window=1)
+        assert (out.device, out.shape) == (meta, q.shape)
+    kept = batches.keep_from_lengths([1, 2], 3, device=meta)
+    assert (kept.device, kept.shape) == (meta, (2, 3))
+    all_kept = Rows.all_kept(2, 3, meta)
+    assert all_kept.keep_BL.device == meta
+    assert all_kept.full
+    assert all_kept.prefix
+
+
+def test_backends_are_asked_what_they_can_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dispatch and sdpa itself hand dtype, device, head width and softcap to the table of limits."""
+    asked: list[tuple[str, dict]] = []
+    monkeypatch.setattr(dispatch.limits, "check", lambda backend, **given: asked.append((backend, given)))
+    q, k, v = _qkv(3, 5)
+    wanted = {"dtype": torch.float64, "device": torch.device("cpu"), "head_dim": 4, "softcap": 7.0}
+    dispatch.attend(q, k, v, scale=1.0, softcap=7.0, backend="sdpa")
+    assert asked == [("sdpa", wanted), ("sdpa", wanted)]
+
+
+def test_sdpa_trusts_no_kernel_with_rows_that_see_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = sdpa.nnf.scaled_dot_product_attention
+
+    def kernel(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, attn_mask: torch.Tensor, **options: object
+    ) -> torch.Tensor:
+        out = own(q, k, v, attn_mask=attn_mask, **options)
+        return out.masked_fill(~attn_mask.any(-1, keepdim=True), torch.nan)
+
+    monkeypatch.setattr(sdpa.nnf, "scaled_dot_product_attention", kernel)
+    q, k, v = _qkv(3, 5)
+    out = sdpa.attend(q, k, v, scale=1.0, keep_k=Rows(torch.tensor([[True] * 5, [False] * 5])))
+    assert out[0].abs().min() > 0
+    assert (out[1] == 0).all()
