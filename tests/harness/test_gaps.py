@@ -216,6 +216,7 @@ def test_prefill_room(decode: store.Case) -> None:
     cache = model.prefill(batch, 30)[1]
     assert (cache.capacity, len(cache.text), len(cache.cross)) == (30, 3, 3)
     assert cache.lengths_B.tolist() == [6, 3]
+    assert cache.lengths_B.dtype == torch.int64  # positions index keys, which older torch takes as int64 alone
     empty = Cache.empty(model.config.decoder, cache.lengths_B, 5, torch.float16, torch.device("cpu"))
     assert (empty.text[0].k_BSGH.shape, empty.text[0].k_BSGH.dtype) == ((2, 5, 2, 4), torch.float16)
 
@@ -322,3 +323,32 @@ def test_sdpa_trusts_no_kernel_with_rows_that_see_nothing(monkeypatch: pytest.Mo
     out = sdpa.attend(q, k, v, scale=1.0, keep_k=Rows(torch.tensor([[True] * 5, [False] * 5])))
     assert out[0].abs().min() > 0
     assert (out[1] == 0).all()
+
+
+def test_towers_take_the_backend_they_are_given(decode: store.Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = feed.load_model(decode, torch.float64), []
+    own = dispatch.attend
+    monkeypatch.setattr(
+        dispatch, "attend", lambda *given, **named: asked.append(named["backend"]) or own(*given, **named)
+    )
+    images, audios = torch.zeros(1, 3, 22, 22, dtype=torch.float64), torch.zeros(1, 4, 40, dtype=torch.float64)
+    for backend in ("sdpa", "eager"):
+        model.vision_tower(images, backend)
+        model.audio_tower(audios, backend)
+    assert asked == ["sdpa"] * 4 + ["eager"] * 4
+
+
+def test_a_new_model_starts_as_configured(decode: store.Case) -> None:
+    config = VidiConfig.from_official(decode.config)
+    bridge = VidiModel(config).bridge
+    assert torch.equal(bridge.llm_norm.weight, torch.full((24,), config.norm_std))
+    assert torch.equal(bridge.image_norm.weight, torch.ones(24))
+
+
+def test_long_rows_keep_their_order() -> None:
+    """Packing is stable: thousands of kept tokens stay in the order that they came in."""
+    ids = torch.arange(20000)[None] + 3
+    keep = (torch.arange(20000) % 3 != 0)[None]
+    packed, kept, _ = batches.pack_text(ids, keep)
+    assert torch.equal(packed[0], ids[0][keep[0]])
+    assert kept.all()
