@@ -39,7 +39,7 @@ RUNS = 300
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LONG = ("longvideo", "verylong")
 LONG_AT = (1, 102, 203)  # half a minute each: three runs, in float32, bfloat16 and float16
-LEVELS: tuple[dict[str, str], ...] = (
+LEVELS: tuple[dict[str, Any], ...] = (
     {},
     {"aten": "default"},
     {"aten": "avx2"},

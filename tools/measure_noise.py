@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
             if "pytest" in sys.modules or not args.reason.strip():
                 raise GoldenError('noise is measured outside pytest and with --reason "..."')
             draft = path.with_suffix(".json.tmp")
-            draft.write_text(json.dumps(_rounded(measure(args.goldens)), indent=1, allow_nan=False) + "\n")
+            draft.write_text(_rendered(_rounded(measure(args.goldens))))
             os.replace(draft, path)
             ledger.append(args.goldens, "noise", ledger.file_sha256(path), args.reason)
         if not path.exists():
@@ -252,6 +252,12 @@ def main(arguments: list[str] | None = None) -> int:
         "\n".join(found) or "every tolerance lies above its noise" + ("" if faults is None else " and below its faults")
     )
     return int(bool(found))
+
+
+def _rendered(body: dict[str, Any]) -> str:
+    """JSON with one stage or setting a line."""
+    text = re.sub(r"\n {5,}", " ", json.dumps(body, indent=1, allow_nan=False))
+    return text.replace(" }", "}") + "\n"
 
 
 def _rounded(value: Any) -> Any:

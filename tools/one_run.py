@@ -59,7 +59,8 @@ class Server:
     """Runs settings in processes of their own, one after another; a context manager. Not for use by two threads."""
 
     def __init__(self, goldens: Path) -> None:
-        self._goldens, self._environment = goldens, None
+        self._goldens = goldens
+        self._environment: dict[str, str] = {}
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Server:
@@ -116,7 +117,9 @@ def run(setting: Setting, goldens: Path) -> Found:
 
     torch.set_num_threads(setting.threads)
     tolerances, start = tolerance.load(goldens), time.perf_counter()
-    bits, rows, not_run = {}, [], []
+    bits: dict[str, str] = {}
+    rows: list[Found] = []
+    not_run: list[list[str]] = []
     with fingerprint.ieee(), _computed(setting):
         for name in setting.cases:
             folder, _, last = name.rpartition("/")
@@ -180,7 +183,7 @@ def _sample(batch: Any, b: int) -> Any:
     from vidi.inputs.batch import Batch
 
     assert isinstance(batch, Batch)
-    one = {
+    one: dict[str, Any] = {
         "input_ids_BT": batch.input_ids_BT[b : b + 1],
         "keep_BT": None if batch.keep_BT is None else batch.keep_BT[b : b + 1],
         "images": None if batch.images is None else batch.images[b : b + 1],
@@ -230,7 +233,7 @@ def _computed(setting: Setting) -> Any:
     plain = DecomposedAttention.attend_stream
 
     def permuted(self: Any, q: Any, k: Any, v: Any, *, keep_q: Any, keep_k: Any, backend: str) -> Any:
-        order = torch.randperm(k.shape[1], generator=torch.Generator().manual_seed(setting.key_order))
+        order = torch.randperm(k.shape[1], generator=torch.Generator().manual_seed(setting.key_order or 0))
         rows = Rows(keep_k.keep_BL[:, order])
         return plain(self, q, k[:, order], v[:, order], keep_q=keep_q, keep_k=rows, backend=backend)
 
