@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vidi.parity.store import Case, open_case
-from vidi.parity.tolerance import KINDS
+from vidi.parity.tolerance import KINDS, read_baselines
 
 __all__ = ["budgets_of", "code_of", "made_from"]
 
@@ -45,16 +45,14 @@ def _judges(goldens: Path, name: str) -> str:
 
 
 def _baselines(goldens: Path, name: str) -> Iterator[tuple[str, str, Any]]:
-    stored = _stored(goldens / "baselines.json")
+    stored = _baselines_of(goldens / "baselines.json")
     for kind in KINDS:
         for dtype, cases in stored.get(kind, {}).items():
             if name in cases:
                 yield kind, dtype, cases[name]
 
 
-@cache
-def _stored(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}
+_baselines_of = cache(read_baselines)
 
 
 @cache

@@ -37,7 +37,7 @@ from vidi.parity.compare import Result, Rule, compare  # noqa: E402
 from vidi.parity.golden import Golden, Whole  # noqa: E402
 from vidi.parity.ids import is_exact, sort_ids  # noqa: E402
 from vidi.parity.store import Case, GoldenError, Targets, list_cases, open_case  # noqa: E402
-from vidi.parity.tolerance import KINDS, METRICS, baseline_of  # noqa: E402
+from vidi.parity.tolerance import KINDS, METRICS, baseline_of, read_baselines  # noqa: E402
 
 __all__ = ["DTYPES", "errors_of", "main", "measure", "orders", "reference"]
 
@@ -158,8 +158,9 @@ def main(arguments: list[str] | None = None) -> int:
         unknown = set(args.case or ()) - set(names)
         if unknown:
             raise GoldenError(f"no case named {', '.join(sorted(unknown))}: there are {', '.join(names)}")
-        body = {kind: {dtype: dict(_known(body, kind, dtype, names)) for dtype in DTYPES} for kind in KINDS} | {
-            "unit": "multiples of the golden's rms",
+        stored = read_baselines(path)
+        body = {kind: {dtype: dict(_known(stored, kind, dtype, names)) for dtype in DTYPES} for kind in KINDS} | {
+            "unit": f"multiples of the golden's rms: {', '.join(METRICS)} (head: where there are heads)",
             "made_from": {name: x for name, x in body.get("made_from", {}).items() if name in names},
             "orders": {name: x for name, x in body.get("orders", {}).items() if name in names},
         }
@@ -212,6 +213,8 @@ def _render(body: dict) -> str:
     """JSON with one stage a line, for readable diffs."""
 
     def table(value: Any, depth: int) -> str:
+        if isinstance(value, dict) and "rms" in value:
+            return json.dumps([value[metric] for metric in METRICS if metric in value])
         if depth == 0 or not isinstance(value, dict) or not value:
             return json.dumps(value)
         lines = (f"{json.dumps(key)}: {table(value[key], depth - 1)}" for key in value)

@@ -7,7 +7,7 @@ Noise is the largest error of the model against its goldens over everything that
 sizes, the order of keys, a sample's neighbours, attention kernels of the towers, and instruction sets, each in a process
 of its own. A setting that moves no bit counts as none. Faults are read from goldens/faults.json (`vidi faults --json`);
 without it they are NOT KNOWN. A stage overlaps where its tolerance is no larger than its noise, or no smaller than the
-weakest fault that it must catch. A stage in half precision whose budget passes a quarter of its own size is called
+weakest fault that it must catch. A stage in half precision whose budget passes a tenth of its own size is called
 blind: what it cannot see, the same stage fed alone must.
 """
 
@@ -45,7 +45,7 @@ ALONE = (
     "small/absent",
     "small/novideo",
 )  # no shared token budget: a neighbour may not matter
-BLIND = 0.25  # of rms
+BLIND = 0.1  # of rms
 
 
 def settings(cases: Iterable[str]) -> Iterator[Setting]:
@@ -216,7 +216,7 @@ def stale(noise: Mapping[str, Any], goldens: Path) -> list[str]:
 
 
 def blind(noise: Mapping[str, Any]) -> Iterator[str]:
-    """Stages whose budget passes a quarter of their size, by name."""
+    """Stages whose budget passes a tenth of their size, by name."""
     for key, stages in noise["blind"].items():
         worst = max(stages, key=lambda s: stages[s])
         yield f"blind, {key}: {len(stages)} stages, widest {worst} ({stages[worst]:.2g} of rms): {', '.join(stages)}"

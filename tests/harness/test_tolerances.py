@@ -114,7 +114,7 @@ def test_budgets_of_an_exception_replace_the_gates(tmp_path: Path) -> None:
         '[gate.float16-b]\nwhy = "x"\nc_rms = 1.5\nfloor_ulp = 1\neps = 1e-3\n'
         '[[gate.float16-b.stage]]\nglob = "loss.none"\nwhy = "y"\nlike = "loss.per_token"\nc_max = 2\n'
     )
-    body = {"chained": {"float16": {"s/c": {"loss.per_token": {"rms": 0.1, "max": 0.3}}}}}
+    body = {"chained": {"float16": {"s/c": {"loss.per_token": [0.1, 0.3]}}}}
     (tmp_path / "baselines.json").write_text(json.dumps(body))
     tables = tolerance.load(tmp_path)
     rule = tables.rule("a", "grad.x")

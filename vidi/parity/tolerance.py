@@ -18,7 +18,7 @@ from typing import Any
 from vidi.parity.compare import EXACT, Result, Rule
 from vidi.parity.ids import is_exact
 
-__all__ = ["KINDS", "METRICS", "Tolerances", "baseline_of", "gate_name", "load"]
+__all__ = ["KINDS", "METRICS", "Tolerances", "baseline_of", "gate_name", "load", "read_baselines"]
 
 METRICS = ("rms", "max", "row", "head")
 KINDS = ("chained", "isolated")  # from raw inputs, or fed the golden's inputs: each has baselines of its own
@@ -114,9 +114,23 @@ def load(folder: Path) -> Tolerances:
             _check(name, entry, {"glob"})
         if any(f"c_{m}" in table for m in METRICS) and not (table.get("floor_ulp", 0) > 0 and table.get("eps", 0) > 0):
             raise ValueError(f"gate {name}: a budget from baselines needs floor_ulp and eps above 0")
-    path = folder / "baselines.json"
-    baselines = json.loads(path.read_text()) if path.exists() else {}
-    return Tolerances(gates, {kind: baselines.get(kind, {}) for kind in KINDS})
+    return Tolerances(gates, read_baselines(folder / "baselines.json"))
+
+
+def read_baselines(path: Path) -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
+    """kind -> dtype -> SET/CASE -> stage -> errors by metric; empty without the file, which lists them in METRICS' order
+    (head: where a stage has heads)."""
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    return {
+        kind: {
+            dtype: {
+                case: {stage: dict(zip(METRICS, errors, strict=False)) for stage, errors in stages.items()}
+                for case, stages in cases.items()
+            }
+            for dtype, cases in stored.get(kind, {}).items()
+        }
+        for kind in KINDS
+    }
 
 
 def _check(name: str, entry: Mapping[str, Any], more: set[str]) -> None:
