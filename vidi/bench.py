@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     }
     print(
         f"device: {report['device']}, torch {torch.__version__}; model: {size}, bfloat16, synthetic weights\n"
-        f"ceilings of this run: product {limits.product_flops / 1e12:.0f} TFLOP/s "
-        f"({limits.sustained_flops / 1e12:.0f} over seconds), copy {limits.copy_bytes / 1e12:.2f} TB/s"
+        f"ceilings of this run: product {limits.product_flops / 1e12:.3g} TFLOP/s "
+        f"({limits.sustained_flops / 1e12:.3g} over seconds), copy {limits.copy_bytes / 1e12:.3g} TB/s"
     )
     print(HEADER)
     # The plain path runs over the same parameters.

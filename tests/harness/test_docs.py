@@ -19,7 +19,7 @@ from vidi.parity import ids, store
 from vidi.parity.stages import STAGES, find
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "rfc-answers.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 
@@ -230,3 +230,20 @@ def test_shapes_on_the_drawing_are_those_of_the_goldens(draw, name: str) -> None
             else:
                 assert length == size.setdefault(symbol, length) * int(number or 1), f"{stage}: {letter} is {length}"
     assert len(seen) >= 38
+
+
+def test_readme_holds_a_table_that_its_command_prints() -> None:
+    """The rows of `tools/parity_table.py`: sets, dtypes, cases and stages as they are today, and no placeholder."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert not re.search(r"\b[A-Z]+_(TABLE|SECTION)\b", text)
+    refs = store.list_cases(ROOT / "goldens")
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.M)
+    assert {row[0] for row in rows} == {ref.set for ref in refs}
+    for name, dtype, cases, stages, different in rows:
+        own = [store.open_case(ref.folder, ref.name) for ref in refs if ref.set == name]
+        targets = [case.variant("none" if dtype == "float64" else case.variants[-1]) for case in own]
+        cached = sum(stage.endswith(".nocache.logits") for t in targets for stage in t)  # each also step by step
+        assert (int(cases), int(stages), int(different)) == (len(own), sum(map(len, targets)) + cached, 0), (
+            name,
+            dtype,
+        )

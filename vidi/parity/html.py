@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,20 +56,14 @@ class References:
             if any(fault.get(key) for key in ("crashed", "loud", "not_run")) or fault.get("dtype") != dtype:
                 continue
             if fault.get("expected_stage") and fault.get("margin") is not None:  # null: an exact stage differs
-                key = _template(fault["expected_stage"])
+                key = stages.template_of(fault["expected_stage"])
                 weakest[key] = min(fault["margin"], weakest.get(key, math.inf))
         return cls({stage: ratio for stage, ratio in noise.items() if ratio is not None}, weakest)
 
     def of(self, stage: str) -> tuple[float | None, float | None]:
         """(noise, weakest fault) of a stage id."""
-        key = _template(stage)
+        key = stages.template_of(stage)
         return self.noise.get(key), self.faults.get(key)
-
-
-def _template(stage: str) -> str:
-    """A stage's id with its numbers as places, as in the registry."""
-    found = stages.find(stage)
-    return found[0].template if found else re.sub(r"\.\d+(?=\.|\Z)", ".{i}", stage)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -203,7 +196,7 @@ def _case(case: CaseRun, references: References, worst: CaseRun | None) -> dict[
         "different": different,
         "not_run": len(case.not_run),
         "top": report.short(_top_ratio(case)) if case.rows else "-",
-        "open": different > 0 and case is worst,
+        "open": case is worst,
     }
 
 

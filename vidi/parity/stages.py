@@ -6,6 +6,7 @@ code that is the stage's own; a fault patched in there must first be reported he
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from vidi.parity.bench import Bench, NotHeld, Site, Stage
 from vidi.parity.registry import audio, head, layers, text, visual
 
-__all__ = ["STAGES", "Bench", "NotHeld", "Site", "Stage", "find", "isolated"]
+__all__ = ["STAGES", "Bench", "NotHeld", "Site", "Stage", "find", "isolated", "template_of"]
 
 STAGES: tuple[Stage, ...] = (*visual.STAGES, *audio.STAGES, *text.STAGES, *layers.STAGES, *head.STAGES)
 
@@ -30,6 +31,12 @@ def find(stage_id: str) -> tuple[Stage, dict[str, str]] | None:
                 places["m"] = "v" if stage.template.endswith("image_stream") else "a"
             return stage, places
     return None
+
+
+def template_of(stage_id: str) -> str:
+    """The family that an id belongs to; for what is no entry of its own, its numbers as places."""
+    found = find(stage_id)
+    return found[0].template if found else re.sub(r"\.\d+(?=\.|\Z)", ".{i}", stage_id)
 
 
 def isolated(bench: Bench, stage_ids: list[str]) -> Iterator[tuple[str, Tensor]]:
