@@ -22,7 +22,12 @@ PURE = {
 # The release marks a silent sample's keys kept and gates the result; a correct mask does not (spec §7).
 SILENT_FORM = re.compile(r"xattn\.\d+\.[va]\.(kv_mask|unpad\.(k|v|cu_seqlens_k|max_seqlen))")
 # Hundreds of frames: up to half a minute each.
-CASES = ["single", "batch", "silent", *(pytest.param(name, marks=pytest.mark.slow) for name in ("longvideo", "verylong"))]
+CASES = [
+    "single",
+    "batch",
+    "silent",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("longvideo", "verylong")),
+]
 # Free-running greedy tokens of a correct implementation; None: the recording's own.
 GREEDY = {
     "generate": [210, 86, 177, 211, 51, 86, 142, 86, 17, 130, 86, 177, 51, 86, 177, 51],
