@@ -352,3 +352,11 @@ def test_long_rows_keep_their_order() -> None:
     packed, kept, _ = batches.pack_text(ids, keep)
     assert torch.equal(packed[0], ids[0][keep[0]])
     assert kept.all()
+
+
+def test_placeholder_is_the_configured_one(decode: store.Case) -> None:
+    model = feed.load_model(decode, torch.float64)
+    model.config = dataclasses.replace(model.config, image_placeholder=-7)
+    embeds, rows, _ = model.embed_text(batches.Batch(torch.tensor([[2, -7, 5, 9]])))
+    assert rows.keep_BL.tolist() == [[True] * 3]
+    assert torch.equal(embeds[0], model.decoder.embed.weight[[2, 5, 9]])
