@@ -14,7 +14,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Axes", "axes", "expand", "is_exact", "matching", "order", "sort_ids"]
+__all__ = ["Axes", "axes", "before_float32", "expand", "is_exact", "matching", "order", "sort_ids"]
+
+_BEFORE_FLOAT32 = re.compile(
+    r"vision\.(tower|pad|(resize|space_to_depth|projector)(\.\d+)?)|audio\.(tower|trim|pool|projector)|text\.embeds"
+)
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,12 @@ def is_exact(stage: str) -> bool:
         return not re.match(r"inputs\.(images|audios|feat_scale)(\.|$)", stage)
     found = _find(stage)
     return bool(found and found[1].exact)
+
+
+def before_float32(stage: str) -> bool:
+    """Whether no step that the model does in float32 whatever its dtype (norms, positions; spec §6) comes before a stage:
+    a float64 run is double precision up to there."""
+    return _BEFORE_FLOAT32.fullmatch(stage) is not None
 
 
 def axes(stage: str, ndim: int) -> Axes:
