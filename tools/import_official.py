@@ -116,11 +116,13 @@ def import_recordings(
     full: bool = False,
     cases: Iterable[str] | None = None,
     dtypes: Iterable[str] = tuple(DTYPES),
+    reason: str | None = None,
 ) -> list[str]:
     """Import recordings from `src` as the golden set `dst`, replacing it in one step. Returns the names of its cases.
 
     full: keep every recorded row instead of thinning for git. cases: only these (names without dtype).
-    dtypes: only these (f32, f64, bf16, f16). Raises GoldenError for a recording that contradicts its json.
+    dtypes: only these (f32, f64, bf16, f16). reason: why, for an entry in the ledger beside the set; without one none
+    is made. Raises GoldenError for a recording that contradicts its json.
     """
     wanted = None if cases is None else set(cases)
     found = []
@@ -134,7 +136,12 @@ def import_recordings(
             found.append((name, short))
     if not found:
         raise GoldenError(f"{src}: no recordings CASE.DTYPE.safetensors with .json, DTYPE one of {', '.join(DTYPES)}")
-    with replaced(dst) as draft:
+
+    def record() -> None:
+        if reason:
+            ledger.append(dst.parent, dst.name, set_sha256(dst), reason)
+
+    with replaced(dst, record=record) as draft:
         for old in (*draft.glob("*.h5"), *draft.glob("*.json"), *draft.glob("*.safetensors")):
             old.unlink()
         weights, _ = read_safetensors(src / "weights.safetensors")
@@ -354,9 +361,13 @@ def main(arguments: list[str] | None = None) -> int:
         in_ledger = (args.dst.parent / "ledger.toml").exists()
         if in_ledger and not args.reason:
             raise GoldenError(f'{args.dst.parent} has a ledger: give --reason "..." for this import')
-        names = import_recordings(args.src, args.dst, full=args.full, cases=args.case, dtypes=args.dtype or DTYPES)
-        if in_ledger:
-            ledger.append(args.dst.parent, args.dst.name, set_sha256(args.dst), args.reason)
+        names = import_recordings(
+            *(args.src, args.dst),
+            full=args.full,
+            cases=args.case,
+            dtypes=args.dtype or DTYPES,
+            reason=args.reason if in_ledger else None,
+        )
     except (GoldenError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

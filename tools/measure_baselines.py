@@ -38,6 +38,7 @@ from vidi.parity.golden import Golden, Whole  # noqa: E402
 from vidi.parity.ids import is_exact, sort_ids  # noqa: E402
 from vidi.parity.store import Case, GoldenError, Targets, list_cases, open_case  # noqa: E402
 from vidi.parity.tolerance import KINDS, METRICS, baseline_of, read_baselines  # noqa: E402
+from vidi.parity.writer import locked  # noqa: E402
 
 __all__ = ["DTYPES", "errors_of", "main", "measure", "orders", "reference"]
 
@@ -177,9 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
             body["made_from"][name] = made_from(case)
         if args.accept and not args.spread:
             draft = path.with_suffix(".json.tmp")
-            draft.write_text(_render(body))
-            os.replace(draft, path)
-            ledger.append(args.goldens, "baselines", ledger.file_sha256(path), args.reason)
+            with locked(args.goldens, wait=True):
+                draft.write_text(_render(body))
+                os.replace(draft, path)
+                ledger.append(args.goldens, "baselines", ledger.file_sha256(path), args.reason)
     except GoldenError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2

@@ -32,9 +32,11 @@ from tools.made_from import budgets_of  # noqa: E402
 from tools.one_run import Server, Setting  # noqa: E402
 from vidi.parity import ledger  # noqa: E402
 from vidi.parity.golden import GoldenError  # noqa: E402
+from vidi.parity.stages import template_of  # noqa: E402
 from vidi.parity.store import list_cases  # noqa: E402
+from vidi.parity.writer import locked  # noqa: E402
 
-__all__ = ["blind", "main", "overlaps", "settings", "stale", "table", "template_of"]
+__all__ = ["blind", "main", "overlaps", "settings", "stale", "table"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LONG = ("official/longvideo", "official/verylong")  # what they add, resizing, the small cases have too
@@ -72,14 +74,6 @@ def settings(cases: Iterable[str]) -> Iterator[Setting]:
 def _judged(names: tuple[str, ...], dtype: str) -> tuple[str, ...]:
     """float32 recordings do not judge float64."""
     return tuple(name for name in names if dtype != "float64" or not name.startswith("official/"))
-
-
-def template_of(stage: str) -> str:
-    """A stage's id with its numbers as places, as in the registry."""
-    from vidi.parity import stages
-
-    found = stages.find(stage)
-    return found[0].template if found else re.sub(r"\.\d+(?=\.|\Z)", ".{i}", stage)
 
 
 def _largest(table: dict[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -236,8 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
                 raise GoldenError('noise is measured outside pytest and with --reason "..."')
             draft = path.with_suffix(".json.tmp")
             draft.write_text(_rendered(_rounded(measure(args.goldens))))
-            os.replace(draft, path)
-            ledger.append(args.goldens, "noise", ledger.file_sha256(path), args.reason)
+            with locked(args.goldens, wait=True):
+                os.replace(draft, path)
+                ledger.append(args.goldens, "noise", ledger.file_sha256(path), args.reason)
         if not path.exists():
             raise GoldenError(f"{path} does not exist: run with --measure")
     except GoldenError as error:

@@ -11,6 +11,7 @@ import pytest
 from tools import false_alarms, measure_noise, one_run
 from tools.one_run import Setting
 from vidi.bridge import fold
+from vidi.parity import stages
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 NAMES = ["small/base", "small/absent", "small/decode", "official/batch", "official/single", "official/longvideo"]
@@ -113,6 +114,6 @@ def test_overlap_is_said(tmp_path: Path) -> None:
 
 
 def test_templates() -> None:
-    assert measure_noise.template_of("layer.12.t2v") == "layer.{i}.t2{m}"
-    assert measure_noise.template_of("layer.3.input") == "layer.{i}.input"
-    assert measure_noise.template_of("vision.pos_t.embed.1") == "vision.pos_t.embed.{b}"
+    assert stages.template_of("layer.12.t2v") == "layer.{i}.t2{m}"
+    assert stages.template_of("layer.3.input") == "layer.{i}.input"
+    assert stages.template_of("vision.pos_t.embed.1") == "vision.pos_t.embed.{b}"

@@ -149,6 +149,26 @@ def test_a_weights_path_cannot_leave_the_set(folder: Path) -> None:
         store.open_case(folder, "tiny").weights()
 
 
+def test_provenance_says_where_numbers_come_from(folder: Path) -> None:
+    full = parse(folder / "tiny.json")["provenance"]
+    rebless(folder, provenance={key: value for key, value in full.items() if key not in ("origin", "commit")})
+    origins = "origins are official, oracle, self: write it with its tool"
+    _refused(folder, f"tiny: provenance lacks origin, commit; {origins}")
+    rebless(folder, provenance=full | {"origin": "a guess"})
+    _refused(folder, f"tiny: provenance has origin 'a guess'; {origins}")
+
+
+def test_every_set_is_found_broken_or_whole(tmp_path: Path) -> None:
+    make_set(tmp_path / "small")
+    make_set(tmp_path / "large" / "full")
+    make_set(tmp_path / ".small.new")
+    (tmp_path / "oracle").mkdir()
+    (tmp_path / "large" / "full" / "tiny.h5").unlink()
+    assert store.list_sets(tmp_path) == [tmp_path / "large" / "full", tmp_path / "small"]
+    with pytest.raises(GoldenError, match=r"data file tiny\.h5 is missing"):
+        store.verify(tmp_path / "large" / "full")
+
+
 def test_hash_covers_dtype_shape_and_content() -> None:
     x = np.arange(6, dtype=np.float32)
     same = {content_sha256(x), content_sha256(x.astype(">f4")), content_sha256(x.copy()[::1])}
@@ -168,8 +188,8 @@ def test_writer_refuses_what_is_no_golden(tmp_path: Path) -> None:
 
 
 def test_the_goldens_in_the_repository_are_whole_and_small() -> None:
-    sets = sorted({ref.folder for ref in store.list_cases(GOLDENS)})
-    assert [folder.name for folder in sets][:2] == ["official", "small"]
+    sets = store.list_sets(GOLDENS)
+    assert [folder.relative_to(GOLDENS).as_posix() for folder in sets] == ["large/full", "official", "small"]
     assert all(store.verify(folder) > 50 for folder in sets)
     size = sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.suffix != ".pyc")
     assert size < 25e6, f"goldens take {size / 1e6:.1f} MB; 25 MB is the limit"

@@ -8,14 +8,14 @@ import torch
 
 from vidi.config import VidiConfig
 from vidi.fast import twins
-from vidi.parity import full, sketch, store
+from vidi.parity import full, sketch, store, writer
 from vidi.parity.golden import GoldenError, Sketched, Whole
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     where = tmp_path_factory.mktemp("full")
-    full.make(where, VidiConfig.tiny(), device="cpu", num_frames=20)
+    writer.write_case(where, full.make(VidiConfig.tiny(), device="cpu", num_frames=20))
     return where
 
 
@@ -44,7 +44,8 @@ def test_the_case_holds_every_stage_and_verifies(folder):
         targets
     )
     assert isinstance(targets["vision.mask"], Whole)
-    assert case.provenance["source"] == "self"
+    assert (case.provenance["origin"], case.provenance["dtype"]) == ("self", "float32")
+    assert store.verify(folder) == len(targets) + 2
 
 
 def test_the_fast_run_is_judged_at_every_stage(folder):

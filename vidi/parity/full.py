@@ -32,7 +32,7 @@ from vidi.parity.ids import axes, is_exact, sort_ids
 from vidi.parity.manifest import content_sha256
 from vidi.parity.sketch import Sketch, SketchSpec
 
-__all__ = ["CASE", "FOLDER", "FullRun", "StageRatio", "inputs", "judge", "make", "run", "sketched"]
+__all__ = ["CASE", "FOLDER", "FullRun", "StageRatio", "inputs", "judge", "make", "provenance", "run", "sketched"]
 
 CASE, FOLDER = "frames60", Path("large") / "full"  # two folders down: the suite of whole tensors does not see it
 GATE, VARIANT, SEED = "bfloat16-self", "self", 0
@@ -131,8 +131,10 @@ def _sketch_run(runner: Any, batch: Batch, like: Mapping[str, Golden] | None = N
 # ---- making, judging ------------------------------------------------------------------------------------------------
 
 
-def make(folder: Path, config: VidiConfig | None = None, *, device: str = "cuda", num_frames: int = 60) -> None:
-    """Write the case into ``folder``: the plain path in float32 over weights rounded to bfloat16."""
+def make(
+    config: VidiConfig | None = None, *, device: str = "cuda", num_frames: int = 60, commit: str = "unknown"
+) -> writer.NewCase:
+    """The case, to be written by a tool: the plain path in float32 over weights rounded to bfloat16."""
     config, where = config or VidiConfig.full(), torch.device(device)
     arrays = inputs(config, num_frames)
     model = synthetic.create(config, SEED, device=where, dtype=torch.bfloat16)
@@ -141,14 +143,9 @@ def make(folder: Path, config: VidiConfig | None = None, *, device: str = "cuda"
     targets = _sketch_run(model, _batch(arrays, where, torch.float32))
     with fingerprint.ieee():
         ran_on = fingerprint.fingerprint(where)
-    case = writer.NewCase(
+    return writer.NewCase(
         name=CASE,
-        provenance={
-            "source": "self",
-            "path": "plain, float32, weights rounded to bfloat16",
-            "seed": SEED,
-            "fingerprint": ran_on,
-        },
+        provenance=provenance(ran_on, SEED, commit),
         config=config.to_official(),
         inputs={name: arrays[name] for name in ("inputs.input_ids", "inputs.audio_sizes")},
         targets={VARIANT: targets},
@@ -161,8 +158,20 @@ def make(folder: Path, config: VidiConfig | None = None, *, device: str = "cuda"
         },
         left_out={"xattn.*": "too large; layer.*.t2v and t2a are its results"},
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    writer.write_case(folder, case)
+
+
+def provenance(ran_on: Mapping[str, Any], seed: int, commit: str) -> dict[str, Any]:
+    """What the manifest says about where the numbers come from. ran_on: the fingerprint of the run."""
+    return {
+        "origin": "self",
+        "dtype": "float32",
+        "path": "plain, float32, weights rounded to bfloat16",
+        "libraries": ran_on["libraries"],
+        "device": ran_on["device"],
+        "seed": seed,
+        "commit": commit,
+        "fingerprint": dict(ran_on),
+    }
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The ledger: every change of a golden or a tolerance, in `goldens/ledger.toml`. Entries are appended, never edited.
 
-An entry ties a file or set to its hash: `subject` is `tolerances`, `baselines` or the name of a golden set; the last
+An entry ties a file or set to its hash: `subject` is `tolerances`, `baselines`, ... or the path of a golden set; the last
 entry of a subject must equal what lies on disk.
 """
 
@@ -46,6 +46,8 @@ def stale(folder: Path, subject: str, sha256: str) -> str | None:
 
 def append(folder: Path, subject: str, sha256: str, reason: str, changes: list[str] | None = None) -> None:
     """Append one entry, atomically: the new text is written beside the file and renamed over it.
+
+    The caller holds the folder's lock (`writer.locked`, `writer.replaced`), or two writers lose an entry.
 
     changes: one line per tensor or number with its old and new value. Raises ValueError without a reason.
     """

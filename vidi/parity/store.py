@@ -24,9 +24,12 @@ from vidi.parity.manifest import PARTS, content_sha256, parse, restore_hint, wei
 from vidi.parity.sketch import Sketch, SketchSpec
 
 __all__ = [
-    "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "open_case", "position_table", "synthetic_tower",
-    "verify",
+    "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "list_sets", "open_case", "position_table",
+    "synthetic_tower", "verify",
 ]  # fmt: skip
+
+ORIGINS = ("official", "oracle", "self")
+PROVENANCE = ("origin", "dtype", "libraries", "device", "seed", "commit")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ def list_cases(folder: Path) -> list[CaseRef]:
     return [
         CaseRef(at, path.stem) for at in sets for path in sorted(at.glob("*.json")) if path.with_suffix(".h5").exists()
     ]
+
+
+def list_sets(goldens: Path) -> list[Path]:
+    """All sets of a golden folder, those of large cases two folders down too, broken ones included."""
+    folders = [path for path in (*goldens.glob("*/"), *goldens.glob("*/*/")) if not path.name.startswith(".")]
+    return sorted(path for path in folders if any(path.glob("*.json")) or any(path.glob("*.h5")))
 
 
 class Targets(Mapping[str, Golden]):
@@ -259,8 +268,11 @@ def verify(folder: Path | str) -> int:
     count, used = 0, set()
     for name in sorted(names):
         case = open_case(folder, name)
+        _check_provenance(case)
         used.add(case.manifest["weights"].get("file"))
-        count += len(case.inputs) + len(case.weights())
+        count += len(case.inputs)
+        # A case of generated weights has none; that it has none is in the set's hash, which the ledger holds.
+        count += len(case.weights()) if case.manifest["weights"] else 0
         count += sum(len(list(case.variant(v).items())) for v in case.variants)
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in used:
@@ -287,6 +299,13 @@ def synthetic_tower(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
 def _file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_provenance(case: Case) -> None:
+    lacking = [key for key in PROVENANCE if key not in case.provenance]
+    if lacking or case.provenance["origin"] not in ORIGINS:
+        said = f"lacks {', '.join(lacking)}" if lacking else f"has origin {case.provenance['origin']!r}"
+        raise GoldenError(f"{case.name}: provenance {said}; origins are {', '.join(ORIGINS)}: write it with its tool")
 
 
 def _check_keys(case: Case, path: Path) -> None:

@@ -27,7 +27,7 @@ from safetensors.numpy import save
 from vidi.parity.golden import Golden, GoldenError, Sampled, Whole
 from vidi.parity.manifest import FORMAT, PARTS, content_sha256, describe, render, weights_sha256
 
-__all__ = ["NewCase", "replaced", "write_case", "write_weights"]
+__all__ = ["NewCase", "locked", "replaced", "write_case", "write_weights"]
 
 _ONE_CHUNK = 1 << 22  # bytes up to which a tensor is one HDF5 chunk
 
@@ -128,14 +128,21 @@ def _dataset(
 
 
 @contextmanager
-def replaced(target: Path, at: Callable[[str], None] = lambda point: None) -> Iterator[Path]:
+def replaced(
+    target: Path,
+    at: Callable[[str], None] = lambda point: None,
+    *,
+    goldens: Path | None = None,
+    record: Callable[[], None] | None = None,
+) -> Iterator[Path]:
     """Replace a golden set as a whole: yields a copy of it to change, and exchanges the two folders at the end.
 
-    Holds a lock on the parent folder for the whole time; a second writer gets GoldenError. An exception leaves the set
-    as it was. at: called with the name of each point passed (tests kill the process there).
+    Holds the lock of the golden folder (default: the set's parent) for the whole time; a second writer gets GoldenError.
+    An exception leaves the set as it was. record: called with the new set in place and the lock still held, for the
+    ledger. at: called with the name of each point passed (tests kill the process there).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent):
+    with locked(goldens or target.parent):
         draft = target.parent / f".{target.name}.new"
         shutil.rmtree(draft, ignore_errors=True)
         if target.exists():
@@ -160,16 +167,26 @@ def replaced(target: Path, at: Callable[[str], None] = lambda point: None) -> It
             os.rename(draft, target)
         _sync(target.parent)
         at("cleaned")
+        if record is not None:
+            record()
+            at("ledger")
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold the lock that every writer of a golden folder takes, its ledger's included. Not re-entrant.
+
+    wait: until another writer is done, in place of GoldenError (for what took long to measure).
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GoldenError(
+                f"{folder}: another process is writing goldens here: wait for it, then run again"
+            ) from None
         yield
-    except BlockingIOError:
-        raise GoldenError(f"{folder}: another process is writing goldens here: wait for it, then run again") from None
     finally:
         os.close(handle)
 
