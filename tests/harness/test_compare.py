@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidi.parity import sketch, tolerance
+from vidi.parity import casts, sketch, tolerance
 from vidi.parity.compare import EXACT, Rule, as_matrix, compare, nothing_compared
 from vidi.parity.golden import Sampled, Sketched, stats_of, whole
 
@@ -218,3 +218,14 @@ def test_a_bad_tolerance_file(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "tolerances.toml").write_text(text)
     with pytest.raises(ValueError, match=said):
         tolerance.load(tmp_path)
+
+
+@pytest.mark.parametrize(("allowed", "ok"), [(0.3, True), (0.05, False)])
+def test_casts_that_are_within_their_share_are_no_problem(allowed: float, ok: bool) -> None:
+    """A tenth of the values differ; the verdict and what is said about it go by the same limit."""
+    theirs = np.ones((1, 5, 20), np.float32)
+    mine = theirs.copy()
+    mine[0, :, :2] = 2
+    result = casts._result("layer.0.t2t", mine, theirs, allowed)
+    said = () if ok else ("10.0% of the values have other bits than the specified casts give",)
+    assert (result.ok, result.problems) == (ok, said)

@@ -76,7 +76,7 @@ def _result(stage_id: str, mine: Array, theirs: Array, allowed: float) -> Result
         rows=int(np.prod([mine.shape[axis] for axis in axes.rows])),
         elements_over=int(differs.sum()),
         problems=()
-        if share <= SHARE
+        if share <= allowed
         else (f"{share:.1%} of the values have other bits than the specified casts give",),
         ratio=share / allowed,
     )
