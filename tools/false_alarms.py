@@ -7,7 +7,8 @@
 Each run is a process of its own under one setting (dtype, threads, instruction sets, chunk sizes, order of keys, attention
 kernel of the towers, cases), drawn from a fixed seed. The result, goldens/false_alarms.json, keeps every setting, how
 many comparisons it made, each alarm with its text, and the worst error over budget of each gate. Runs made under other
-tolerances, baselines or goldens do not count: they are made again.
+tolerances, baselines or goldens do not count: they are made again. Runs of an older model do, because a model may be
+edited between two studies; which files have changed since is said.
 """
 
 from __future__ import annotations
@@ -29,16 +30,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tools.made_from import budgets_of  # noqa: E402
+from tools.made_from import budgets_of, model_code, moved_code  # noqa: E402
 from tools.one_run import Server, Setting  # noqa: E402
 from vidi.parity.store import list_cases  # noqa: E402
 
-__all__ = ["RUNS", "drawn", "main", "summary"]
+__all__ = ["RUNS", "drawn", "main", "read", "summary"]
 
 RUNS = 300
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LONG = ("longvideo", "verylong")
 LONG_AT = (1, 102, 203)  # half a minute each: three runs, in float32, bfloat16 and float16
+FIELDS = ("under", "setting", "comparisons", "alarms", "not_run", "worst", "bits", "seconds")
 LEVELS: tuple[dict[str, Any], ...] = (
     {},
     {"aten": "default"},
@@ -138,18 +140,21 @@ def main(arguments: list[str] | None = None) -> int:
     path = args.goldens / "false_alarms.json"
     settings = list(drawn(f"{ref.set}/{ref.name}" for ref in list_cases(args.goldens)))
     under = [budgets_of(args.goldens, setting.cases) for setting in settings]
-    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() and not args.fresh else {}
+    document: dict[str, Any] = read(path) if path.exists() and not args.fresh else {}
     stored = dict(enumerate(document.get("runs", ())))
     # a run counts while its setting is still drawn and nothing that judged it has changed
     runs: list[dict[str, Any] | None] = [
         run if (run := stored.get(i)) and run["setting"] == _changed(s) and run["under"] == under[i] else None
         for i, s in enumerate(settings)
     ]
+    # of the oldest run that counts: code that moved since any of them was made shows
+    code = document["code"] if any(runs) else model_code()
     if args.run:
         for i, run in _runs(settings, [i for i, run in enumerate(runs) if run is None], args.goldens, args.jobs):
             machine = run.pop("machine")
             runs[i] = {"under": under[i], **run}
-            _store(runs, {k: machine[k] for k in ("device", "libraries", "python", "system")}, path)
+            head = {"machine": {k: machine[k] for k in ("device", "libraries", "python", "system")}, "code": code}
+            _store(runs, head, path)
             print(f"{i + 1}/{RUNS} {run['seconds']} s, {len(run['alarms'])} alarms {run['alarms'][:2]}", flush=True)
     made = [run for run in runs if run is not None]
     shown = summary(made)
@@ -157,6 +162,8 @@ def main(arguments: list[str] | None = None) -> int:
     for run in made:
         for alarm in run["alarms"]:
             print(f"{run['setting']}: {alarm}")
+    if made and (other := moved_code(code, model_code())):
+        print(f"NOT RUN with today's code: made from other code, {len(other)} files changed since: {', '.join(other)}")
     if len(made) < RUNS:
         print(
             f"NOT RUN: {RUNS - len(made)} of {RUNS} runs are missing or were judged by other numbers; --run makes them"
@@ -183,12 +190,39 @@ def _runs(settings: list[Setting], wanted: list[int], goldens: Path, jobs: int) 
         yield from pool.map(task, wanted)
 
 
-def _store(runs: list[dict[str, Any] | None], machine: Mapping[str, Any], path: Path) -> None:
-    head = {"summary": summary([run for run in runs if run is not None]), "machine": machine}
-    lines = ",\n".join(json.dumps(run) for run in runs)
+def _store(runs: list[dict[str, Any] | None], head: Mapping[str, Any], path: Path) -> None:
+    """One run a line, as lists: FIELDS, with `worst` in the order of the head's `gates` (null: not judged) and `bits` in that of
+    the run's cases."""
+    made = [run for run in runs if run is not None]
+    gates = sorted({gate for run in made for gate in run["worst"]})
+
+    def line(run: Mapping[str, Any] | None) -> str:
+        if run is None:
+            return "null"
+        packed = {
+            **run,
+            "worst": [run["worst"].get(gate) for gate in gates],
+            "bits": [run["bits"].get(case, "") for case in run["setting"]["cases"]],
+        }
+        return json.dumps([packed[field] for field in FIELDS], separators=(",", ":"))
+
+    shown = {"summary": summary(made), **head, "gates": gates, "fields": FIELDS}
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in shown.items())
     draft = path.with_suffix(".json.tmp")
-    draft.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": [\n{lines}\n]}}\n')
+    draft.write_text("{\n" + lines + ',\n"runs": [\n' + ",\n".join(map(line, runs)) + "\n]}\n")
     os.replace(draft, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The stored result, its runs as `one` gives them; a run that is still missing is None."""
+    document = json.loads(path.read_text())
+    for i, packed in enumerate(document["runs"]):
+        if packed is not None:
+            run = dict(zip(document["fields"], packed, strict=True))
+            run["worst"] = {g: w for g, w in zip(document["gates"], run["worst"], strict=True) if w is not None}
+            run["bits"] = {c: b for c, b in zip(run["setting"]["cases"], run["bits"], strict=True) if b}
+            document["runs"][i] = run
+    return document
 
 
 if __name__ == "__main__":

@@ -4,11 +4,12 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 from vidi.parity.store import Case, open_case
 from vidi.parity.tolerance import KINDS, read_baselines
 
-__all__ = ["budgets_of", "code_of", "made_from"]
+__all__ = ["budgets_of", "code_of", "made_from", "model_code", "moved_code"]
 
-ORACLE = Path(__file__).resolve().parents[1] / "goldens" / "oracle"
+ROOT = Path(__file__).resolve().parents[1]
+ORACLE = ROOT / "goldens" / "oracle"
 _SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING}
 _LAYOUT = {tokenize.NEWLINE: ";", tokenize.INDENT: ">", tokenize.DEDENT: "<", tokenize.ENDMARKER: ""}
 
@@ -58,6 +60,39 @@ _baselines_of = cache(read_baselines)
 @cache
 def _oracle() -> str:
     return "\n".join(code_of(path.read_text(encoding="utf-8")) for path in sorted(ORACLE.glob("*.py")))
+
+
+def model_code(root: Path = ROOT) -> dict[str, str]:
+    """File -> 8 hex digits over its code, of all of the project's that a judged run loads (`tools/one_run.py`)."""
+    found: dict[str, str] = {}
+    waiting = ["tools/one_run.py"]
+    while waiting:
+        name = waiting.pop()
+        source = (root / name).read_text(encoding="utf-8")
+        found[name] = hashlib.sha256(code_of(source).encode()).hexdigest()[:8]
+        waiting += {file for file in _imported(source, root) if file not in found and file not in waiting}
+    return dict(sorted(found.items()))
+
+
+def _imported(source: str, root: Path) -> Iterator[str]:
+    """The project's files that a source imports anywhere, packages above them included."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1) if parts[0] in ("vidi", "tools") else ():
+                stem = "/".join(parts[:depth])
+                yield from (file for file in (f"{stem}.py", f"{stem}/__init__.py") if (root / file).is_file())
+
+
+def moved_code(was: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Files that one of two `model_code` tables has otherwise, or not at all."""
+    return sorted(file for file in {*was, *now} if was.get(file) != now.get(file))
 
 
 def code_of(source: str) -> str:

@@ -212,19 +212,20 @@ def _print_moves(what: str, old: Errors, new: Errors) -> None:
 
 
 def _render(body: dict) -> str:
-    """JSON with one stage a line, for readable diffs."""
+    """JSON with one stage of a case a line, for readable diffs in little room; see `tolerance.read_baselines`."""
+    columns = [(kind, dtype) for kind in KINDS for dtype in DTYPES]
 
-    def table(value: Any, depth: int) -> str:
-        if isinstance(value, dict) and "rms" in value:
-            return json.dumps([value[metric] for metric in METRICS if metric in value])
-        if depth == 0 or not isinstance(value, dict) or not value:
-            return json.dumps(value)
-        lines = (f"{json.dumps(key)}: {table(value[key], depth - 1)}" for key in value)
-        return "{\n" + ",\n".join(lines) + "\n}"
+    def errors_of_case(name: str) -> str:
+        held = [body[kind][dtype].get(name, {}) for kind, dtype in columns]
+        lines = []
+        for stage in sort_ids({stage for errors in held for stage in errors}):
+            row = [[own[stage][m] for m in METRICS if m in own[stage]] if stage in own else 0 for own in held]
+            lines.append(f"{json.dumps(stage)}:{json.dumps(row, separators=(',', ':'))}")
+        return f"{json.dumps(name)}: {{\n" + ",\n".join(lines) + "\n}"
 
-    order = {key: body[key] for key in ("unit", "made_from", "orders", *KINDS)}
-    deep = {"made_from": 1, "orders": 1, "chained": 3, "isolated": 3}
-    return "{\n" + ",\n".join(f"{json.dumps(k)}: {table(v, deep.get(k, 0))}" for k, v in order.items()) + "\n}\n"
+    cases = sorted({name for kind, dtype in columns for name in body[kind][dtype]})
+    head = {key: body[key] for key in ("unit", "made_from", "orders")} | {"columns": [" ".join(c) for c in columns]}
+    return json.dumps(head, indent=1)[:-2] + ',\n "errors": {\n' + ",\n".join(map(errors_of_case, cases)) + "\n}}\n"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -36,7 +35,7 @@ from vidi.parity.stages import template_of  # noqa: E402
 from vidi.parity.store import list_cases  # noqa: E402
 from vidi.parity.writer import locked  # noqa: E402
 
-__all__ = ["blind", "main", "overlaps", "settings", "stale", "table"]
+__all__ = ["blind", "main", "overlaps", "read", "settings", "stale", "table"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 LONG = ("official/longvideo", "official/verylong")  # what they add, resizing, the small cases have too
@@ -48,6 +47,7 @@ ALONE = (
     "small/novideo",
 )  # no shared token budget: a neighbour may not matter
 BLIND = 0.1  # of rms
+COLUMNS = ("max", "rms", "ratio", "at", "noise", "tolerance")
 
 
 def settings(cases: Iterable[str]) -> Iterator[Setting]:
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     except GoldenError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
-    noise, faults = json.loads(path.read_text()), faults_of(args.goldens)
+    noise, faults = read(path), faults_of(args.goldens)
     print("\n".join(table(noise, faults)))
     print("\n".join(["", *blind(noise)]))
     found = overlaps(noise, faults)
@@ -249,10 +249,30 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(found))
 
 
-def _rendered(body: dict[str, Any]) -> str:
-    """JSON with one stage or setting a line."""
-    text = re.sub(r"\n {5,}", " ", json.dumps(body, indent=1, allow_nan=False))
-    return text.replace(" }", "}") + "\n"
+def read(path: Path) -> dict[str, Any]:
+    """noise.json as `measure` gives it: gate -> kind -> template -> figures by name. The file lists them, a stage a line."""
+    noise = json.loads(path.read_text())
+    for kinds in noise["gates"].values():
+        for stages in kinds.values():
+            for template, figures in stages.items():
+                stages[template] = dict(zip(noise["columns"], figures, strict=True))
+    return noise
+
+
+def _rendered(noise: dict[str, Any]) -> str:
+    def row(figures: Mapping[str, Any]) -> str:
+        return json.dumps([figures[key] for key in COLUMNS], separators=(",", ":"), allow_nan=False)
+
+    head = {key: value for key, value in noise.items() if key != "gates"} | {"columns": COLUMNS}
+    gates = []
+    for gate, kinds in noise["gates"].items():
+        own = [
+            f"{json.dumps(kind)}: {{\n" + ",\n".join(f"{json.dumps(s)}:{row(f)}" for s, f in stages.items()) + "\n}"
+            for kind, stages in kinds.items()
+        ]
+        gates.append(f"{json.dumps(gate)}: {{\n" + ",\n".join(own) + "\n}")
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in head.items()]
+    return "{\n" + ",\n".join([*lines, '"gates": {\n' + ",\n".join(gates) + "\n}"]) + "\n}\n"
 
 
 def _rounded(value: Any) -> Any:

@@ -157,8 +157,8 @@ def _compare_tensor(
         )
     if not isinstance(old, Whole) or old.array.shape != new.shape or old.array.dtype != new.dtype:
         _refuse_further(case, place, None, _error(new, truth), _allowed(variant, stage, new) / (_rms(new) or 1.0))
-        now = f"{new.dtype.name} {list(new.shape)}"
-        return Change(case, place, f"new, {now}" if old is None else f"{old.dtype} {list(old.shape)} -> {now}")
+        form = f"{new.dtype.name} {list(new.shape)}"
+        return Change(case, place, f"new, {form}" if old is None else f"{old.dtype} {list(old.shape)} -> {form}")
     was, now = old.array.astype(np.float64), new.astype(np.float64)
     difference, allowed = np.abs(now - was), _allowed(variant, stage, old.array)
     if difference.max() <= allowed:

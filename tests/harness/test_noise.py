@@ -78,6 +78,25 @@ def test_an_incomplete_result_is_not_a_good_one(tmp_path: Path, capsys: pytest.C
     assert "NOT RUN: 300 of 300 runs are missing" in capsys.readouterr().out
 
 
+def test_stored_figures_come_back(tmp_path: Path) -> None:
+    """Lists under named columns, for room: nothing is lost, and what was not judged is no zero."""
+    path = tmp_path / "noise.json"
+    figures = dict(zip(measure_noise.COLUMNS, (1e-6, 2e-7, 0.4, "small/base logits rms", 2e-7, 5e-7), strict=True))
+    noise = {"unit": "u", "gates": {"float32-official": {"chained": {"logits": figures, "final.norm": figures}}}}
+    path.write_text(measure_noise._rendered(noise))
+    assert measure_noise.read(path)["gates"] == noise["gates"]
+    run = {
+        "under": "0", "setting": {"dtype": "float32", "cases": ["small/base", "small/train"]}, "comparisons": 3,
+        "alarms": ["x"], "not_run": [], "worst": {"b": 0.0}, "bits": {"small/train": "f0"}, "seconds": 1.0,
+    }  # fmt: skip
+    other = run | {"worst": {"a": 0.5}, "alarms": []}
+    false_alarms._store([run, None, other], {"machine": {}, "code": {"vidi/model.py": "0"}}, path)
+    stored = false_alarms.read(path)
+    assert stored["runs"] == [run, None, other]
+    assert stored["code"] == {"vidi/model.py": "0"}
+    assert stored["summary"] == false_alarms.summary([run, other])
+
+
 NOISE = {
     "gates": {
         "float32-official": {

@@ -4,6 +4,7 @@ the noise and below the faults, as far as these were measured."""
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import pytest
 
 from tests.not_run import not_run
 from tools import false_alarms, measure_noise
+from tools.made_from import model_code, moved_code
 from tools.measure_baselines import dtypes_of, reference
 from tools.regen_goldens import LEDGER_FILES
 from vidi.parity import ledger, store, tolerance
 from vidi.parity.ids import is_exact
 
-GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDENS = ROOT / "goldens"
 TOML = tomllib.loads((GOLDENS / "tolerances.toml").read_text())
 TABLES = tolerance.load(GOLDENS)
 
@@ -114,20 +117,22 @@ def test_budgets_of_an_exception_replace_the_gates(tmp_path: Path) -> None:
         '[gate.float16-b]\nwhy = "x"\nc_rms = 1.5\nfloor_ulp = 1\neps = 1e-3\n'
         '[[gate.float16-b.stage]]\nglob = "loss.none"\nwhy = "y"\nlike = "loss.per_token"\nc_max = 2\n'
     )
-    body = {"chained": {"float16": {"s/c": {"loss.per_token": [0.1, 0.3]}}}}
+    body = {"columns": ["isolated float16", "chained float16"], "errors": {"s/c": {"loss.per_token": [0, [0.1, 0.3]]}}}
     (tmp_path / "baselines.json").write_text(json.dumps(body))
     tables = tolerance.load(tmp_path)
     rule = tables.rule("a", "grad.x")
     assert (rule.max, rule.rms, rule.sums, rule.why) == (1e-2, None, 1e-2, "y")
     mean = tables.rule("float16-b", "loss.none", "s/c")
     assert (mean.max, mean.rms) == (0.6, None)
+    with pytest.raises(ValueError, match=r"no isolated baseline for float16 s/c loss\.per_token"):
+        tables.rule("float16-b", "loss.none", "s/c", kind="isolated")
 
 
 def test_no_false_alarm_in_300_runs() -> None:
     """The stored result, and that it was judged by today's numbers."""
     if not (GOLDENS / "false_alarms.json").exists():
         not_run("goldens/false_alarms.json is missing: python tools/false_alarms.py --run")
-    document = json.loads((GOLDENS / "false_alarms.json").read_text())
+    document = false_alarms.read(GOLDENS / "false_alarms.json")
     assert len(document["runs"]) == false_alarms.RUNS == 300
     missing = document["runs"].count(None)
     assert not missing, f"{missing} runs are missing: python tools/false_alarms.py --run goes on with them"
@@ -137,10 +142,35 @@ def test_no_false_alarm_in_300_runs() -> None:
     assert false_alarms.main([]) == 0
 
 
+@pytest.mark.slow
+def test_the_false_alarm_runs_were_made_with_this_code() -> None:
+    """Code may move between two studies; then this one says nothing of it, and that is said."""
+    if not (GOLDENS / "false_alarms.json").exists():
+        not_run("goldens/false_alarms.json is missing: python tools/false_alarms.py --run")
+    other = moved_code(false_alarms.read(GOLDENS / "false_alarms.json")["code"], model_code())
+    if other:
+        not_run(f"false alarms: made from other code, {len(other)} files changed since: {', '.join(other)}")
+
+
+def test_the_code_of_a_judged_run(tmp_path: Path) -> None:
+    code = model_code()
+    assert {"vidi/bridge/fold.py", "vidi/decoder/layer.py", "vidi/parity/suite.py", "tools/one_run.py"} <= set(code)
+    assert not [file for file in code if file.startswith(("vidi/parity/faults", "vidi/cli", "tests/"))]
+    (tmp_path / "tools").mkdir()
+    shutil.copytree(ROOT / "vidi", tmp_path / "vidi", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "tools" / "one_run.py", tmp_path / "tools")
+    assert moved_code(code, model_code(tmp_path)) == []
+    fold = tmp_path / "vidi" / "bridge" / "fold.py"
+    fold.write_text(fold.read_text() + "\n# a comment\n")
+    assert moved_code(code, model_code(tmp_path)) == []
+    fold.write_text(fold.read_text() + "EPS = 1\n")
+    assert moved_code(code, model_code(tmp_path)) == ["vidi/bridge/fold.py"]
+
+
 def test_noise_lies_below_every_tolerance() -> None:
     if not (GOLDENS / "noise.json").exists():
         not_run("goldens/noise.json is missing: python tools/measure_noise.py --measure")
-    noise = json.loads((GOLDENS / "noise.json").read_text())
+    noise = measure_noise.read(GOLDENS / "noise.json")
     assert measure_noise.overlaps(noise, None) == []
     assert measure_noise.stale(noise, GOLDENS) == []
     assert sum(setting["counts"] for setting in noise["settings"]) > 30

@@ -160,7 +160,7 @@ class _Encoder(json.JSONEncoder):
 
     def _table(self, o: Any, level: int, depth: int) -> str:
         if not isinstance(o, dict) or not o or level > depth or ("sha256" in o and level > 1):
-            return json.dumps(o, sort_keys=True, allow_nan=False)
+            return json.dumps(o, sort_keys=True, separators=(",", ":"), allow_nan=False)
         pad = " " * level
-        lines = (f"{pad}{json.dumps(key)}: {self._table(o[key], level + 1, depth)}" for key in sorted(o))
+        lines = (f"{pad}{json.dumps(key)}:{self._table(o[key], level + 1, depth)}" for key in sorted(o))
         return "{\n" + ",\n".join(lines) + "\n" + pad[1:] + "}"

@@ -118,19 +118,20 @@ def load(folder: Path) -> Tolerances:
 
 
 def read_baselines(path: Path) -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
-    """kind -> dtype -> SET/CASE -> stage -> errors by metric; empty without the file, which lists them in METRICS' order
-    (head: where a stage has heads)."""
+    """kind -> dtype -> SET/CASE -> stage -> errors by metric; empty without the file.
+
+    The file has a row for each stage of a case: for each of its `columns` ("KIND DTYPE") the errors in METRICS' order
+    (head: where a stage has heads), or 0 where none were measured.
+    """
     stored = json.loads(path.read_text()) if path.exists() else {}
-    return {
-        kind: {
-            dtype: {
-                case: {stage: dict(zip(METRICS, errors, strict=False)) for stage, errors in stages.items()}
-                for case, stages in cases.items()
-            }
-            for dtype, cases in stored.get(kind, {}).items()
-        }
-        for kind in KINDS
-    }
+    found: dict[str, Any] = {kind: {} for kind in KINDS}
+    for column, (kind, dtype) in enumerate(name.split() for name in stored.get("columns", ())):
+        found[kind][dtype] = {}
+        for case, stages in stored["errors"].items():
+            own = {stage: dict(zip(METRICS, row[column], strict=False)) for stage, row in stages.items() if row[column]}
+            if own or dtype in stored.get("orders", {}).get(case, ()):  # measured, and maybe nothing to measure
+                found[kind][dtype][case] = own
+    return found
 
 
 def _check(name: str, entry: Mapping[str, Any], more: set[str]) -> None:
