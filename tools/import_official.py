@@ -31,8 +31,8 @@ from safetensors.numpy import load_file
 from vidi.parity import ledger
 from vidi.parity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
 from vidi.parity.ids import axes
-from vidi.parity.manifest import set_sha256
-from vidi.parity.store import verify
+from vidi.parity.manifest import parse, set_sha256
+from vidi.parity.store import position_table, verify
 from vidi.parity.writer import NewCase, replaced, write_case, write_weights
 
 __all__ = ["import_recordings", "main", "pos_freq", "store_pos_freq", "thin"]
@@ -65,6 +65,13 @@ THIN_WHOLE = 12_000
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors, bfloat16 upcast to float32 (lossless), and the sha256 of each one's raw bytes."""
     raw = path.read_bytes()
+    try:
+        return _parsed(path, raw)
+    except (struct.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+        raise GoldenError(f"{path}: no readable safetensors file ({error}); copy the recording again") from None
+
+
+def _parsed(path: Path, raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])
     tensors, hashes = {}, {}
@@ -83,13 +90,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def pos_freq(width: int, stored: Path | None = None) -> np.ndarray | None:
-    """The float32 table (width/2,): from `stored` (pos_freq.safetensors) or made by torch on the CPU; None without
-    both.
+    """The float32 table (width/2,): from `stored` (pos_freq.safetensors), the embedded one, or made by torch on the CPU;
+    None without any.
     """
     if stored is not None and stored.exists():
         tables = load_file(stored)
         if str(width) in tables:
             return tables[str(width)]
+    if (embedded := position_table(width)) is not None:
+        return embedded
     try:
         import torch
     except ImportError:
@@ -134,8 +143,15 @@ def import_recordings(
             and (wanted is None or name in wanted)
         ):
             found.append((name, short))
+    there = sorted({path.stem for path in src.glob("*.*.json") if path.with_suffix(".safetensors").exists()})
+    if not found and there:
+        raise GoldenError(f"{src}: none of the recordings is asked for; there are {', '.join(there)}")
     if not found:
         raise GoldenError(f"{src}: no recordings CASE.DTYPE.safetensors with .json, DTYPE one of {', '.join(DTYPES)}")
+
+    if not (src / "weights.safetensors").is_file():
+        raise GoldenError(f"{src}: weights.safetensors is missing; every case is judged with the recorded weights")
+    _check_target(dst)
 
     def record() -> None:
         if reason:
@@ -155,6 +171,20 @@ def import_recordings(
             write_case(draft, case, compress=not full)
         verify(draft)
     return [name if short == "f32" else f"{name}.{short}" for name, short in found]
+
+
+def _check_target(dst: Path) -> None:
+    """An import replaces all of DST: refuse a folder that holds anything but a golden set."""
+    if not dst.exists():
+        return
+    if not dst.is_dir():
+        raise GoldenError(f"{dst}: a file; give a folder for the golden set")
+    manifests = {path: parse(path) for path in dst.glob("*.json") if path.with_suffix(".h5").exists()}
+    own = {path.name for path in manifests} | {path.with_suffix(".h5").name for path in manifests}
+    own |= {body["weights"]["file"] for body in manifests.values()}
+    if foreign := sorted(path.name for path in dst.iterdir() if path.name not in own):
+        some = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        raise GoldenError(f"{dst}: holds {some}, no part of a golden set; an import replaces the folder: choose another")
 
 
 class _Recording:

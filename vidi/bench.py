@@ -46,11 +46,18 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print; 0 when every length ran."""
     import torch
 
+    from vidi import device as devices
     from vidi.checkpoint import synthetic
+    from vidi.commands import outputs
     from vidi.config import VidiConfig
     from vidi.fast import accelerate, measure
 
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        outputs.check(args.json)
+        device = devices.check(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        print(f"vidi bench: {error}", file=sys.stderr)
+        return 2
     size = args.size or ("full" if device.type == "cuda" else "tiny")
     frames = args.frames or (FULL_FRAMES if size == "full" else TINY_FRAMES)
     if args.max_new_tokens < 1:

@@ -12,6 +12,7 @@ from vidi import __version__
 
 __all__ = ["main"]
 
+INTERRUPTED = 130
 COMMANDS = {
     "retrieve": "find time ranges in a video: vidi retrieve VIDEO QUERY --checkpoint DIR",
     "parity": "hold every stage of the model against stored goldens",
@@ -33,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in given[:1]:
             _module(name).add_arguments(command)
     args = parser.parse_args(given)
-    return int(_module(args.command).run(args))
+    try:
+        return int(_module(args.command).run(args))
+    except KeyboardInterrupt:
+        print(f"vidi {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _module(command: str) -> Any:

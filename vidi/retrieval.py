@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from vidi.config import VidiConfig
 from vidi.inputs import audio, batch, prompt, video
 
-__all__ = ["Answer", "Inputs", "Progress", "format_ranges", "format_time", "parse_ranges", "prepare"]
+__all__ = ["Answer", "Inputs", "Progress", "check_request", "format_ranges", "format_time", "parse_ranges", "prepare"]
 __all__ += ["progress_on_stderr", "retrieve"]
 
 _RANGE = re.compile(r"(\d\.\d+)-(\d\.\d+)")
@@ -87,6 +87,19 @@ class Inputs:
     batch: batch.Batch
 
 
+def check_request(tokenizer: Tokenizer, query: str, config: VidiConfig, max_new_tokens: int) -> None:
+    """Raises ValueError for a question that cannot be asked: an empty one, no token to answer with, or more text than the
+    decoder has positions."""
+    ids = prompt.build_ids(tokenizer, query, bos_id=config.bos_id, image_placeholder=config.image_placeholder)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1")
+    if len(ids) + max_new_tokens > config.max_positions:
+        raise ValueError(
+            f"{len(ids)} prompt tokens and up to {max_new_tokens} new ones pass the decoder's {config.max_positions} "
+            "positions; shorten the query or lower the limit"
+        )
+
+
 def prepare(
     path: str | Path,
     query: str,
@@ -131,6 +144,7 @@ def retrieve(
     # Imported here: reading an answer, or preparing inputs, needs no model.
     from vidi import generate
 
+    check_request(tokenizer, query, model.config, max_new_tokens)
     inputs = prepare(
         path, query, tokenizer, model.config, fps=fps, device=model.device, dtype=model.dtype, progress=progress
     )

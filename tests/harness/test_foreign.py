@@ -11,9 +11,9 @@ import torch
 from tests.harness import foreign
 from tools import import_official
 from vidi import cli
-from vidi.bridge import fold
+from vidi.bridge import fold, position
 from vidi.decoder.decoder import Decoder
-from vidi.parity import store
+from vidi.parity import feed, store
 from vidi.parity.golden import Sampled
 
 
@@ -83,3 +83,21 @@ def test_a_half_precision_recording_judges_nothing_directly(imported: Path, tmp_
         code, found = parity(tmp_path / "set", tmp_path, "--dtype", dtype)
         assert code == 3
         assert "noise of its own" in found["cases"][0]["not_run"][0]["reason"]
+
+
+def test_on_a_machine_with_another_exp_their_own_table_is_used(
+    imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also for `tell`, which holds no table of its own, at a width that has no embedded one."""
+    right = feed.machine_table
+
+    def off(width: int) -> torch.Tensor:
+        table = right(width).clone()
+        table[1] = torch.nextafter(table[1], torch.tensor(2.0))
+        return table
+
+    monkeypatch.setattr(position, "frequencies", off)
+    monkeypatch.setattr(feed, "machine_table", off)
+    code, found = parity(imported, tmp_path)
+    assert code == 0
+    assert [case["case"] for case in found["cases"] if case["notes"]] == ["pair"]

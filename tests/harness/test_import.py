@@ -191,3 +191,36 @@ def test_every_dtype_imports_whole(tmp_path: Path) -> None:
     assert "xattn.0.v.kv_mask" in left
     assert "xattn.3.a.unpad.cu_seqlens_k" in left
     assert all(isinstance(golden, Whole) for golden in silent.targets.values())
+
+
+def test_a_folder_of_something_else_is_never_replaced(foreign: Path, tmp_path: Path) -> None:
+    """A checkpoint has config.json, an index and safetensors files, too: none of them may go."""
+    dst = tmp_path / "checkpoint"
+    dst.mkdir()
+    held = ("config.json", "model-00001-of-00001.safetensors", "tokenizer.json")
+    for name in held:
+        (dst / name).write_text("{}")
+    with pytest.raises(GoldenError, match=r"holds config.json, .*no part of a golden set"):
+        import_official.import_recordings(foreign, dst)
+    assert sorted(path.name for path in dst.iterdir()) == sorted(held)
+
+
+def test_a_set_can_be_imported_anew(foreign: Path, tmp_path: Path) -> None:
+    names = import_official.import_recordings(foreign, tmp_path / "set")
+    assert import_official.import_recordings(foreign, tmp_path / "set") == names
+
+
+@pytest.mark.parametrize("broken", [b"", b"\x10", b"\x10\0\0\0\0\0\0\0{not json", b"\x02\0\0\0\0\0\0\0[]"])
+def test_a_broken_recording_is_named(foreign: Path, tmp_path: Path, broken: bytes) -> None:
+    (foreign / "weights.safetensors").write_bytes(broken)
+    with pytest.raises(GoldenError, match=r"weights.safetensors: no readable safetensors file"):
+        import_official.import_recordings(foreign, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+def test_what_is_missing_is_named(foreign: Path, tmp_path: Path) -> None:
+    with pytest.raises(GoldenError, match=r"none of the recordings is asked for; there are .*\.f32"):
+        import_official.import_recordings(foreign, tmp_path / "set", cases=["nope"])
+    (foreign / "weights.safetensors").unlink()
+    with pytest.raises(GoldenError, match=r"weights.safetensors is missing"):
+        import_official.import_recordings(foreign, tmp_path / "set")

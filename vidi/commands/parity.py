@@ -39,12 +39,15 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0 equal, 1 different, 2 unusable input, 3 nothing compared."""
     from rich.console import Console
 
-    from vidi.parity import report, store, suite, tolerance
+    from vidi import device
+    from vidi.commands import outputs
+    from vidi.parity import html, report, store, suite, tolerance
     from vidi.parity.dump import Dump
     from vidi.parity.golden import GoldenError
 
     console, status = Console(), Console(stderr=True)
     try:
+        outputs.check(args.json, args.html)
         if args.size == "full":
             import torch
 
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
             whole = full.run(args.goldens, device=args.device if args.device != "cpu" else "cuda")
             console.print(whole.text(), soft_wrap=True, highlight=False, markup=False)
             return whole.exit_code
+        device.check(args.device)
         goldens = store.goldens_dir(args.goldens)
         refs = suite.select(goldens, args.case)
         # Imported recordings bring no tolerances of their own: the embedded ones judge them.
@@ -92,10 +96,12 @@ def run(args: argparse.Namespace) -> int:
     )
     options = shlex.join(word for name, value in given if value for word in (name, value))
     report.print_run(found, console, verbose=not args.quiet, options=options)
-    if args.json:
-        report.write_json(found, Path(args.json))
-    if args.html:
-        from vidi.parity import html
-
-        html.write(found, Path(args.html), options=options)
+    try:
+        if args.json:
+            report.write_json(found, Path(args.json))
+        if args.html:
+            html.write(found, Path(args.html), options=options)
+    except OSError as error:
+        print(f"vidi parity: {error}", file=sys.stderr)
+        return UNUSABLE
     return found.exit_code

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "float32"), default="bf16")
-    parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, flash, flex")
+    parser.add_argument("--backend", help="attention of the plain path: eager (default), flash, flex")
     parser.add_argument(
         "--path",
         choices=("auto", "plain", "fast"),
@@ -35,21 +35,32 @@ def run(args: argparse.Namespace) -> int:
     """Prints time ranges and the raw answer; progress goes to stderr. Returns 0, or 2 for input that cannot be used."""
     import torch
 
-    from vidi import retrieval
-    from vidi.attention import dispatch
+    from vidi import device, retrieval
+    from vidi.attention import dispatch, limits
     from vidi.checkpoint import load, progress
+    from vidi.config import VidiConfig
     from vidi.fast import accelerate
-    from vidi.inputs import prompt
+    from vidi.inputs import prompt, video
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[args.dtype]
     try:
+        # What is wrong with a word on the command line is said before 20 GB are read.
+        where = device.check(args.device)
         if not Path(args.video).is_file():
             raise ValueError(f"{args.video}: no such file")
+        config = VidiConfig.from_file(args.checkpoint)
+        tokenizer = prompt.load_tokenizer(Path(args.checkpoint), config)
+        retrieval.check_request(tokenizer, args.query, config, args.max_new_tokens)
+        video.frame_step(1.0, args.fps)
+        fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None)
+        if fast and args.backend is not None:
+            raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
+        backend = dispatch.check(args.backend or "eager")
+        decoder = config.decoder
+        limits.check(backend, dtype=dtype, device=where, head_dim=decoder.head_dim, softcap=decoder.attn_softcap)
         with progress.bar("loading") as report:
             model = load.load(args.checkpoint, device=args.device, dtype=dtype, progress=report)
-        model.backend = dispatch.check(args.backend)
-        fast = args.path == "fast" or (args.path == "auto" and model.device.type == "cuda")
-        tokenizer = prompt.load_tokenizer(Path(args.checkpoint), model.config)
+        model.backend = backend
         with retrieval.progress_on_stderr() as report:
             answer = retrieval.retrieve(
                 accelerate(model) if fast else model,

@@ -26,5 +26,9 @@ class Dump:
         """All stages under their ids; a decoding case as `V.nocache.logits`."""
         path = self.folder / f"{case}.safetensors"
         part = path.with_suffix(".part")
-        save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, part)
-        os.replace(part, path)
+        try:
+            save_file({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, part)
+            os.replace(part, path)
+        except OSError as error:
+            part.unlink(missing_ok=True)
+            raise ValueError(f"{path} cannot be written ({error.strerror})") from None

@@ -19,6 +19,7 @@ from vidi.fast.model import FastModel
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
 from vidi.parity import store
+from vidi.parity.golden import Whole
 from vidi.parity.store import Case
 
 __all__ = [
@@ -61,8 +62,25 @@ def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{case.name}: the weights do not fit the configuration: {error}") from None
-    install_table(model, store.position_table(config.decoder.hidden_size))
+    install_table(model, table_of(case))
     return precision.cast_model(model, dtype).to(device)
+
+
+def table_of(case: Case) -> np.ndarray | None:
+    """The stored table of position frequencies that a case was made with: its own, the embedded one of its width, or that
+    of another case of its set (a recording of decoding alone holds none)."""
+    width = case.config["hidden_size"]
+    if (own := _own_table(case)) is not None:
+        return own
+    if (embedded := store.position_table(width)) is not None:
+        return embedded
+    others = (store.open_case(ref.folder, ref.name) for ref in store.list_cases(case.folder) if ref.name != case.name)
+    return next((t for c in others if c.config["hidden_size"] == width and (t := _own_table(c)) is not None), None)
+
+
+def _own_table(case: Case) -> np.ndarray | None:
+    found = (case.variant(variant).get("pos.freq") for variant in case.variants)
+    return next((golden.array for golden in found if isinstance(golden, Whole)), None)
 
 
 def install_table(model: VidiModel, table_K: np.ndarray | None) -> None:

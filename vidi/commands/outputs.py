@@ -1,0 +1,22 @@
+"""Files that a command writes at its end, checked at its start: an hour's run must not end in a wrong path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["check"]
+
+
+def check(*names: str | Path | None) -> None:
+    """Raises ValueError for a path that cannot become a file: a folder, or one whose folder is absent or read-only."""
+    for name in names:
+        if name is None:
+            continue
+        path = Path(name)
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; a file name is needed")
+        if not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise ValueError(f"{path}: the folder {path.parent} cannot be written to")
