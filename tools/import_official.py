@@ -67,7 +67,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
     raw = path.read_bytes()
     try:
         return _parsed(path, raw)
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (
+        struct.error,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+    ) as error:
         raise GoldenError(f"{path}: no readable safetensors file ({error}); copy the recording again") from None
 
 
@@ -184,7 +192,9 @@ def _check_target(dst: Path) -> None:
     own |= {body["weights"]["file"] for body in manifests.values()}
     if foreign := sorted(path.name for path in dst.iterdir() if path.name not in own):
         some = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-        raise GoldenError(f"{dst}: holds {some}, no part of a golden set; an import replaces the folder: choose another")
+        raise GoldenError(
+            f"{dst}: holds {some}, no part of a golden set; an import replaces the folder: choose another"
+        )
 
 
 class _Recording:

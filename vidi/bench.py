@@ -170,7 +170,6 @@ def _profiles(fast: Any, batch: Any, device: Any) -> dict[str, Any]:
 
 def _write(path: Path | None, report: dict[str, Any]) -> None:
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,7 @@ def test_measured_faults_are_among_them() -> None:
     assert [re.split(r"\s+\{", line)[0] for line in lines if line.strip()] == list(faults.MEASURED)
 
 
+@pytest.mark.slow
 def test_seen_where_they_are(bench: faults.Bench) -> None:
     """Silent, seen, first at the own stage. The slow tier and `vidi faults` run them all."""
     verdicts = _judged(_sample(), bench)
@@ -84,16 +84,58 @@ def test_all_silent_all_seen_all_different(bench: faults.Bench) -> None:
     assert [v.fault.name for v in ran if not v.killed] == []
     assert sum(v.localised for v in ran) >= 0.95 * len(ran)
     assert faults.exit_code(verdicts) == 0
-    places = defaultdict(list)
-    for v in ran:
-        places[v.fault.case, v.dtype, v.stage].append(v)
-    twins = [
-        (a.fault.name, b.fault.name)
-        for found in places.values()
-        for a, b in itertools.combinations(found, 2)
-        if a.tensor is not None and b.tensor is not None and plant.same(a.tensor, b.tensor)
-    ]
-    assert twins == []
+    assert _twins(ran, bench) == []
+
+
+def _twins(ran: list[faults.Verdict], bench: faults.Bench) -> list[tuple[str, str]]:
+    """Pairs that patch one piece of code, or show at one stage of one case, and do the same to it: in the settings of
+    both, where these are different ones."""
+    found = []
+    for a, b in itertools.combinations([v for v in ran if v.crashed is None], 2):
+        one_target = set(map(_bare, a.fault.targets)) & set(map(_bare, b.fault.targets))
+        if (one_target or (_setting(a) == _setting(b) and a.stage == b.stage)) and (
+            _alike(a, _again(b, a, bench)) and _alike(_again(a, b, bench), b)
+        ):
+            found.append((a.fault.name, b.fault.name))
+    return found
+
+
+def _bare(target: str) -> str:
+    return target.partition("[")[0]
+
+
+def _setting(v: faults.Verdict) -> tuple[str, str, bool]:
+    return v.fault.case, v.dtype, v.fault.unpadded
+
+
+_AGAIN: dict[tuple[Any, ...], faults.Verdict] = {}
+
+
+def _again(v: faults.Verdict, other: faults.Verdict, bench: faults.Bench) -> faults.Verdict:
+    """The fault of ``v`` where ``other`` was planted."""
+    case, dtype, unpadded = setting = _setting(other)
+    if setting == _setting(v):
+        return v
+    if (v.fault.name, setting) not in _AGAIN:
+        with fingerprint.ieee():
+            moved = dataclasses.replace(v.fault, case=case, unpadded=unpadded)
+            _AGAIN[v.fault.name, setting] = judges.judge(moved, bench, dtype)
+    return _AGAIN[v.fault.name, setting]
+
+
+def _alike(a: faults.Verdict, b: faults.Verdict) -> bool:
+    """Both change nothing, or the same stage to the same tensor."""
+    if (a.killed, a.stage, a.crashed) != (b.killed, b.stage, b.crashed):
+        return False
+    return not a.killed or (a.tensor is not None and b.tensor is not None and plant.same(a.tensor, b.tensor))
+
+
+@pytest.mark.parametrize(("case", "dtype"), [("base", "float64"), ("novideo", "float64"), ("base", "float32")])
+def test_twins_are_found_in_any_setting(case: str, dtype: str, bench: faults.Bench) -> None:
+    eps = faults.FAULTS["norms.rms_eps"]
+    moved = dataclasses.replace(eps, name="t.twin", case=case, dtype=dtype)
+    verdicts = _judged([eps, moved, faults.FAULTS["norms.rms_centred"], faults.FAULTS["norms.rms_as_l2"]], bench)
+    assert _twins(verdicts, bench) == [("norms.rms_eps", "t.twin")]
 
 
 def test_a_fault_that_changes_nothing_is_not_seen(bench: faults.Bench) -> None:
@@ -150,7 +192,7 @@ def test_a_model_that_differs_already_is_refused(bench: faults.Bench, monkeypatc
 def test_patches_are_undone(bench: faults.Bench) -> None:
     model = bench.model("base", "float64")
     before = fold.pad, vars(unpad.Rows)["indices"], norm.EPS, model.bridge.llm_norm.weight.data_ptr()
-    names = ("bridge.pad_top_left", "unpadding.indices_off_by_one", "bridge.rms_eps", "bridge.llm_norm_one_percent")
+    names = ("bridge.pad_top_left", "unpadding.indices_off_by_one", "norms.rms_eps", "norms.llm_norm_one_percent")
     for name in names:
         with planted(faults.FAULTS[name], model):
             pass
@@ -179,7 +221,7 @@ def test_sites(site: str, target: str, at: bool) -> None:
 
 def test_expected_stage_comes_from_the_registry() -> None:
     """In pipeline order, of the case's own ids: a case without pictures sees a shared norm first in audio."""
-    rms = faults.FAULTS["bridge.rms_eps"]
+    rms = faults.FAULTS["norms.rms_eps"]
     assert expected_stage(rms, ["vision.pad", "vision.norm", "audio.norm"]) == "vision.norm"
     assert expected_stage(rms, ["audio.trim", "audio.norm"]) == "audio.norm"
     assert expected_stage(rms, ["rope.cos"]) is None
@@ -188,10 +230,10 @@ def test_expected_stage_comes_from_the_registry() -> None:
 
 
 def test_weakest_by_stage(bench: faults.Bench) -> None:
-    chosen = [faults.FAULTS[n] for n in ("bridge.rms_eps", "bridge.rms_centred", "bridge.pad_replicate")]
+    chosen = [faults.FAULTS[n] for n in ("norms.rms_eps", "norms.rms_centred", "bridge.pad_replicate")]
     verdicts = _judged(chosen, bench)
     weakest = faults.weakest_by_stage(verdicts)
-    assert weakest["vision.norm"][0] == "bridge.rms_eps"
+    assert weakest["vision.norm"][0] == "norms.rms_eps"
     assert weakest["vision.pad"] == ("bridge.pad_replicate", verdicts[2].margin)
 
 

@@ -49,6 +49,7 @@ def test_writing_it_needs_a_reason_and_no_pytest(goldens: Path, capsys: pytest.C
     assert not (goldens / "ledger.toml").exists()
 
 
+@pytest.mark.slow
 def test_it_is_exchanged_whole_and_entered(goldens: Path) -> None:
     case = opened(goldens)
     new = make_full_golden.restated(case, case.provenance["commit"])

@@ -336,6 +336,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 @pytest.mark.parametrize("place", ["shard", "index", "config"])
 def test_memory_stays_bounded(bomb: str, place: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_stored_result_is_of_these_sources() -> None:
         not_run(f"{', '.join(changed)} changed since the mutants ran: python tools/mutate.py --accept")
 
 
+@pytest.mark.slow
 def test_sample_is_drawn_by_seed() -> None:
     first, again = edits.sample(20, 3), edits.sample(20, 3)
     assert [m.spot for m, _ in first] == [m.spot for m, _ in again]
@@ -38,6 +39,7 @@ def test_sample_is_drawn_by_seed() -> None:
     assert len({source for _, source in first}) == 20
 
 
+@pytest.mark.slow
 def test_edits_leave_words_alone() -> None:
     """No docstring, annotation, import, `__all__`, raised error or message differs in any mutant of a sample."""
     for mutant, source in edits.sample(60, 5):

@@ -18,6 +18,7 @@ NAMES = ["small/base", "small/absent", "small/decode", "official/batch", "offici
 PLAIN = Setting("float32", ("small/absent",))
 
 
+@pytest.mark.slow
 def test_settings_move_bits_and_none_raises_an_alarm() -> None:
     plain = one_run.run(PLAIN, GOLDENS)
     assert plain["rows"]
@@ -45,6 +46,7 @@ def test_a_harmed_model_raises_alarms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["stage"] for row in found["rows"] if not row["ok"]} >= {"vision.space_to_depth", "logits"}
 
 
+@pytest.mark.slow
 def test_limits_reach_a_process_of_its_own() -> None:
     limited = Setting("float64", ("small/oneframe",), threads=2, aten="default", mkl="COMPATIBLE")
     with one_run.Server(GOLDENS) as server:

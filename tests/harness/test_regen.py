@@ -122,7 +122,9 @@ def test_before_any_float32_step_a_float32_ulp_is_a_change(stage: str) -> None:
     moved = regen_plan._compare_tensor(CASE, "official", stage, whole(value), value + 1e-9, value + 1e-9)
     assert moved is not None
     assert ids.before_float32(stage)
-    assert not any(map(ids.before_float32, ("vision.norm", "vision.pos_h.embed", "audio.norm", "layer.0.input", "logits")))
+    assert not any(
+        map(ids.before_float32, ("vision.norm", "vision.pos_h.embed", "audio.norm", "layer.0.input", "logits"))
+    )
 
 
 def test_stages_before_float32_are_those_of_the_tolerances() -> None:
@@ -146,7 +148,9 @@ def test_a_candidate_is_no_other_tensor_than_the_oracles(goldens: Path, tmp_path
 
     head = f"refused: {CASE}/none/{STAGE}: the candidate is"
     shape = list(right.shape)
-    assert said(STAGE, np.float32(1.5 * right)) == f"{head} float32 {shape}, the oracle's float64 {shape}: it is refused\n"
+    assert (
+        said(STAGE, np.float32(1.5 * right)) == f"{head} float32 {shape}, the oracle's float64 {shape}: it is refused\n"
+    )
     assert said(STAGE, right[:, :-1].copy()).startswith(f"{head} float64 [1, ")
     assert said("vision.nonsense", right) == (
         f"refused: {CASE}/none/vision.nonsense: the oracle computes no such stage; the candidate is refused\n"
@@ -208,6 +212,7 @@ def test_it_cannot_be_reached_from_pytest(goldens: Path, capsys: pytest.CaptureF
     assert _snapshot(goldens / "small") == before
 
 
+@pytest.mark.slow
 def test_it_never_loads_the_model(goldens: Path) -> None:
     loaded = _apart(
         "--goldens", goldens, "--case", CASE, "--accept", "--reason", "x",
@@ -299,6 +304,7 @@ def test_byte_identical_twice(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "ledger.toml").read_bytes() == (tmp_path / "two" / "ledger.toml").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_gate_sees_a_tolerance_without_ledger_entry(goldens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = {CASE: recipes.cases()[CASE]}
     monkeypatch.setattr(recipes, "cases", lambda: one)

@@ -275,7 +275,9 @@ def test_errors_stand_between_noise_and_fault(tmp_path: Path) -> None:
         {"expected_stage": "vision.mask", "dtype": "float64", "margin": None},
     ]
     (tmp_path / "noise.json").write_text(json.dumps(noise))
-    (tmp_path / "faults.json").write_text(json.dumps({"faults": faults}))
+    faults[0]["name"], low = "known", {"float32": {"margins": {"known": 5.0}}}
+    (tmp_path / "faults.json").write_text(json.dumps({"faults": faults, "dtypes": low}))
+    assert page.References.load(tmp_path, "float32").of("layer.1.t2t") == (None, 5.0)
     references = page.References.load(tmp_path, "float64")
     assert references.of("layer.1.t2t") == (1e-4, 100.0)
     assert references.of("vision.mask") == references.of("logits") == (None, None)

@@ -47,6 +47,7 @@ def test_sketches_are_linear_and_blocks_local() -> None:
     assert norms[1] == pytest.approx(np.linalg.norm(error), rel=0.2)
 
 
+@pytest.mark.slow
 def test_what_the_factored_form_resolves() -> None:
     """The measured spreads lie under the stated ones, and not far: a generator gone bad shows either way."""
 

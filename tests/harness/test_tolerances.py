@@ -152,6 +152,7 @@ def test_the_false_alarm_runs_were_made_with_this_code() -> None:
         not_run(f"false alarms: made from other code, {len(other)} files changed since: {', '.join(other)}")
 
 
+@pytest.mark.slow
 def test_the_code_of_a_judged_run(tmp_path: Path) -> None:
     code = model_code()
     assert {"vidi/bridge/fold.py", "vidi/decoder/layer.py", "vidi/parity/suite.py", "tools/one_run.py"} <= set(code)

@@ -13,7 +13,7 @@ from vidi.parity.ids import sort_ids
 __all__ = ["GOLDENS", "Task", "rows", "tasks", "text_of"]
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
-DTYPES = {"official": ("float32",), "small": ("float64", "float32", "bfloat16", "float16")}
+DTYPES = {"official": ("float32", "bfloat16", "float16"), "small": ("float64", "float32", "bfloat16", "float16")}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ def test_stage(task: runs.Task, stage: str, request: pytest.FixtureRequest) -> N
         pytest.fail(runs.text_of(task, row, request.node.nodeid), pytrace=False)
 
 
-@pytest.mark.parametrize(("task", "stages"), [pytest.param(t, stages, id=t.id("all"), marks=marks(t)) for t, stages in TASKS])
+@pytest.mark.parametrize(
+    ("task", "stages"), [pytest.param(t, stages, id=t.id("all"), marks=marks(t)) for t, stages in TASKS]
+)
 def test_every_stage_is_judged_once(task: runs.Task, stages: list[str]) -> None:
     """What the manifest holds, the run judges: no stage falls out unseen, and small cases feed every stage alone."""
     judged = runs.rows(task)

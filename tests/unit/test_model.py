@@ -186,6 +186,7 @@ def test_a_new_model_is_in_evaluation_mode():
     assert not VidiModel(tiny.config()).training
 
 
+@pytest.mark.slow
 def test_gradients_equal_finite_differences():
     """One number of every kind of parameter that feeds the loss, float64, central differences."""
     model = copy.deepcopy(tiny.model()).requires_grad_(True)

@@ -22,13 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("float64", "float32", "bfloat16", "float16"),
-        help="run every fault there, to see which are below its noise (default: each in its own dtype)",
+        help="run every fault there, to see which are below its noise; those named in faults.json may be (default: each in"
+        " its own dtype)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the verdicts as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 all killed and 95 % localised, 1 not, 2 unusable input."""
+    """Returns 0 all killed (but those known to be below the noise of --dtype) and 95 % localised, 1 not, 2 unusable."""
     import torch
 
     from vidi.parity import faults, store
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # tensors are small: threads would only wait for each other
     try:
         bench = faults.Bench.open(store.goldens_dir(args.goldens))
+        known = faults.stored.invisible(faults.stored.read(bench.goldens), args.dtype)
         verdicts = faults.judge_all(chosen, bench, args.dtype, progress)
     except (GoldenError, ValueError, OSError) as error:
         print(f"vidi faults: {error}", file=sys.stderr)
@@ -62,10 +64,10 @@ def run(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
     result = faults.as_json(verdicts, time.perf_counter() - start)
-    _print(verdicts, result, args.dtype)
+    _print(verdicts, result, args.dtype, known)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
-    return faults.exit_code(verdicts)
+    return faults.exit_code(verdicts, known)
 
 
 def _chosen(known: dict[str, Any], glob: str | None) -> list[Any]:
@@ -75,7 +77,7 @@ def _chosen(known: dict[str, Any], glob: str | None) -> list[Any]:
     return [fault for name, fault in known.items() if name in names]
 
 
-def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None) -> None:
+def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None, known: list[str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -83,10 +85,10 @@ def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None) -> No
     for column in ("fault", "first reported at", "expected", "error/tolerance", "verdict"):
         table.add_column(column, overflow="fold")
     for v in verdicts:
-        table.add_row(v.fault.name, v.stage or "-", v.expected_stage or "-", _margin(v), _verdict(v))
+        table.add_row(v.fault.name, v.stage or "-", v.expected_stage or "-", _margin(v), _verdict(v, known))
     out = Console()
     out.print(table)
-    for name, text in _named(verdicts).items():
+    for name, text in _named(verdicts, known).items():
         out.print(f"{name}: {text}", soft_wrap=True, highlight=False)
     low, median = result["minimum_margin"], result["median_margin"]
     out.print(
@@ -98,7 +100,7 @@ def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None) -> No
     )
 
 
-def _verdict(v: Any) -> str:
+def _verdict(v: Any, known: list[str]) -> str:
     if v.not_run:
         return f"NOT RUN: {v.not_run}"
     if v.crashed:
@@ -106,16 +108,18 @@ def _verdict(v: Any) -> str:
     if v.loud:
         return f"loud at {v.loud[0]}"
     if not v.killed:
-        return "NOT SEEN"
+        return "below the noise" if v.fault.name in known else "NOT SEEN"
     if v.localised:
         return "seen"
     return "seen, elsewhere" if v.stage != v.expected_stage else f"seen, also alone at {', '.join(v.strays)}"
 
 
-def _named(verdicts: list[Any]) -> dict[str, str]:
+def _named(verdicts: list[Any], known: list[str]) -> dict[str, str]:
     ran = [v for v in verdicts if v.not_run is None and v.silent]
     lists = {
-        "not seen": [v.fault.name for v in ran if not v.killed],
+        "not seen": [v.fault.name for v in ran if not v.killed and v.fault.name not in known],
+        "below the noise": [f"{v.fault.name} ({v.margin:.2f})" for v in ran if not v.killed and v.fault.name in known],
+        "seen, though known to be below the noise": [v.fault.name for v in ran if v.killed and v.fault.name in known],
         "margin under 2": [f"{v.fault.name} ({v.margin:.2f})" for v in ran if v.killed and v.margin < 2],
         "NOT RUN": [f"{v.fault.name} ({v.not_run})" for v in verdicts if v.not_run],
     }

@@ -52,12 +52,15 @@ class References:
         What is not there, or was measured in another dtype, stays empty."""
         noise = _read(folder / "noise.json").get("noise_by_stage", {}).get(dtype, {})
         weakest: dict[str, float] = {}
-        for fault in _read(folder / "faults.json").get("faults", []):
-            if any(fault.get(key) for key in ("crashed", "loud", "not_run")) or fault.get("dtype") != dtype:
+        planted = _read(folder / "faults.json")
+        lower = planted.get("dtypes", {}).get(dtype, {}).get("margins", {})  # those of another dtype that are seen here
+        for fault in planted.get("faults", []):
+            if any(fault.get(key) for key in ("crashed", "loud", "not_run")):
                 continue
-            if fault.get("expected_stage") and fault.get("margin") is not None:  # null: an exact stage differs
+            margin = fault.get("margin") if fault.get("dtype") == dtype else lower.get(fault.get("name"))
+            if fault.get("expected_stage") and margin is not None:  # null: an exact stage differs
                 key = stages.template_of(fault["expected_stage"])
-                weakest[key] = min(fault["margin"], weakest.get(key, math.inf))
+                weakest[key] = min(margin, weakest.get(key, math.inf))
         return cls({stage: ratio for stage, ratio in noise.items() if ratio is not None}, weakest)
 
     def of(self, stage: str) -> tuple[float | None, float | None]:

@@ -241,15 +241,21 @@ def forgive_ties(row: Row, stage: str, chained: Mapping[str, Tensor], targets: T
     mine, own = chained.get(f"{variant}.tokens"), chained.get(f"{variant}.nocache.logits")
     if not (isinstance(tokens, Whole) and isinstance(logits, Whole)) or mine is None or own is None:
         return row
-    error = np.abs(own.detach().cpu().double().numpy() - logits.array)
+    error, parted = np.abs(own.detach().cpu().double().numpy() - logits.array), set[int]()
     for b, golden_row in enumerate(tokens.array):
         found = mine[b].cpu().numpy()
         same = found[: len(golden_row)] == golden_row[: len(found)]
-        parting = int(np.argmin(same)) if not same.all() else None
-        if parting is not None:
+        if not same.all():
+            parting = int(np.argmin(same))
+            parted.add(b)
             second, first = np.sort(logits.array[b, parting])[-2:]
             if first - second > 2 * error[b, parting].max():
                 return row
+    lengths, ends, other = targets.get(f"{variant}.lengths"), chained.get(f"{variant}.lengths"), set[int]()
+    if isinstance(lengths, Whole) and ends is not None:
+        other = set(np.flatnonzero(ends.cpu().numpy() != lengths.array).tolist())
+    if not parted or other - parted:  # the same tokens, and another end: no tie says why
+        return row
     assert row.chained is not None
     tie = replace(
         row.chained, ok=True, problems=(), rule=replace(EXACT, why="parts only where two logits tie within the noise")

@@ -14,7 +14,7 @@ from vidi.fast import measure
 def test_bench_on_a_cpu(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    target = tmp_path / "out" / "bench.json"
+    target = tmp_path / "bench.json"
     args = parser.parse_args(
         ["--device", "cpu", "--frames", "2,3,4", "--plain", "2", "--max-new-tokens", "2", "--json", str(target)]
     )

@@ -108,6 +108,7 @@ def tower(state) -> AudioTower:
     return tower
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_two_implementations_agree_on_trained_weights(state, tower, record_property):
     try:

@@ -1,6 +1,7 @@
-"""Known faults, planted one by one, each in the code of one stage. By area: `towers`, `bridge`, `position`, `masks`, `audio`,
-`text`, `attention`, `decoder`, `unpadding`, `caches`, `decoding` hold the faults; `plant` says how one gets into the model,
-`judge` what the harness makes of it, `varlen` runs attention on unpadded rows.
+"""Known faults, planted one by one, each in the code of one stage. By area: `towers`, `bridge`, `norms`, `position`,
+`packing`, `masks`, `audio`, `text`, `rotation`, `attention`, `decoder`, `unpadding`, `caches`, `decoding` and `dtypes` hold
+the faults; `plant` says how one gets into the model, `judge` what the harness makes of it, `stored` what it made of all of
+them, `varlen` runs attention on unpadded rows.
 
 The 28 faults whose effect on the release's logits was measured are among them (`MEASURED`).
 """
@@ -16,7 +17,11 @@ from vidi.parity.faults import (
     decoding,
     dtypes,
     masks,
+    norms,
+    packing,
     position,
+    rotation,
+    stored,
     text,
     towers,
     unpadding,
@@ -35,10 +40,14 @@ __all__ = [
     "expected_stage",
     "judge_all",
     "planted",
+    "stored",
     "weakest_by_stage",
 ]
 
-_AREAS = (towers, bridge, position, masks, audio, text, attention, decoder, unpadding, caches, decoding, dtypes)
+_AREAS = (
+    *(towers, bridge, norms, position, packing, masks, audio, text),
+    *(rotation, attention, decoder, unpadding, caches, decoding, dtypes),
+)
 
 #: every fault by name, in data-flow order of the areas
 FAULTS: dict[str, Fault] = {
@@ -52,7 +61,7 @@ MEASURED: dict[str, str] = {
     "no final softcap": "decoding.no_final_softcap",
     "sliding window w instead of w+1 keys": "attention.window_one_short",
     "no sliding window": "attention.window_missing",
-    "mm rms_norm eps 1e-6 (all)": "bridge.rms_eps",
+    "mm rms_norm eps 1e-6 (all)": "norms.rms_eps",
     "no rms_norm on position embeddings": "position.embedding_not_normed",
     "gemma norm eps 1e-5": "decoder.norm_eps",
     "gelu tanh in projectors+pos mlps": "bridge.projector_gelu_tanh",
@@ -68,11 +77,11 @@ MEASURED: dict[str, str] = {
     "resize antialias=True": "bridge.resize_antialias",
     "resize bicubic": "bridge.resize_bicubic",
     "vision select_layer -1": "towers.hidden_state_last",
-    "rotary on cross attention": "attention.rope_on_stream",
+    "rotary on cross attention": "rotation.rope_on_stream",
     "kv mask ignored in cross attention": "masks.stream_mask_ignored",
     "cross attention scale off by 1%": "attention.scale_one_percent",
     "kv heads tiled instead of repeat_interleaved (xattn)": "attention.heads_tiled_cross",
     "streams not updated through the layers": "decoder.streams_not_updated",
-    "llm_norm 1% too large": "bridge.llm_norm_one_percent",
+    "llm_norm 1% too large": "norms.llm_norm_one_percent",
     "audio: one frame late before pooling": "audio.one_position_late",
 }

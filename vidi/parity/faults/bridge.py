@@ -1,5 +1,5 @@
-"""Faults between tower and tokens: pad, resize, fold, project, norm, pack (spec §3.2-3.9, §4.4), with every misreading that
-people had of the 4608 inputs of the projector."""
+"""Faults between tower and norm: pad, resize, fold, project (spec §3.2-3.5, §4.4), with every misreading that people had of
+the 4608 inputs of the projector."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 
+from vidi import precision
 from vidi.parity.faults.plant import plant
 
 
@@ -41,7 +42,10 @@ def pad_by_stretching(original: Any) -> Any:
 
 
 def _resize(**options: Any) -> Any:
-    return lambda grid, side: nnf.interpolate(grid, size=(side, side), **options)
+    def resize(grid: Any, side: int) -> Any:  # torch antialiases no half precision
+        return nnf.interpolate(grid.to(precision.promoted(grid.dtype)), size=(side, side), **options).to(grid.dtype)
+
+    return resize
 
 
 @plant("vidi.bridge.fold.resize", case="budget")
@@ -199,140 +203,3 @@ def audio_projector_gelu_tanh(original: Any) -> Any:
 def audio_projector_skipped(original: Any) -> Any:
     """The pooled features pass as they are: the convolution has changed the width already."""
     return lambda x: x
-
-
-@plant("vidi.bridge.norm.EPS")
-def rms_eps(original: float) -> float:
-    """Epsilon 1e-6, the decoder's, in every norm of the bridge (1e-5)."""
-    return 1e-6
-
-
-@plant("vidi.bridge.norm.rms")
-def rms_eps_outside(original: Any) -> Any:
-    """Epsilon added to the root in place of to the mean square."""
-    return lambda x: x / (x.square().mean(-1, keepdim=True).sqrt() + 1e-5)
-
-
-@plant("vidi.bridge.norm.rms")
-def rms_centred(original: Any) -> Any:
-    """The mean is subtracted, as in LayerNorm."""
-    return lambda x: original(x - x.mean(-1, keepdim=True))
-
-
-@plant("vidi.bridge.norm.rms")
-def rms_as_l2(original: Any) -> Any:
-    """The sum of squares in place of their mean."""
-    return lambda x: original(x) / x.shape[-1] ** 0.5
-
-
-@plant("vidi.bridge.norm.RMSNorm.forward")
-def norm_weight_plus_one(original: Any) -> Any:
-    """The bridge's weight taken as Gemma's, stored minus one."""
-    return lambda self, x: original(self, x) * (1 + 1 / self.weight)
-
-
-@plant("model.bridge.image_norm")
-def image_norm_without_weight(original: Any) -> Any:
-    """The weight of the image norm is not applied."""
-    module = original.__self__
-    return lambda x: original(x) / module.weight
-
-
-@plant("model.bridge.image_norm")
-def image_norm_is_audio_norm(original: Any, model: Any) -> Any:
-    """Image features normed with the audio norm's weight."""
-    return lambda x: model.bridge.audio_norm(x)
-
-
-@plant("model.bridge.audio_norm")
-def audio_norm_is_image_norm(original: Any, model: Any) -> Any:
-    """Audio features normed with the image norm's weight."""
-    return lambda x: model.bridge.image_norm(x)
-
-
-@plant("model.bridge.llm_norm.weight")
-def llm_norm_one_percent(original: Any) -> Any:
-    """The last norm's weight one percent too large."""
-    return original * 1.01
-
-
-@plant("model.bridge.llm_norm.weight")
-def llm_norm_initial(original: Any) -> Any:
-    """The last norm at its initial value: its weight was not loaded."""
-    return torch.full_like(original, 0.028976401314139366)
-
-
-@plant("model.bridge.llm_norm")
-def llm_norm_over_tokens(original: Any) -> Any:
-    """The last norm takes its mean over tokens in place of channels."""
-    module = original.__self__
-    return lambda x: module.weight * x * torch.rsqrt(x.square().mean(-2, keepdim=True) + 1e-5)
-
-
-@plant("vidi.bridge.pack.to_stream[norm]", case="absent")
-def llm_norm_not_masked(original: Any) -> Any:
-    """Tokens that are not kept are normed and passed on, not multiplied by the mask."""
-    from vidi.inputs import batch
-    from vidi.stream import Stream
-
-    def to_stream(rows: Any, tokens: Any, signal: Any, llm_norm: Any, modality: str, tap: Any) -> Any:
-        kept = original(rows, tokens, signal, llm_norm, modality, lambda i, x: i.endswith("llm_norm") or tap(i, x))
-        x = llm_norm(batch.pad_rows(list(rows.split(list(tokens)))))
-        tap(f"{modality}.llm_norm", x)
-        return Stream(x, kept.keep_BL)
-
-    return to_stream
-
-
-@plant("vidi.bridge.pack.to_stream[split]")
-def samples_exchanged(original: Any) -> Any:
-    """The token counts of the samples stand in the wrong order."""
-    return lambda rows, tokens, *rest: original(rows, list(tokens)[::-1], *rest)
-
-
-@plant("vidi.bridge.visual._frame_tokens[flatten]")
-def flattened_columns_first(original: Any) -> Any:
-    """Flattened in the order (t, w, h)."""
-    return lambda *given: original(*given).transpose(1, 2)
-
-
-@plant("vidi.bridge.visual._frame_tokens[flatten]")
-def flattened_backwards(original: Any) -> Any:
-    """Rows of a frame from the bottom up."""
-    return lambda *given: original(*given).flip(1)
-
-
-@plant("vidi.bridge.visual._frame_tokens[flatten]")
-def flattened_time_last(original: Any) -> Any:
-    """Flattened in the order (h, w, t): the frames of all videos interleave."""
-
-    def frame_tokens(*given: Any) -> Any:
-        x = original(*given)
-        return x.permute(1, 2, 0, 3).reshape(x.shape)
-
-    return frame_tokens
-
-
-@plant("vidi.inputs.batch.pad_rows")
-def padded_at_the_left(original: Any) -> Any:
-    """Streams padded at the left."""
-
-    def pad_rows(rows: Any, length: int | None = None) -> Any:
-        padded = original(rows, length)
-        return torch.stack([x.roll(len(x) - len(row), 0) for x, row in zip(padded, rows, strict=True)])
-
-    return pad_rows
-
-
-@plant("vidi.inputs.batch.pad_rows")
-def padded_with_last_row(original: Any) -> Any:
-    """Padding holds the last token: features are padded before the mask is computed from them."""
-
-    def pad_rows(rows: Any, length: int | None = None) -> Any:
-        padded = original(rows, length).clone()
-        for x, row in zip(padded, rows, strict=True):
-            if len(row):
-                x[len(row) :] = row[-1]
-        return padded
-
-    return pad_rows

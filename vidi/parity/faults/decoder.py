@@ -189,7 +189,7 @@ def stream_keys_normed_twice(original: Any) -> Any:
     return lambda self, s: original(self, self.input_norm(s))
 
 
-@plant(LAYER + "text_to_stream")
+@plant(LAYER + "text_to_stream[output]")
 def stream_output_halved(original: Any) -> Any:
     """Cross-attention passes a gate of 1/2, as in Flamingo-like models."""
     return lambda self, *given: original(self, *given) / 2

@@ -231,3 +231,17 @@ def token_fed_late(original: Any) -> Any:
             del model.step
 
     return greedy
+
+
+@plant(f"{GREEDY}[lengths]", case="decode")
+def padding_counts_as_answer(original: Any) -> Any:
+    """A row that has stopped goes on with padding until all have."""
+
+    def greedy(model: Any, batch: Any, **rest: Any) -> Any:
+        found = original(model, batch, **rest)
+        stop, longest = model.config.end_of_turn_id, max(map(len, found.tokens))
+        rows = [row + [stop] * ended for row, ended in zip(found.tokens, found.stopped, strict=True)]
+        tokens = [row + [model.config.pad_id] * (longest - len(row)) for row in rows]
+        return dataclasses.replace(found, tokens=tokens, stopped=[False] * len(rows))
+
+    return greedy

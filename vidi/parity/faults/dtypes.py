@@ -17,7 +17,23 @@ def sinusoid_in_float64(original: Any) -> Any:
     return lambda p, freq: original(p.double(), freq.double()).to(p.dtype) if p.max() > 1 else original(p, freq)
 
 
-@plant("vidi.bridge.position.positions[t_a]", case="official/single", dtype=SINGLE)
+def _for_audio(original: Any, positions: Any) -> Any:
+    """Embeddings whose positions are others for audio alone: positions themselves do not know what they are for."""
+
+    def embed(module: Any, axis: str, *given: Any) -> Any:
+        from vidi.bridge import position
+
+        right = position.positions
+        position.positions = positions if axis.startswith("t_a") else right
+        try:
+            return original(module, axis, *given)
+        finally:
+            position.positions = right
+
+    return embed
+
+
+@plant("vidi.bridge.position.embed[t_a]", case="official/single", dtype=SINGLE)
 def positions_step_first(original: Any) -> Any:
     """Positions as i·((P-1)/(L-1)): another rounding of each (five frames are spared, fifteen audio tokens are not)."""
 
@@ -25,13 +41,17 @@ def positions_step_first(original: Any) -> Any:
         index = torch.arange(length, dtype=dtype)
         return index * ((torch.tensor(extent, dtype=dtype) - 1) / max(length - 1, 1))
 
-    return positions
+    return _for_audio(original, positions)
 
 
-@plant("vidi.bridge.position.positions[t_a]", case="official/silent", dtype=SINGLE)
+@plant("vidi.bridge.position.embed[t_a]", case="official/silent", dtype=SINGLE)
 def positions_by_linspace(original: Any) -> Any:
     """Positions by torch.linspace (two and four frames are spared, ten audio tokens are not)."""
-    return lambda length, extent, dtype, noise=None: torch.linspace(0, extent - 1, length, dtype=dtype)
+
+    def positions(length: int, extent: int, dtype: Any, noise: Any = None) -> Any:
+        return torch.linspace(0, extent - 1, length, dtype=dtype)
+
+    return _for_audio(original, positions)
 
 
 @plant("vidi.bridge.position.PositionEmbedding.forward[t]", dtype=HALF)
@@ -145,7 +165,7 @@ def factor_not_rounded(original: Any) -> Any:
 
 
 @plant("vidi.precision.sqrt_in", dtype="float16")
-def factor_not_rounded_fp16(original: Any) -> Any:
+def factor_rounded_to_bf16(original: Any) -> Any:
     """sqrt(D) rounded to bf16 in an fp16 model."""
     return lambda value, dtype: original(value, torch.bfloat16)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -120,3 +121,39 @@ def text_mask_shifted(original: Any) -> Any:
         return original(self, q, k, v, keep_q=keep_q and Rows(keep_q.keep_BL.roll(1, 1)), **rest)
 
     return attend
+
+
+STREAM = "vidi.decoder.layer.DecoderLayer.text_to_stream"
+
+
+@plant(f"{STREAM}[text mask]")
+def text_mask_of_other_sample(original: Any) -> Any:
+    """Cross-attention is handed the text mask of another sample."""
+
+    def text_to_stream(self: Any, n: Any, text: Any, *rest: Any) -> Any:
+        wrong = text.rows and Rows(text.rows.keep_BL.flip(0))
+        return original(self, n, dataclasses.replace(text, rows=wrong), *rest)
+
+    return text_to_stream
+
+
+@plant(f"{STREAM}[stream mask]")
+def stream_mask_by_length(original: Any) -> Any:
+    """Cross-attention is handed a mask one token too long."""
+
+    def text_to_stream(self: Any, n: Any, text: Any, keys: Any, *rest: Any) -> Any:
+        keep = keys.rows.keep_BL
+        longer = Rows(keep | keep.roll(1, 1))
+        return original(self, n, text, dataclasses.replace(keys, rows=longer), *rest)
+
+    return text_to_stream
+
+
+@plant(f"{STREAM}[stream mask]")
+def stream_mask_inverted(original: Any) -> Any:
+    """Cross-attention is handed the mask of padding."""
+
+    def text_to_stream(self: Any, n: Any, text: Any, keys: Any, *rest: Any) -> Any:
+        return original(self, n, text, dataclasses.replace(keys, rows=Rows(~keys.rows.keep_BL)), *rest)
+
+    return text_to_stream

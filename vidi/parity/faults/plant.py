@@ -16,7 +16,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch import nn
 from vidi.model import VidiModel
 from vidi.parity import stages
 
-__all__ = ["Fault", "expected_stage", "own_stages", "plant", "planted"]
+__all__ = ["Fault", "expected_stage", "other_uses", "own_stages", "plant", "planted", "same"]
 
 Make = Callable[..., Any]  #: the original (and the model, if it takes two) -> what stands in its place
 
@@ -160,6 +160,13 @@ def own_stages(fault: Fault, stage_ids: Iterable[str]) -> list[str]:
         if any(_is_at(site, target) for site in sites for target in fault.targets):
             own.append(stage_id)
     return own
+
+
+def other_uses(fault: Fault, stage_ids: Iterable[str]) -> list[str]:
+    """Those of ``stage_ids`` that run the code which the fault patches, for a purpose that its brackets leave out."""
+    bare = replace(fault, targets=tuple(_split(target)[0] for target in fault.targets))
+    own = set(own_stages(fault, stage_ids))
+    return [stage_id for stage_id in own_stages(bare, stage_ids) if stage_id not in own]
 
 
 def expected_stage(fault: Fault, stage_ids: Iterable[str]) -> str | None:

@@ -154,6 +154,12 @@ def height_and_width_exchanged(original: Any, model: Any) -> Any:
     return lambda *given: type(other).forward(other, *given)
 
 
+@plant("model.bridge.pos_w.fc1.bias")
+def width_without_bias(original: Any) -> Any:
+    """The first bias of the width's MLP left out."""
+    return torch.zeros_like(original)
+
+
 @plant("vidi.bridge.position.embed[t_a]")
 def audio_time_in_visual_steps(original: Any) -> Any:
     """An audio token's time counts from the end of a grid one longer: the audio is taken for one frame more."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from vidi.parity.faults.plant import plant
+from vidi.tap import no_tap
 
 
 @plant("vidi.decoder.decoder.Decoder.embed_tokens")
@@ -117,7 +119,36 @@ def factor_is_width(original: Any) -> Any:
     return lambda self, x: x * self.config.hidden_size
 
 
-@plant("vidi.precision.sqrt_in")
-def factor_rounded_to_half(original: Any) -> Any:
-    """The factor rounded to bf16 in every model."""
-    return lambda value, dtype: original(value, torch.bfloat16)
+@plant("vidi.decoder.decoder.Decoder.forward[v]")
+def visual_factor_omitted(original: Any) -> Any:
+    """The visual stream alone misses the factor sqrt(D)."""
+    return _stream_times("v", -0.5, original)
+
+
+@plant("vidi.decoder.decoder.Decoder.forward[a]")
+def audio_factor_twice(original: Any) -> Any:
+    """The audio stream alone carries the factor sqrt(D) twice."""
+    return _stream_times("a", 0.5, original)
+
+
+def _stream_times(modality: str, power: float, original: Any) -> Any:
+    def forward(self: Any, embeds: Any, rows: Any, streams: Any, **rest: Any) -> Any:
+        factor = self.config.hidden_size**power
+        scaled = {m: dataclasses.replace(s, x_BLD=s.x_BLD * factor) if m == modality else s for m, s in streams.items()}
+        return original(self, embeds, rows, scaled, **rest)
+
+    return forward
+
+
+@plant("vidi.model.VidiModel.embed_text[mask]")
+def mask_counts_padding(original: Any) -> Any:
+    """One row of padding counts as text: the mask that goes on is one token too long."""
+    from vidi.attention.unpad import Rows
+
+    def embed_text(self: Any, batch: Any, tap: Any = no_tap) -> Any:
+        embeds, rows, labels = original(self, batch, lambda i, x: i == "text.mask" or tap(i, x))
+        longer = rows.keep_BL | rows.keep_BL.roll(1, 1)
+        tap("text.mask", longer)
+        return embeds, Rows(longer), labels
+
+    return embed_text

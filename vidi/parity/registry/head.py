@@ -75,6 +75,6 @@ STAGES: tuple[Stage, ...] = (
         "§7",
         "logits of decoding step by step, equal to those of whole passes",
     ),
-    Stage("{n}.tokens", ("logits",), _elsewhere, ("vidi.generate.greedy",), "§2", "what greedy decoding says"),
-    Stage("{n}.lengths", ("logits",), _elsewhere, ("vidi.generate.greedy",), "§2", "where each row stops"),
+    Stage("{n}.tokens", ("logits",), _elsewhere, ("vidi.generate.greedy[tokens]",), "§2", "what greedy decoding says"),
+    Stage("{n}.lengths", ("logits",), _elsewhere, ("vidi.generate.greedy[lengths]",), "§2", "where each row stops"),
 )

@@ -16,7 +16,9 @@ CROSS = ("vidi.attention.eager.[cross]", "vidi.attention.dispatch.[cross]", "vid
 SELF = ("vidi.attention.eager.[self]", "vidi.attention.dispatch.[self]", "vidi.attention.mask.zero_rows")
 NORM = (code.DECODER + "norm.", code.LAYER_PART + "input_norm", code.LAYER_PART + "attention")
 QUERIES = (code.ATTENTION + "queries", *NORM)
-STREAM_KEYS = (code.LAYER + "stream_keys_values", code.ATTENTION + "keys_values", *NORM)
+KEYS_VALUES = (code.ATTENTION + "keys_values", *NORM)
+STREAM_KEYS = (code.LAYER + "stream_keys_values", *KEYS_VALUES)
+TO_STREAM = code.LAYER + "text_to_stream"
 FEED = (
     code.LAYER + "feed_forward",
     code.DECODER + "mlp.",
@@ -93,7 +95,7 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.q",
         ("layer.{i}.input",),
         lambda s: s.layer.attention.queries(s.layer.input_norm(s["layer.{i}.input"])).transpose(1, 2),
-        QUERIES,
+        (TO_STREAM + "[queries]", *QUERIES),
         "§7",
         "queries, not rotated",
     ),
@@ -101,7 +103,7 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.k",
         ("{stream}",),
         lambda s: _xattn_key(s, 0),
-        STREAM_KEYS,
+        (code.LAYER + "stream_keys_values[keys]", *KEYS_VALUES),
         "§7",
         "stream keys, not rotated; recorded with heads repeated",
     ),
@@ -109,10 +111,11 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.v",
         ("{stream}",),
         lambda s: _xattn_key(s, 1),
-        STREAM_KEYS,
+        (code.LAYER + "stream_keys_values[values]", *KEYS_VALUES),
         "§7",
         "stream values; recorded with heads repeated",
     ),
+    # Recorded beside the attention, told from the masks after the run: a wrong mask in attention shows in `out`.
     Stage("xattn.{i}.{m}.q_mask", ("text.mask",), lambda s: s["text.mask"], (), "§9", "the text mask"),
     Stage("xattn.{i}.{m}.kv_mask", ("{path}.mask",), lambda s: s["{path}.mask"], (), "§9", "the stream's mask"),
     *(
@@ -138,7 +141,13 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.out",
         ("xattn.{i}.{m}.q", "xattn.{i}.{m}.k", "xattn.{i}.{m}.v", "text.mask", "{path}.mask"),
         _xattn_out,
-        (code.ATTENTION + "attend_stream", "vidi.attention.unpad.", *CROSS),
+        (
+            code.ATTENTION + "attend_stream",
+            TO_STREAM + "[text mask]",
+            TO_STREAM + "[stream mask]",
+            "vidi.attention.unpad.",
+            *CROSS,
+        ),
         "§7",
         "cross-attention, before the output projection",
     ),
@@ -147,7 +156,7 @@ STAGES: tuple[Stage, ...] = (
         ("layer.{i}.input", "rope.cos", "rope.sin", "text.mask", "{stream}", "{path}.mask"),
         lambda s: s.layer.text_to_stream(s.layer.input_norm(s["layer.{i}.input"]), s.text, s.keys, s.places["m"]),
         (
-            code.LAYER + "text_to_stream",
+            TO_STREAM,
             code.ATTENTION + "attend_stream",
             code.ATTENTION + "output",
             "vidi.attention.unpad.",

@@ -1,0 +1,180 @@
+"""Do the known faults cover every stage, are their brackets kept, and is their stored result today's?"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.not_run import not_run
+from tools import measure_faults, measure_noise
+from vidi.commands import faults as command
+from vidi.parity import faults, fingerprint, stages, store
+from vidi.parity.faults import judge as judges
+from vidi.parity.faults import plant, stored
+from vidi.parity.faults.plant import Fault
+
+GOLDENS = store.goldens_dir()
+WITHOUT = {
+    "layer.{i}.t2{m}.gate": "told from the mask beside the layer; nothing reads it, so no code of it can be wrong",
+    "xattn.{i}.{m}.q_mask": "told from the text mask after the run; what attention received shows in out",
+    "xattn.{i}.{m}.kv_mask": "told from the stream's mask after the run; what attention received shows in out",
+}
+
+
+@pytest.fixture(scope="module")
+def bench() -> faults.Bench:
+    return faults.Bench.open(GOLDENS)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    found = stored.read(GOLDENS)
+    assert found is not None, "python tools/measure_faults.py --measure"
+    return found
+
+
+def _ids(fault: Fault, bench: faults.Bench) -> list[str]:
+    with fingerprint.ieee():
+        return [row.stage for row in bench.clean(fault.case, fault.dtype, fault.unpadded).rows]
+
+
+@pytest.mark.slow
+def test_every_stage_has_a_fault_that_must_be_reported_there(bench: faults.Bench) -> None:
+    planted = [fault for fault in faults.FAULTS.values() if not fault.cuda]
+    first = {plant.expected_stage(fault, _ids(fault, bench)) for fault in planted}
+    assert None not in first
+    covered = {stages.template_of(stage) for stage in first if stage}
+    assert {stage.template for stage in stages.STAGES} - covered == set(WITHOUT)
+
+
+def test_other_uses_are_those_that_the_brackets_leave_out() -> None:
+    ids = ["vision.pos_h", "vision.pos_w", "audio.pos_t", "logits"]
+    height = Fault("t.h", "H.", ("vidi.bridge.position.add[h]",), lambda original: original)
+    assert plant.other_uses(height, ids) == ["vision.pos_w", "audio.pos_t"]
+    everywhere = Fault("t.all", "A.", ("vidi.bridge.position.add",), lambda original: original)
+    assert plant.other_uses(everywhere, ids) == []
+
+
+@pytest.mark.parametrize("leak", [0.0, 1e-13])
+def test_brackets_limit_a_fault(leak: float, bench: faults.Bench) -> None:
+    """What the tolerances forgive (1e-13 of a value) a bracket does not."""
+
+    def make(original: Any) -> Any:
+        def add(x: Any, embed: Any) -> Any:
+            return x if embed.ndim == 4 and embed.shape[1] > 1 else original(x, embed) * (1 + leak)
+
+        return add
+
+    fault = Fault("t.height_dropped", "H.", ("vidi.bridge.position.add[h]",), make)
+    (verdict,) = faults.judge_all([fault], bench)
+    assert (verdict.stage, verdict.killed) == ("vision.pos_h", True)
+    assert verdict.localised is not bool(leak)
+    assert set(verdict.strays) == ({"vision.pos_w", "vision.pos_t", "audio.pos_t"} if leak else set())
+
+
+def test_rows_that_end_elsewhere_are_no_tie(bench: faults.Bench) -> None:
+    """The same tokens, another length: two equal logits would excuse other tokens, not this."""
+    (verdict,) = faults.judge_all([faults.FAULTS["decoding.padding_counts_as_answer"]], bench)
+    assert verdict.stage == "decode.lengths"
+
+
+def test_stored_result(document: dict[str, Any]) -> None:
+    verdicts = {fault["name"]: fault for fault in document["faults"]}
+    assert list(verdicts) == list(faults.FAULTS)
+    ran = [fault for fault in verdicts.values() if not fault.get("not_run")]
+    assert document["total"] == len(ran) >= 100
+    assert document["killed"] == sum(fault["killed"] for fault in ran) == len(ran)
+    localised = sum(fault["stage"] == fault["expected_stage"] and not fault.get("strays") for fault in ran)
+    assert document["localised"] == localised >= judges.LOCALISED * len(ran)
+    assert {name for name in verdicts if verdicts[name].get("not_run")} == {
+        fault.name for fault in faults.FAULTS.values() if fault.cuda
+    }
+    assert document["crashed"] == document["loud"] == 0
+
+
+@pytest.mark.parametrize("dtype", stored.LOWER)
+def test_stored_result_in_lower_precision(dtype: str, document: dict[str, Any]) -> None:
+    """Every fault of wrong mathematics is seen there, or named as below the noise; no more than a tenth are."""
+    own = document["dtypes"][dtype]
+    value = {fault.name for fault in faults.FAULTS.values() if fault.dtype == "float64"}
+    assert set(own["margins"]) | set(own["invisible"]) == value
+    assert own["killed"] == len(own["margins"])
+    assert own["localised"] >= judges.LOCALISED * own["killed"]
+    assert all(margin is None or margin > 1 for margin in own["margins"].values())
+    assert all(margin <= 1 for margin in own["invisible"].values())
+    assert len(own["invisible"]) <= (0 if dtype == "float32" else len(value) / 10)
+
+
+def test_stored_result_is_current(document: dict[str, Any]) -> None:
+    assert measure_faults.stale(document, GOLDENS) == []
+
+
+def test_a_change_makes_the_stored_result_stale(document: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    known = measure_faults.made_from(GOLDENS)
+    changed = {**known, "small/base": "0", "vidi/parity/faults/new.py": "1"}
+    monkeypatch.setattr(measure_faults, "made_from", lambda goldens: changed)
+    said = measure_faults.stale({"made_from": known}, GOLDENS)
+    assert [line.split(" has")[0] for line in said] == ["small/base", "vidi/parity/faults/new.py"]
+
+
+def test_no_tolerance_reaches_the_weakest_fault() -> None:
+    if not (GOLDENS / "noise.json").exists():
+        not_run("goldens/noise.json is missing: python tools/measure_noise.py --measure")
+    weakest = measure_noise.faults_of(GOLDENS)
+    assert weakest is not None
+    assert len({template for _, template in weakest}) >= len(stages.STAGES) - len(WITHOUT) - 1
+    assert measure_noise.overlaps(measure_noise.read(GOLDENS / "noise.json"), weakest) == []
+
+
+def test_faults_may_leave_the_noise_and_not_enter_it() -> None:
+    def holding(seen: list[str], unseen: list[str]) -> dict[str, Any]:
+        return {"dtypes": {"bfloat16": {"margins": dict.fromkeys(seen, 2.0), "invisible": dict.fromkeys(unseen, 0.5)}}}
+
+    old = holding(["a", "b"], ["c"])
+    assert measure_faults.grown(old, holding(["a", "b", "c"], ["new"])) == []
+    assert measure_faults.grown(old, holding(["a"], ["b", "c"])) == ["bfloat16 b"]
+    assert measure_faults.grown(old, holding(["a"], ["b", "c"]), ["bfloat16 b"]) == []
+    assert measure_faults.grown(None, holding([], ["a"])) == []
+
+
+def _run(*given: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(given))
+
+
+@pytest.mark.slow
+def test_command_excuses_what_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = ("--fault", "norms.rms_eps,bridge.pad_replicate", "--dtype", "bfloat16")
+    assert _run(*chosen) == 0
+    assert "below the noise: norms.rms_eps (0." in capsys.readouterr().out
+    for path in GOLDENS.iterdir():
+        if path.name != "faults.json":
+            (tmp_path / path.name).symlink_to(path)
+    assert _run(*chosen, "--goldens", str(tmp_path)) == 1
+    assert "not seen: norms.rms_eps" in capsys.readouterr().out
+
+
+def test_an_invisible_fault_is_excused_by_name_alone() -> None:
+    fault = faults.FAULTS["norms.rms_eps"]
+    seen = judges.Verdict(fault, "bfloat16", True, "vision.norm", "vision.norm", 5.0)
+    missed = judges.Verdict(fault, "bfloat16", False, None, "vision.norm", 0.5)
+    assert faults.exit_code([seen, missed], ["norms.rms_eps"]) == 0
+    assert faults.exit_code([seen, missed], ["another"]) == faults.exit_code([seen, missed]) == 1
+
+
+def test_goldens_stay_small() -> None:
+    assert (GOLDENS / "faults.json").stat().st_size < 120_000
+    assert sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()) < 25_000_000
