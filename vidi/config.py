@@ -270,10 +270,11 @@ class VidiConfig(_Checked):
         """Sizes for tests and the embedded checkpoint, chosen so that every feature bites.
 
         sqrt(40) is inexact in every dtype, the attention scale is not head_dim^-0.5, N·H differs from D, kv heads are
-        shared, the window is shorter than a prompt, the patch grid is odd, one audio piece is one second. The token budget
-        is the released one, which few frames do not reach: give ``visual_token_budget`` where the resize should act.
+        shared, the window is shorter than a prompt, the patch grid is odd, one audio piece is one second, and more than 16
+        frames pass the token budget.
         """
         return cls(
+            visual_token_budget=16 * 49,
             vision=VisionConfig(
                 image_size=26, patch_size=2, hidden_size=32, num_layers=3, num_heads=4, intermediate_size=64
             ),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from vidi.bridge import visual
 from vidi.config import AudioConfig, ConfigError, VidiConfig, VisionConfig
 
 # As the released checkpoint has it (spec §1).
@@ -161,3 +162,8 @@ def test_the_golden_configs_are_read():
     assert len(found) >= 17
     for raw in found:
         assert VidiConfig.from_official(raw).decoder.num_layers == raw["num_hidden_layers"]
+
+
+def test_the_tiny_budget_bites_past_sixteen_frames() -> None:
+    sides = [visual.groups([frames], VidiConfig.tiny())[0].side for frames in (16, 17)]
+    assert sides == [14, 12]
