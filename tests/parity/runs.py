@@ -10,7 +10,7 @@ from pathlib import Path
 from vidi.parity import feed, fingerprint, manifest, report, store, suite, tolerance
 from vidi.parity.ids import sort_ids
 
-__all__ = ["GOLDENS", "Task", "rows", "tasks", "text_of"]
+__all__ = ["GOLDENS", "Task", "rows", "run", "tasks", "text_of"]
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 DTYPES = {"official": ("float32", "bfloat16", "float16"), "small": ("float64", "float32", "bfloat16", "float16")}
@@ -42,20 +42,29 @@ def tasks() -> Iterator[tuple[Task, list[str]]]:
 
 
 @cache
-def rows(task: Task) -> Mapping[str, suite.Row]:
-    """The judged rows of a run by stage."""
+def run(task: Task) -> suite.CaseRun:
+    """The case through the model, judged."""
     with fingerprint.ieee():
         fingerprint.assert_ieee()
         case = store.open_case(GOLDENS / task.set, task.case)
         model = feed.load_model(case, feed.DTYPES[task.dtype], backend=task.backend)
         done, _ = suite.run_case(case, model, tolerance.load(GOLDENS), dtype=task.dtype)
     assert not done.not_run, f"not judged: {done.not_run}"
-    return {row.stage: row for row in done.rows}
+    return done
+
+
+@cache
+def rows(task: Task) -> Mapping[str, suite.Row]:
+    """The judged rows of a run by stage."""
+    return {row.stage: row for row in run(task).rows}
 
 
 def text_of(task: Task, row: suite.Row, test: str) -> str:
-    """What a failing test says: errors against budgets, local and inherited parts, and how to run just this again."""
+    """What a failing test says: errors against budgets, local and inherited parts, faults that look like this, and how to
+    run just this again."""
     shown = [r.text() for r in row.results if not r.ok]
+    if near := report.lookalikes(run(task), row.stage):
+        shown.append(f"looks like: {report.some(near)}")
     again = f"python -m pytest '{test}'"
     stage = row.stage.replace(".cached.", ".nocache.")
     command = f"vidi parity --case {task.set}/{task.case} --stage '{stage}' --dtype {task.dtype}"

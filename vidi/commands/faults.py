@@ -32,9 +32,15 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0 all killed (but those known to be below the noise of --dtype) and 95 % localised, 1 not, 2 unusable."""
     import torch
 
+    from vidi.commands import outputs
     from vidi.parity import faults, store
     from vidi.parity.golden import GoldenError
 
+    try:
+        outputs.check(args.json)
+    except ValueError as error:
+        print(f"vidi faults: {error}", file=sys.stderr)
+        return UNUSABLE
     chosen = _chosen(faults.FAULTS, args.fault)
     if not chosen:
         print(f"vidi faults: no fault matches {args.fault!r}: vidi faults --list names them", file=sys.stderr)

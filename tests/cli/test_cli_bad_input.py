@@ -1,0 +1,113 @@
+"""What is wrong with a command line is said before any work begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.media import make_video
+from vidi import device
+from vidi.checkpoint import load, synthetic
+from vidi.cli import INTERRUPTED, main
+from vidi.commands import outputs
+from vidi.config import VidiConfig
+from vidi.inputs import prompt
+from vidi.parity import dump, suite
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("nonsense", "is no device"), ("cuda:99", "CUDA devices"), ("meta", "runs on cpu and cuda")],
+)
+def test_a_device_that_is_not_there(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        device.check(name)
+    assert device.check("cpu") == torch.device("cpu")
+
+
+def test_a_path_that_cannot_become_a_file(tmp_path: Path) -> None:
+    outputs.check(None, tmp_path / "new.json")
+    with pytest.raises(ValueError, match="is a folder"):
+        outputs.check(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        outputs.check(tmp_path / "missing" / "new.json")
+
+
+@pytest.mark.parametrize("command", ["parity", "faults", "bench"])
+def test_a_wrong_output_path_ends_a_command_at_its_start(command: str, tmp_path: Path, capsys) -> None:
+    before = torch.get_num_threads()
+    assert main([command, "--json", str(tmp_path / "missing" / "x.json")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"vidi {command}: " in err
+    assert "there is no folder" in err
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("command", ["parity", "bench"])
+def test_a_wrong_device_ends_a_command_at_its_start(command: str, capsys) -> None:
+    assert main([command, "--device", "nonsense"]) == 2
+    assert "is no device" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command that would run: a video, a question, a checkpoint."""
+    folder = tmp_path_factory.mktemp("asked")
+    video = make_video(folder / "film.mp4")
+    tokenizer = {"tokenizer.json": prompt.tiny_tokenizer().to_str()}
+    synthetic.synth(folder / "tiny", VidiConfig.tiny(), extra=tokenizer)
+    return ["retrieve", str(video), "a car", "--checkpoint", str(folder / "tiny"), "--max-new-tokens", "3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--device", "nonsense"], "is no device"),
+        (["--fps", "0"], "fps is 0.0"),
+        (["--fps", "nan"], "fps is nan"),
+        (["--max-new-tokens", "0"], "at least 1"),
+        (["--max-new-tokens", "9000"], "8192 positions"),
+        (["--backend", "nonsense"], "unknown attention backend"),
+        (["--backend", "sdpa"], "cannot cap attention scores"),
+        (["--path", "fast", "--backend", "flex"], "kernels of its own"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
+)
+def test_retrieve_names_it_before_it_reads_weights(
+    asked: list[str], change: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def loaded(*_args: object, **_options: object) -> None:
+        raise AssertionError("weights were read first")
+
+    monkeypatch.setattr(load, "load", loaded)
+    assert main([*asked, *change]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err
+
+
+def test_both_paths_give_one_answer(asked: list[str], capsys) -> None:
+    answers = []
+    for path in ("plain", "fast"):
+        assert main([*asked, "--dtype", "float32", "--path", path]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+def test_an_interrupted_command_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def stopped(*_args: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "run", stopped)
+    assert main(["parity", "--case", "small/base"]) == INTERRUPTED
+    assert "vidi parity: interrupted" in capsys.readouterr().err
+
+
+def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "single.safetensors").mkdir()
+    with pytest.raises(ValueError, match="cannot be written"):
+        dump.Dump(tmp_path, ["single"]).write("single", {"logits": torch.zeros(2)})
+    assert [path.name for path in tmp_path.iterdir()] == ["single.safetensors"]
