@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch.nn.functional as nnf
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
@@ -21,8 +22,10 @@ from vidi.attention.unpad import Rows
 
 __all__ = ["COMPILATIONS", "SMALLEST_HEAD", "attend"]
 
-COMPILATIONS = 64  # in one process, before torch refuses another
+COMPILATIONS = 1024  # in one process, before torch refuses another; each golden case alone may need a dozen
 SMALLEST_HEAD = 16  # of the compiled kernel; columns of zeros change no score
+FEW_QUERIES = 128  # below, torch takes its decoding kernel, which splits the keys
+BLOCK = 128  # of a block mask, in queries and keys: torch's default
 
 Mod = Callable[..., Tensor]
 
@@ -50,45 +53,67 @@ def attend(
         # A masked key has weight 0, and 0 · NaN is NaN: what stands in padding must not matter.
         hidden = ~keep_k.keep_BL[:, :, None, None]
         k_BSGH, v_BSGH = k_BSGH.masked_fill(hidden, 0), v_BSGH.masked_fill(hidden, 0)
-    blocks = None
-    if keep_k is not None or q_pos_BT is not None:
-        blocks = flex.create_block_mask(
-            _sees(keep_k, q_pos_BT, window),
-            q_BTNH.shape[0],
-            None,
-            q_BTNH.shape[1],
-            k_BSGH.shape[1],
-            device=q_BTNH.device,
-        )
     head_dim = q_BTNH.shape[-1]
-    missing = 0 if on_cpu else max(SMALLEST_HEAD - head_dim, 0)
+    if not on_cpu and head_dim < SMALLEST_HEAD:
+        q_BTNH, k_BSGH, v_BSGH = (nnf.pad(x, (0, SMALLEST_HEAD - head_dim)) for x in (q_BTNH, k_BSGH, v_BSGH))
     run: Any = _uncompiled if on_cpu else _compiled()
-    # Sizes become symbols after their second value, but a cap or a window must stay a number: a kernel cannot read one from
-    # the host. So each dtype, head dim, cap, window and kind of mask is a compilation of its own.
-    with torch._dynamo.config.patch(recompile_limit=COMPILATIONS, specialize_int=True, specialize_float=True):
+    # Numbers become symbols after their second value. Lengths may; a cap must not: a kernel cannot read one from the host.
+    limits: dict[str, Any] = {"recompile_limit": COMPILATIONS, "accumulated_recompile_limit": COMPILATIONS}
+    with torch._dynamo.config.patch(**limits, specialize_float=True):
         out = run(
-            *(nnf.pad(x, (0, missing)).transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
+            *(x.transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
             score_mod=_capped(softcap),
-            block_mask=blocks,
+            block_mask=_listed(q_BTNH.shape[1], k_BSGH.shape[1], q_BTNH.device, _sees(keep_k, q_pos_BT, window)),
             scale=scale,
             enable_gqa=q_BTNH.shape[2] != k_BSGH.shape[2],
+            kernel_options=None if on_cpu else _launch_shape(q_BTNH.dtype, q_BTNH.shape[1]),
         )
     return mask.zero_rows(out[..., :head_dim].transpose(1, 2), keep_q)
 
 
-def _sees(keep_k: Rows | None, q_pos_BT: Tensor | None, window: int | None) -> Mod:
-    """`mask.sees` and the key mask, for one (sample, head, query, key): what flex_attention compiles."""
+def _sees(keep_k: Rows | None, q_pos_BT: Tensor | None, window: int | None) -> Mod | None:
+    """`mask.sees` and the key mask, for one (sample, head, query, key): what flex_attention compiles. None: every key."""
+    if keep_k is None and q_pos_BT is None:
+        return None
+    # On the device, because a kernel cannot read a number that torch has made a symbol.
+    reach = None if window is None or q_pos_BT is None else torch.full((), window, device=q_pos_BT.device)
 
     def sees(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         keep = s >= 0 if keep_k is None else keep_k.keep_BL[b, s]
         if q_pos_BT is not None:
             behind = q_pos_BT[b, t] - s
             keep = keep & (behind >= 0)
-            if window is not None:
-                keep = keep & (behind <= window)
+            if reach is not None:
+                keep = keep & (behind <= reach)
         return keep
 
     return sees
+
+
+def _listed(queries: int, keys: int, device: torch.device, sees: Mod | None) -> flex.BlockMask:
+    """A block mask that lists every block of keys and leaves the hiding to ``sees``: made in a fraction of the time that
+    looking for empty blocks takes, which text is too short to repay. Without one all keys would be a single block, which
+    the decoding kernel cannot split: one program would read them all, and add them up in one sum."""
+    rows, blocks = (-(-length // BLOCK) for length in (queries, keys))
+    return flex.BlockMask.from_kv_blocks(
+        torch.full((1, 1, rows), blocks, dtype=torch.int32, device=device),
+        torch.arange(blocks, dtype=torch.int32, device=device).expand(1, 1, rows, blocks).contiguous(),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(queries, keys),
+    )
+
+
+def _launch_shape(dtype: torch.dtype, queries: int) -> dict[str, int] | None:
+    """Where torch's own choice fails at head dim 256 (an H100, torch 2.11); elsewhere None, its choice."""
+    if dtype == torch.float32:
+        # An IEEE product is unrolled into single multiplications: wider tiles compile for minutes.
+        tiles = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
+        return dict.fromkeys(tiles, 16) | {"num_warps": 4, "num_stages": 1}
+    if queries < FEW_QUERIES:
+        # torch's two warps cannot hold the sums: 30 queries over 60,000 keys took 143 ms, so 3.3.
+        return {"fwd_BLOCK_N": 32, "fwd_num_warps": 4, "fwd_num_stages": 3}
+    return None
 
 
 @functools.cache
@@ -105,6 +130,8 @@ def _capped(cap: float | None) -> Mod | None:
 
 @functools.cache
 def _compiled() -> Any:
+    # Read again at each backward: with it on, a second one through the same graph is refused.
+    torch._functorch.config.donated_buffer = False
     # fullgraph: a graph break would run uncompiled, with a (T, S) matrix, in silence.
     return torch.compile(flex.flex_attention, fullgraph=True)
 

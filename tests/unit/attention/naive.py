@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "rounded"]
+__all__ = ["attention", "fused", "rounded"]
 
 
 def attention(
@@ -73,3 +73,34 @@ def rounded(
     if keep_BTS is not None:
         weights = weights.masked_fill(~keep_BTS[:, None], 0)
     return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def fused(
+    q_BTNH: Tensor,
+    k_BSGH: Tensor,
+    v_BSGH: Tensor,
+    d_out_BTNH: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    keep_BTS: Tensor | None = None,
+) -> list[Tensor]:
+    """Output and gradients of q, k and v by the formula of fused kernels, which keep no weights: a score's gradient is
+    weight · (dOut·v - dOut·out). Where a query sees one key the two are equal, and what is left is their rounding."""
+    groups = k_BSGH.shape[2]
+    q, d_out = (x.transpose(1, 2).unflatten(1, (groups, -1)) for x in (q_BTNH, d_out_BTNH))
+    k, v = (x.transpose(1, 2)[:, :, None] for x in (k_BSGH, v_BSGH))
+    scores = q @ k.mT * scale
+    slope = torch.ones_like(scores)
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1 - bent * bent
+    if keep_BTS is not None:
+        scores = scores.masked_fill(~keep_BTS[:, None, None], -1e30)
+    weights = scores.softmax(-1)
+    if keep_BTS is not None:
+        weights = weights.masked_fill(~keep_BTS[:, None, None], 0)
+    out = weights @ v
+    d_scores = weights * (d_out @ v.mT - (d_out * out).sum(-1, keepdim=True)) * slope * scale
+    d_k, d_v = ((x.mT @ y).sum(2).transpose(1, 2) for x, y in ((d_scores, q), (weights, d_out)))
+    return [out.flatten(1, 2).transpose(1, 2), (d_scores @ k).flatten(1, 2).transpose(1, 2), d_k, d_v]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu import test_gpu_attention as gpu
+from tests.unit.attention import naive
 from vidi.attention import dispatch
 
 CPU = torch.device("cpu")
@@ -58,3 +59,16 @@ def test_each_fault_is_red(fault: str, dtype: str) -> None:
 @pytest.mark.parametrize("case", [CROSS, TEXT], ids=["cross", "text"])
 def test_an_honest_kernel_is_green(case: Any, dtype: str) -> None:
     gpu.hold(case, "eager", gpu.DTYPES[dtype], CPU)
+
+
+@pytest.mark.parametrize("case", [CROSS, TEXT], ids=["cross", "text"])
+def test_the_formula_of_fused_kernels_is_the_gradient(case: Any) -> None:
+    tensors, options = gpu.cases.make(case)
+    d_out = torch.randn_like(tensors[0])
+    if "keep_q" in options:
+        d_out[~options["keep_q"].keep_BL] = 0
+    mine = naive.fused(
+        *tensors, d_out, scale=case.scale, softcap=case.softcap, keep_BTS=gpu.keep_of(case, options, CPU)
+    )
+    for found, wanted in zip(mine, gpu.outcomes(kernel(case), tensors, d_out), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
