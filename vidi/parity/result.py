@@ -16,9 +16,11 @@ class Rule:
 
     max, rms, row, head: budgets for max|d|, rms(d), the worst row's and head's rms(d). Each is widened by the floor:
     `floor_ulp` units in the last place (`eps`) at the scale of the row (its largest |x|). max_abs: an absolute budget
-    for max|d| that replaces the relative one. sums: budget for a sum over n values, divided by sqrt(n), where a golden
-    is known by sums too; None leaves sums unjudged (half-precision rounding is not independent from value to value, so
-    no multiple of sqrt(n) bounds it). zero_rows: rows of exact zeros must stay exact zeros.
+    for max|d| that replaces the relative one. rms, where row is set too: the worst row may err by its own budget beside
+    the rest. sums: budget for a sum over n values, divided by sqrt(n), where a golden is known by sums too; None leaves
+    sums unjudged (half-precision rounding is not independent from value to value, so no multiple of sqrt(n) bounds it).
+    bias_ulp: what a sum may be off beside that, in units in the last place of its sum of magnitudes. zero_rows: rows of
+    exact zeros must stay exact zeros.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Rule:
     head: float | None = None
     max_abs: float | None = None
     sums: float | None = None
+    bias_ulp: float = 0.0
     floor_ulp: float = 0.0
     eps: float = 0.0
     zero_rows: bool = True

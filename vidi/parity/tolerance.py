@@ -23,7 +23,7 @@ __all__ = ["KINDS", "METRICS", "Tolerances", "baseline_of", "gate_name", "load",
 METRICS = ("rms", "max", "row", "head")
 KINDS = ("chained", "isolated")  # from raw inputs, or fed the golden's inputs: each has baselines of its own
 _BUDGETS = {"max", "rms", "row", "head", "max_abs", *(f"c_{m}" for m in METRICS)}
-_NUMBERS = {*_BUDGETS, "sums", "floor_ulp", "eps"}
+_NUMBERS = {*_BUDGETS, "sums", "bias_ulp", "floor_ulp", "eps"}
 _FIELDS = {*_NUMBERS, "why", "like"}
 _TABLES = {"stage", "isolated"}  # inside a gate's own table
 
@@ -73,8 +73,8 @@ class Tolerances:
             if measured is None:
                 measured = self._baseline(gate, fields.get("like", stage), case, kind)
             budgets |= {m: c * measured[m] for m, c in factors.items() if m in measured}
-        floor: dict[str, Any] = {key: float(fields.get(key, 0.0)) for key in ("floor_ulp", "eps")}
-        return replace(Rule(gate, fields["why"]), **budgets, **floor)
+        ulps: dict[str, Any] = {key: float(fields.get(key, 0.0)) for key in ("bias_ulp", "floor_ulp", "eps")}
+        return replace(Rule(gate, fields["why"]), **budgets, **ulps)
 
     def _fields(self, gate: str, stage: str, kind: str) -> dict[str, Any]:
         table = self.gates[gate]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vidi import generate, loss
 from vidi.attention import unpad
@@ -29,6 +29,7 @@ from vidi.stream import Stream
 __all__ = ["Trace", "capture", "cross_attention", "decoding"]
 
 MODALITIES = {"v": "vision.mask", "a": "audio.mask"}
+LOSS_SCALE = 1024  # of float16: gradients of the recordings reach 23, those of scores go down to a millionth
 NEEDED = {*MODALITIES.values(), "text.mask", "text.labels"}  # read by what is derived after the run
 
 
@@ -143,9 +144,16 @@ def _losses(
         wanted = {stage: stage.removeprefix(f"grad.{name}.") for stage in grads if stage.startswith(f"grad.{name}.")}
         if wanted:
             parameters = [model.get_parameter(str(names.our_name(official))) for official in wanted.values()]
-            slopes = torch.autograd.grad(value, parameters, retain_graph=True)
-            out |= dict(zip(wanted, slopes, strict=True))
+            out |= dict(zip(wanted, _slopes(value, parameters, model.dtype), strict=True))
     return out
+
+
+def _slopes(value: Tensor, parameters: list[nn.Parameter], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Gradients of ``value``. In float16 those of a scaled loss, as float16 is trained: inside kernels that round the
+    scores' gradients they would underflow. The scale is a power of two and goes out again in float32."""
+    scale = LOSS_SCALE if dtype == torch.float16 else 1
+    slopes = torch.autograd.grad(value * scale, parameters, retain_graph=True)
+    return slopes if scale == 1 else tuple(slope.float() / scale for slope in slopes)
 
 
 def decoding(case: Case, model: feed.Runner) -> dict[str, Tensor]:
