@@ -171,15 +171,8 @@ class FastModel:
         x_SD, spans = stream_pass.flatten(streams, embeds_BTD)
         shape = (len(x_SD), 2 * config.num_kv_heads * config.head_dim)
         cross_SX = [x_SD.new_empty(shape) for _ in range(config.num_layers)]
-        x_SD *= precision.sqrt_in(config.hidden_size, self.dtype)
-        padded.stream_inputs(x_SD, spans)
-        record = padded.recorder(len(x_SD))
-        stream_pass.run(
-            *(x_SD, self.layers, config.rms_norm_eps, cross_SX),
-            chunk=self.stream_chunk,
-            last_stream=last_stream,
-            record=record,
-        )
+        # All that the host must ask or tell the device comes before the long pass: the text's launches then wait behind it,
+        # not the device for them.
         lengths = rows.lengths_B.tolist()
         cache = FastCache.empty(config, rows.lengths_B.long(), max(capacity, length), cross_SX, spans)
         cache.held = length
@@ -191,5 +184,14 @@ class FastModel:
             plans=[plan.make(n, p.visual, p.audio, self.device) for n, p in zip(lengths, cache.plans, strict=True)],
         )
         x_RD = self.plain.decoder.scaled(embeds_BTD.flatten(0, 1)[rows.indices])
+        x_SD *= precision.sqrt_in(config.hidden_size, self.dtype)
+        padded.stream_inputs(x_SD, spans)
+        record = padded.recorder(len(x_SD))
+        stream_pass.run(
+            *(x_SD, self.layers, config.rms_norm_eps, cross_SX),
+            chunk=self.stream_chunk,
+            last_stream=last_stream,
+            record=record,
+        )
         tap = padded.text_taps(cache)
         return text.run(x_RD, self.layers, self.final_norm_D, config, cache, line, tap), cache
