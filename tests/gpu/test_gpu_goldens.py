@@ -44,10 +44,6 @@ def run(name: tuple[str, str], backends: tuple[str, str], dtype: str, device: to
     case = store.open_case(GOLDENS / name[0], name[1])
     model = feed.load_model(case, feed.DTYPES[dtype], device, backends[0])
     model.tower_backend = backends[1]
-    # A constant of the goldens, also of those that hold logits alone; this machine's exp may give another one.
-    table = torch.from_numpy(load_file(GOLDENS / "pos_freq.safetensors")[str(model.config.decoder.hidden_size)])
-    for module in (model.bridge.pos_h, model.bridge.pos_w, model.bridge.pos_t):
-        module.freq_K = table
     return suite.run_case(case, model, tolerance.load(GOLDENS), dtype=dtype)[0]
 
 
@@ -70,7 +66,8 @@ def test_golden(
     done = run(name, BACKENDS[backend], dtype, device)
     compared = [r for row in done.rows for r in row.results]
     note("stages", len(done.rows))
-    note("worst error over budget", f"{max((r.ratio for r in compared), default=0):.3g}")
+    # A stage that is the machine's doing, its table of frequencies, is equal or not, and has no ratio.
+    note("worst error over budget", f"{max((r.ratio for r in compared if math.isfinite(r.ratio)), default=0):.3g}")
     assert compared, f"nothing was compared: {done.not_run}"
     assert not done.not_run, done.not_run
     assert not [r for r in compared if not r.ok], "\n".join(r.text() for r in compared if not r.ok)
