@@ -6,7 +6,8 @@ once. Sizes are those of a video through the full model; ``small`` ones serve a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,15 @@ from vidi.config import VidiConfig
 from vidi.decoder import decoder
 from vidi.decoder.layer import DecoderLayer
 from vidi.decoder.norm import GemmaNorm
-from vidi.fast import ops, streams, weights
+from vidi.fast import ops, plan, streams, twins, weights
+from vidi.fast.bridge import FastProjector
 
 __all__ = ["KERNELS", "Kernel", "Site"]
 
 HALF = torch.bfloat16
+CACHE_BYTES = (
+    200_000_000  # four times an H100's last level of cache: smaller weights take turns with copies of themselves
+)
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,12 @@ class Site:
 
 @dataclass(frozen=True)
 class Kernel:
-    """``variants`` by name, each a call without arguments; ``flops`` and ``nbytes`` of one call."""
+    """``variants`` by name, each a function without arguments that makes ``calls`` calls; flops and nbytes are one call's."""
 
     variants: dict[str, Callable[[], Any]]
     flops: int
     nbytes: int
+    calls: int = 1
 
 
 def attention(
@@ -92,16 +98,28 @@ def attention(
 
 
 def cross(site: Site, queries: int, keys: int) -> Kernel:
-    """Text to a video's tokens, as the decoder has it."""
-    return attention(
-        site,
-        ("flash", "flex"),
+    """Text to a video's tokens, as the decoder has it. ``fast`` attends to a handful of text keys beside them."""
+    keys = keys // 100 if site.small else keys
+    heads, groups, head_dim, cap = 16, 8, 256, 50.0
+    found = attention(
+        *(site, ("flash", "flex")),
         queries=queries,
-        keys=keys // 100 if site.small else keys,
-        heads=(16, 8),
-        head_dim=256,
-        softcap=50.0,
+        keys=keys,
+        heads=(heads, groups),
+        head_dim=head_dim,
+        softcap=cap,
     )
+    q, rotated = (site.randn(queries, heads * head_dim) for _ in range(2))
+    k, v = (site.randn(queries, groups, head_dim) for _ in range(2))
+    cross_SX, out = site.randn(keys, 2 * groups * head_dim), site.randn(3, queries, heads * head_dim)
+    pos = torch.arange(queries, device=site.device)
+    split = plan.make(queries, (0, keys), (keys, keys), site.device)
+    fused = ops.pick(site.device)
+
+    def fast() -> None:
+        fused.attend(q, rotated, pos, k, v, cross_SX, split, None, head_dim**-0.5, cap, out)
+
+    return dataclasses.replace(found, variants=found.variants | {"fast": fast})
 
 
 def self_text(site: Site) -> Kernel:
@@ -121,8 +139,7 @@ def self_text(site: Site) -> Kernel:
 
 def self_siglip(site: Site) -> Kernel:
     return attention(
-        site,
-        ("sdpa", "flash"),
+        *(site, ("sdpa", "flash")),
         samples=1 if site.small else 64,
         queries=729,
         keys=729,
@@ -151,15 +168,16 @@ def fold_projector(site: Site) -> Kernel:
     width_in, width_out = (32, 40) if site.small else (1152, 3584)
     frames = 2 if site.small else 64
     tower = site.randn(frames, 729, width_in)
-    projector = site.module(Projector(4 * width_in, width_out))
+    projector: Any = site.module(Projector(4 * width_in, width_out))
+    fused = FastProjector(projector)
 
-    def plain() -> Tensor:
-        return projector(fold.space_to_depth(fold.pad(tower)).permute(0, 2, 3, 1))
+    def run(module: nn.Module) -> Callable[[], Tensor]:
+        return lambda: module(fold.space_to_depth(fold.pad(tower)).permute(0, 2, 3, 1))
 
     tokens = frames * 14 * 14
     products = 4 * width_in * width_out + width_out**2
     return Kernel(
-        {"plain": plain},
+        {"plain": run(projector), "fast": run(fused)},
         flops=2 * tokens * products,
         nbytes=tower.nbytes + 2 * products + 2 * tokens * width_out,
     )
@@ -208,16 +226,116 @@ def stream_update(site: Site) -> Kernel:
     )
 
 
+# ---- one decoding step ----------------------------------------------------------------------------------------------
+
+
+def step(site: Site, height: int, width: int, call: Callable[[Any, Tensor], Any]) -> Kernel:
+    """A product of one decoding step. ``call(operations, weights)``: the twins are the plain variant.
+
+    A GPU runs all calls as one captured graph, as a step does: launched one by one they would wait for the host.
+    """
+    count = 2 if site.small else -(-CACHE_BYTES // (2 * height * width))
+    matrices = [site.randn(height, width) * width**-0.5 for _ in range(count)]
+
+    def variant(operations: Any) -> Callable[[], Any]:
+        return _captured(site, [lambda w=w: call(operations, w) for w in matrices])
+
+    return Kernel(
+        {"plain": variant(twins), "fast": variant(ops.pick(site.device))},
+        flops=2 * height * width,
+        nbytes=matrices[0].nbytes,
+        calls=count,
+    )
+
+
+@torch.inference_mode()
+def _captured(site: Site, calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    if site.device.type == "cpu":
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def step_qkv(site: Site) -> Kernel:
+    """Residual, norm, q k v, rotation, the new key and value into the cache."""
+    d = site.config.decoder
+    before, groups, head_dim = _before(site, 1), d.num_kv_heads, d.head_dim
+    q, rotated = (site.randn(d.num_heads * head_dim) for _ in range(2))
+    k, v = (site.randn(64, groups, head_dim) for _ in range(2))
+    cos, pos = site.randn(64, head_dim), torch.tensor([40], device=site.device)
+    return step(
+        *(site, (d.num_heads + 2 * groups) * head_dim, d.hidden_size),
+        lambda operations, w: operations.qkv_step(*before, w, pos, cos, cos, q, rotated, k, v),
+    )
+
+
+def step_gate_up(site: Site) -> Kernel:
+    """Sum of the three attentions, residual, norm, gate and up."""
+    d = site.config.decoder
+    before, out = _before(site, 3), site.randn(d.intermediate_size)
+    return step(
+        *(site, 2 * d.intermediate_size, d.hidden_size),
+        lambda operations, w: operations.gate_up_step(*before, w, out),
+    )
+
+
+def step_head(site: Site) -> Kernel:
+    """Residual, last norm, logits, their softcap."""
+    d = site.config.decoder
+    before, out = _before(site, 1), site.randn(d.vocab_size)
+    return step(
+        *(site, d.vocab_size, d.hidden_size),
+        lambda operations, w: operations.head_step(*before, w, d.final_softcap, out),
+    )
+
+
+def step_product(site: Site, rows: int) -> Kernel:
+    """Output projection of three attentions (3 rows), or the MLP's last product (1 row)."""
+    d = site.config.decoder
+    width = d.num_heads * d.head_dim if rows == 3 else d.intermediate_size
+    given, out = site.randn(rows, width), site.randn(rows, d.hidden_size)
+    return step(
+        *(site, d.hidden_size, width),
+        lambda operations, w: operations.product_step(given, w, out),
+    )
+
+
+def _before(site: Site, branches: int) -> tuple[Any, ...]:
+    """What each step's kernel starts with: x, branches to add, two norms, eps, and where the sum goes."""
+    d = site.config.decoder
+    width = d.hidden_size
+    return (
+        *(site.randn(width), site.randn(branches, width), site.randn(width), site.randn(width)),
+        *(d.rms_norm_eps, site.randn(width)),
+    )
+
+
 # Name -> (how to build it, its variants). A new fast kernel is one more name in its kernel's ``variants``.
 KERNELS: dict[str, tuple[Callable[[Site], Kernel], tuple[str, ...]]] = {
-    "cross-30q-60000": (lambda site: cross(site, 30, 60_000), ("plain", "flash", "flex")),
-    "cross-30q-126000": (lambda site: cross(site, 30, 126_000), ("plain", "flash", "flex")),
-    "decode-1q-60000": (lambda site: cross(site, 1, 60_000), ("plain", "flash", "flex")),
-    "decode-1q-126000": (lambda site: cross(site, 1, 126_000), ("plain", "flash", "flex")),
+    "cross-30q-60000": (lambda site: cross(site, 30, 60_000), ("plain", "flash", "flex", "fast")),
+    "cross-30q-126000": (lambda site: cross(site, 30, 126_000), ("plain", "flash", "flex", "fast")),
+    "decode-1q-60000": (lambda site: cross(site, 1, 60_000), ("plain", "flash", "flex", "fast")),
+    "decode-1q-126000": (lambda site: cross(site, 1, 126_000), ("plain", "flash", "flex", "fast")),
     "self-text-2048": (self_text, ("plain", "flash", "flex")),
     "self-siglip-64": (self_siglip, ("plain", "sdpa", "flash")),
     "unpad": (unpad_keys, ("plain", "unpad")),
-    "fold-projector": (fold_projector, ("plain",)),
+    "fold-projector": (fold_projector, ("plain", "fast")),
     "norm-residual": (norm_residual, ("plain", "fast")),
     "stream-update": (stream_update, ("plain", "fast")),
+    "step-qkv": (step_qkv, ("plain", "fast")),
+    "step-out": (lambda site: step_product(site, 3), ("plain", "fast")),
+    "step-gate-up": (step_gate_up, ("plain", "fast")),
+    "step-down": (lambda site: step_product(site, 1), ("plain", "fast")),
+    "step-head": (step_head, ("plain", "fast")),
 }

@@ -93,9 +93,8 @@ def test_kernel(name: str, variant: str, device: torch.device, ceilings: Ceiling
     if variant not in kernel.variants:
         not_run(f"{variant} cannot run {name} on {measure.device_name(device)}")
     with torch.inference_mode():
-        plain_ms = device_ms(kernel.variants["plain"], device)
         run = kernel.variants[variant]
-        ms = device_ms(run, device)
+        plain_ms, ms = (device_ms(x, device) / kernel.calls for x in (kernel.variants["plain"], run))
         benchmark.pedantic(run, rounds=ROUNDS if device.type == "cuda" else 2, warmup_rounds=1)
     benchmark.group = name
     benchmark.extra_info.update(
