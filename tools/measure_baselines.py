@@ -150,7 +150,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reason", default="")
     args = parser.parse_args(arguments)
     path = args.goldens / "baselines.json"
-    body: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     try:
         if args.accept and ("pytest" in sys.modules or not args.reason.strip()):
             raise GoldenError('baselines are written outside pytest and with --reason "..."')
@@ -160,32 +159,44 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown:
             raise GoldenError(f"no case named {', '.join(sorted(unknown))}: there are {', '.join(names)}")
         stored = read_baselines(path)
-        body = {kind: {dtype: dict(_known(stored, kind, dtype, names)) for dtype in DTYPES} for kind in KINDS} | {
-            "unit": f"multiples of the golden's rms: {', '.join(METRICS)} (head: where there are heads)",
-            "made_from": {name: x for name, x in body.get("made_from", {}).items() if name in names},
-            "orders": {name: x for name, x in body.get("orders", {}).items() if name in names},
-        }
-        for name, case in names.items():
-            if args.case and name not in args.case:
-                continue
-            for dtype in dtypes_of(case):
-                seeds = orders(case, dtype)
+        found: dict[str, dict[str, dict[str, Errors]]] = {}  # case -> dtype -> kind
+        for name in args.case or names:
+            for dtype in dtypes_of(names[name]):
+                seeds = orders(names[name], dtype)
                 asked = tuple(OTHERS + i for i in range(len(seeds))) if args.spread else seeds
-                for kind, errors in measure(case, dtype, asked).items():
-                    _print_moves(f"{name} {dtype} {kind}", body[kind][dtype].get(name, {}), errors)
-                    body[kind][dtype][name] = errors
-                body["orders"].setdefault(name, {})[dtype] = len(seeds)
-            body["made_from"][name] = made_from(case)
+                own = found.setdefault(name, {})[dtype] = measure(names[name], dtype, asked)
+                for kind, errors in own.items():
+                    _print_moves(f"{name} {dtype} {kind}", stored[kind].get(dtype, {}).get(name, {}), errors)
         if args.accept and not args.spread:
             draft = path.with_suffix(".json.tmp")
             with locked(args.goldens, wait=True):
-                draft.write_text(_render(body))
+                draft.write_text(_render(_joined(path, found, names)))
                 os.replace(draft, path)
                 ledger.append(args.goldens, "baselines", ledger.file_sha256(path), args.reason)
     except GoldenError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _joined(
+    path: Path, found: Mapping[str, Mapping[str, Mapping[str, Errors]]], names: Mapping[str, Case]
+) -> dict[str, Any]:
+    """What the file holds now (another run may have written since this one began) and what was found."""
+    stored = read_baselines(path)
+    body: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    body = {kind: {dtype: dict(_known(stored, kind, dtype, names)) for dtype in DTYPES} for kind in KINDS} | {
+        "unit": f"multiples of the golden's rms: {', '.join(METRICS)} (head: where there are heads)",
+        "made_from": {name: x for name, x in body.get("made_from", {}).items() if name in names},
+        "orders": {name: x for name, x in body.get("orders", {}).items() if name in names},
+    }
+    for name, dtypes in found.items():
+        for dtype, kinds in dtypes.items():
+            for kind, errors in kinds.items():
+                body[kind][dtype][name] = errors
+            body["orders"].setdefault(name, {})[dtype] = len(orders(names[name], dtype))
+        body["made_from"][name] = made_from(names[name])
+    return body
 
 
 def _known(body: Mapping, kind: str, dtype: str, names: Mapping[str, Case]) -> Iterator[tuple[str, Errors]]:
