@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.accept and not args.spread:
             draft = path.with_suffix(".json.tmp")
             with locked(args.goldens, wait=True):
-                draft.write_text(_render(_joined(path, found, names)))
+                draft.write_text(_render(_joined(path, found, args.goldens)))
                 os.replace(draft, path)
                 ledger.append(args.goldens, "baselines", ledger.file_sha256(path), args.reason)
     except GoldenError as error:
@@ -179,10 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _joined(
-    path: Path, found: Mapping[str, Mapping[str, Mapping[str, Errors]]], names: Mapping[str, Case]
-) -> dict[str, Any]:
-    """What the file holds now (another run may have written since this one began) and what was found."""
+def _joined(path: Path, found: Mapping[str, Mapping[str, Mapping[str, Errors]]], goldens: Path) -> dict[str, Any]:
+    """What the file holds now (another run may have written since this one began) and what was found, of the cases that
+    exist now."""
+    names = {f"{ref.set}/{ref.name}": open_case(ref.folder, ref.name) for ref in list_cases(goldens)}
     stored = read_baselines(path)
     body: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     body = {kind: {dtype: dict(_known(stored, kind, dtype, names)) for dtype in DTYPES} for kind in KINDS} | {
@@ -190,7 +190,8 @@ def _joined(
         "made_from": {name: x for name, x in body.get("made_from", {}).items() if name in names},
         "orders": {name: x for name, x in body.get("orders", {}).items() if name in names},
     }
-    for name, dtypes in found.items():
+    for name in names.keys() & found.keys():
+        dtypes = found[name]
         for dtype, kinds in dtypes.items():
             for kind, errors in kinds.items():
                 body[kind][dtype][name] = errors

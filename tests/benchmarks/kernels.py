@@ -29,9 +29,8 @@ from vidi.fast.bridge import FastProjector
 __all__ = ["KERNELS", "Kernel", "Site"]
 
 HALF = torch.bfloat16
-CACHE_BYTES = (
-    200_000_000  # four times an H100's last level of cache: smaller weights take turns with copies of themselves
-)
+# Four times an H100's last level of cache: smaller weights take turns with copies of themselves.
+CACHE_BYTES = 200_000_000
 
 
 @dataclass(frozen=True)

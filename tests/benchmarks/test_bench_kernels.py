@@ -4,7 +4,8 @@
     python tools/compare_benchmarks.py before.json results.json
 
 pytest-benchmark times whole calls with a clock that waits for the device; device events inside give the time on the
-device, which the ratios use.
+device, which the ratios use. A decoding step's kernel is run as a graph of ``calls`` calls: its figures are one call's,
+pytest-benchmark's own table is of the graph.
 """
 
 from __future__ import annotations
@@ -98,5 +99,9 @@ def test_kernel(name: str, variant: str, device: torch.device, ceilings: Ceiling
         benchmark.pedantic(run, rounds=ROUNDS if device.type == "cuda" else 2, warmup_rounds=1)
     benchmark.group = name
     benchmark.extra_info.update(
-        kernel=name, variant=variant, device=measure.device_name(device), **figures(kernel, ms, plain_ms, ceilings)
+        kernel=name,
+        variant=variant,
+        calls=kernel.calls,
+        device=measure.device_name(device),
+        **figures(kernel, ms, plain_ms, ceilings),
     )

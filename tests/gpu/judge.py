@@ -1,7 +1,8 @@
 """One rule for every kernel: its error against float64 is bounded by a naive low-precision run's own error.
 
-Factors and floors are those of `goldens/tolerances.toml` (gates DTYPE-official): rms 1.5, maximum, worst row and worst
-head 3 times the naive error, plus a floor in units in the last place. Rows that are 0 in float64 must be exactly 0.
+Factors and floors are those of `goldens/tolerances.toml` (gates DTYPE-official): rms 1.5 (more in few rows, see `Rule`),
+maximum, worst row and worst head 3 times the naive error, plus a floor in units in the last place. Rows that are 0 in
+float64 must be exactly 0.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def judge(
     zero_rows: bool = True,
 ) -> Result:
     """Hold a run in ``dtype`` against ``truth`` (float64), measured by the worst error of the ``naive`` runs, which differ
-    in their order of summation. Never raises for a difference.
+    in order of summation, in formula, or in how a product is added up. Never raises for a difference.
 
     zero_rows: rows of exact zeros must stay so; not for gradients, which may be 0 by cancellation (softmax of one key).
     """

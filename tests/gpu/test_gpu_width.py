@@ -30,7 +30,7 @@ from vidi.parity import feed, ids, trace
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.timeout(1200),  # the oracle at full width, in four arithmetics
+    pytest.mark.timeout(1200),  # the oracle at full width, in five arithmetics
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # dynamo looks at it
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # torch's own import of triton parts

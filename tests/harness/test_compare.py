@@ -181,7 +181,8 @@ def test_a_sum_may_lean_one_way_by_some_units_in_the_last_place(bias_ulp: int, u
 
 
 def test_a_row_within_its_own_budget_is_no_fault_of_the_whole() -> None:
-    """Of four rows one errs by three times the rms budget, as `row` allows; five times, or all of them, is too much."""
+    """Of four rows one errs by three times the rms budget, as `row` allows; five times, or two of them, is too much. A
+    single row has the row's budget for both."""
     x = _stream(2)
     unit, rms = np.full(8, 1e-3), np.sqrt(np.square(x).mean())
     rule = Rule("rows", "a reason", rms=1e-3 / rms, row=3e-3 / rms)
@@ -190,6 +191,10 @@ def test_a_row_within_its_own_budget_is_no_fault_of_the_whole() -> None:
         y[0, rows] += factor * unit
         assert compare("layer.0.output", y, whole(x), rule).ok == ok
         assert not compare("layer.0.output", y, whole(x), replace(rule, row=None)).ok
+    x = x[:1, :1]
+    rms = np.sqrt(np.square(x).mean())
+    result = compare("layer.0.output", x + unit, whole(x), replace(rule, rms=1e-3 / rms, row=3e-3 / rms))
+    assert result.budgets["rms"] == pytest.approx(result.budgets["row"])
 
 
 def test_sketched_finds_the_block_and_the_single_element() -> None:

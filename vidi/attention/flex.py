@@ -1,6 +1,7 @@
 """torch's flex_attention: softcap, masks and grouped heads in one compiled kernel, also in float32 on a GPU (spec §7).
 
-On a CPU it runs uncompiled, with a (T, S) matrix, forward only: for tests.
+On a CPU it runs uncompiled, with a (T, S) matrix, forward only: for tests. On a GPU its first use switches torch's
+`donated_buffer` off for the whole process, which other compiled models may pay for in memory.
 """
 
 from __future__ import annotations
@@ -105,13 +106,13 @@ def _listed(queries: int, keys: int, device: torch.device, sees: Mod | None) -> 
 
 
 def _launch_shape(dtype: torch.dtype, queries: int) -> dict[str, int] | None:
-    """Where torch's own choice fails at head dim 256 (an H100, torch 2.11); elsewhere None, its choice."""
+    """In place of torch's choice, which fails at head dim 256 (an H100, torch 2.11); None: torch's choice."""
     if dtype == torch.float32:
         # An IEEE product is unrolled into single multiplications: wider tiles compile for minutes.
         tiles = ("fwd_BLOCK_M", "fwd_BLOCK_N", "bwd_BLOCK_M1", "bwd_BLOCK_N1", "bwd_BLOCK_M2", "bwd_BLOCK_N2")
         return dict.fromkeys(tiles, 16) | {"num_warps": 4, "num_stages": 1}
     if queries < FEW_QUERIES:
-        # torch's two warps cannot hold the sums: 30 queries over 60,000 keys took 143 ms, so 3.3.
+        # torch's two warps cannot hold the sums: without splits 30 queries over 60,000 keys took 143 ms, in this shape 3.3.
         return {"fwd_BLOCK_N": 32, "fwd_num_warps": 4, "fwd_num_stages": 3}
     return None
 

@@ -67,7 +67,7 @@ class FastCache:
         cross_SX: Sequence[Tensor],
         spans: dict[str, list[Span]],
     ) -> FastCache:
-        """Room for ``capacity`` text tokens a row beside finished stream keys and values."""
+        """Room for ``capacity`` text tokens a row beside the stream's keys and values, which may still be unwritten."""
         dtype, device, samples = cross_SX[0].dtype, cross_SX[0].device, len(lengths_B)
         shape = (config.num_layers, 2, samples, capacity, config.num_kv_heads, config.head_dim)
         pos_1S = torch.arange(capacity, device=device)[None]

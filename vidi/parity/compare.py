@@ -117,7 +117,10 @@ def _compare_whole(
     rms_budget = _times(rule.rms, scale) + rms_floor
     if rule.rms is not None and rule.row is not None:
         # In a tensor of few rows one that errs by its own budget decides the rms of all: it must be allowed there too.
-        rms_budget = math.hypot(rule.rms, rule.row / math.sqrt(row_rms.size)) * scale + rms_floor
+        one = 1 / row_rms.size
+        rms_budget = (
+            math.hypot(rule.rms * math.sqrt(1 - one), max(rule.rms, rule.row) * math.sqrt(one)) * scale + rms_floor
+        )
     element_ratio = _ratio(size, np.broadcast_to(element_budget, size.shape))
     row_ratio = _ratio(row_rms, row_budget)
     ratios = [float(element_ratio.max()), float(row_ratio.max())]

@@ -15,12 +15,12 @@ class Rule:
     """Budgets as multiples of the golden's rms; None means not judged. `why` is shown with the result.
 
     max, rms, row, head: budgets for max|d|, rms(d), the worst row's and head's rms(d). Each is widened by the floor:
-    `floor_ulp` units in the last place (`eps`) at the scale of the row (its largest |x|). max_abs: an absolute budget
-    for max|d| that replaces the relative one. rms, where row is set too: the worst row may err by its own budget beside
-    the rest. sums: budget for a sum over n values, divided by sqrt(n), where a golden is known by sums too; None leaves
-    sums unjudged (half-precision rounding is not independent from value to value, so no multiple of sqrt(n) bounds it).
-    bias_ulp: what a sum may be off beside that, in units in the last place of its sum of magnitudes. zero_rows: rows of
-    exact zeros must stay exact zeros.
+    `floor_ulp` units in the last place (`eps`) at the scale of the row (its largest |x|). rms, where row is set too: one
+    row may err by its own budget and the rest by this one (tensors compared value by value, not sketches). max_abs: an
+    absolute budget for max|d| that replaces the relative one. sums: budget for a sum over n values, divided by sqrt(n),
+    where a golden is known by sums too; None leaves sums unjudged (half-precision rounding is not independent from value
+    to value, so no multiple of sqrt(n) bounds it). bias_ulp: what a sum may be off beside that, in units in the last place
+    of its sum of magnitudes. zero_rows: rows of exact zeros must stay exact zeros.
     """
 
     name: str

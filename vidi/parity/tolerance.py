@@ -112,6 +112,8 @@ def load(folder: Path) -> Tolerances:
             _check(f"{name}.isolated", entry, set())
         for entry in table.get("stage", ()):
             _check(name, entry, {"glob"})
+        if "bias_ulp" in table and not ("sums" in table and "eps" in table):
+            raise ValueError(f"gate {name}: bias_ulp widens sums in units of eps, and needs both")
         if any(f"c_{m}" in table for m in METRICS) and not (table.get("floor_ulp", 0) > 0 and table.get("eps", 0) > 0):
             raise ValueError(f"gate {name}: a budget from baselines needs floor_ulp and eps above 0")
     return Tolerances(gates, read_baselines(folder / "baselines.json"))

@@ -29,7 +29,8 @@ from vidi.stream import Stream
 __all__ = ["Trace", "capture", "cross_attention", "decoding"]
 
 MODALITIES = {"v": "vision.mask", "a": "audio.mask"}
-LOSS_SCALE = 1024  # of float16: gradients of the recordings reach 23, those of scores go down to a millionth
+#: in float16: gradients of the recordings reach 23 (beyond 63 they would overflow), those of scores go down to a millionth
+LOSS_SCALE = 1024
 NEEDED = {*MODALITIES.values(), "text.mask", "text.labels"}  # read by what is derived after the run
 
 
