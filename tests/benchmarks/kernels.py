@@ -7,61 +7,25 @@ once. Sizes are those of a video through the full model; ``small`` ones serve a 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vidi import precision
+from tests.benchmarks import steps
+from tests.benchmarks.site import HALF, Kernel, Site
 from vidi.attention import dispatch, limits, unpad
 from vidi.attention.unpad import Rows
 from vidi.bridge import fold
 from vidi.bridge.projector import Projector
-from vidi.config import VidiConfig
 from vidi.decoder import decoder
 from vidi.decoder.layer import DecoderLayer
 from vidi.decoder.norm import GemmaNorm
-from vidi.fast import ops, plan, streams, twins, weights
+from vidi.fast import ops, plan, streams, weights
 from vidi.fast.bridge import FastProjector
 
-__all__ = ["KERNELS", "Kernel", "Site"]
-
-HALF = torch.bfloat16
-# Four times an H100's last level of cache: smaller weights take turns with copies of themselves.
-CACHE_BYTES = 200_000_000
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a kernel runs, and at what size."""
-
-    device: torch.device
-    small: bool
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=torch.float32).to(HALF)
-
-    def module(self, module: nn.Module) -> nn.Module:
-        with torch.no_grad():
-            for p in module.parameters():
-                p.normal_(std=p.shape[-1] ** -0.5)
-        return precision.cast_model(module, HALF).to(self.device).requires_grad_(False)
-
-    @property
-    def config(self) -> VidiConfig:
-        return VidiConfig.tiny() if self.small else VidiConfig.full()
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """``variants`` by name, each a function without arguments that makes ``calls`` calls; flops and nbytes are one call's."""
-
-    variants: dict[str, Callable[[], Any]]
-    flops: int
-    nbytes: int
-    calls: int = 1
+__all__ = ["KERNELS"]
 
 
 def attention(
@@ -225,101 +189,6 @@ def stream_update(site: Site) -> Kernel:
     )
 
 
-# ---- one decoding step ----------------------------------------------------------------------------------------------
-
-
-def step(site: Site, height: int, width: int, call: Callable[[Any, Tensor], Any]) -> Kernel:
-    """A product of one decoding step. ``call(operations, weights)``: the twins are the plain variant.
-
-    A GPU runs all calls as one captured graph, as a step does: launched one by one they would wait for the host.
-    """
-    count = 2 if site.small else -(-CACHE_BYTES // (2 * height * width))
-    matrices = [site.randn(height, width) * width**-0.5 for _ in range(count)]
-
-    def variant(operations: Any) -> Callable[[], Any]:
-        return _captured(site, [lambda w=w: call(operations, w) for w in matrices])
-
-    return Kernel(
-        {"plain": variant(twins), "fast": variant(ops.pick(site.device))},
-        flops=2 * height * width,
-        nbytes=matrices[0].nbytes,
-        calls=count,
-    )
-
-
-@torch.inference_mode()
-def _captured(site: Site, calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    if site.device.type == "cpu":
-        return run
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def step_qkv(site: Site) -> Kernel:
-    """Residual, norm, q k v, rotation, the new key and value into the cache."""
-    d = site.config.decoder
-    before, groups, head_dim = _before(site, 1), d.num_kv_heads, d.head_dim
-    q, rotated = (site.randn(d.num_heads * head_dim) for _ in range(2))
-    k, v = (site.randn(64, groups, head_dim) for _ in range(2))
-    cos, pos = site.randn(64, head_dim), torch.tensor([40], device=site.device)
-    return step(
-        *(site, (d.num_heads + 2 * groups) * head_dim, d.hidden_size),
-        lambda operations, w: operations.qkv_step(*before, w, pos, cos, cos, q, rotated, k, v),
-    )
-
-
-def step_gate_up(site: Site) -> Kernel:
-    """Sum of the three attentions, residual, norm, gate and up."""
-    d = site.config.decoder
-    before, out = _before(site, 3), site.randn(d.intermediate_size)
-    return step(
-        *(site, 2 * d.intermediate_size, d.hidden_size),
-        lambda operations, w: operations.gate_up_step(*before, w, out),
-    )
-
-
-def step_head(site: Site) -> Kernel:
-    """Residual, last norm, logits, their softcap."""
-    d = site.config.decoder
-    before, out = _before(site, 1), site.randn(d.vocab_size)
-    return step(
-        *(site, d.vocab_size, d.hidden_size),
-        lambda operations, w: operations.head_step(*before, w, d.final_softcap, out),
-    )
-
-
-def step_product(site: Site, rows: int) -> Kernel:
-    """Output projection of three attentions (3 rows), or the MLP's last product (1 row)."""
-    d = site.config.decoder
-    width = d.num_heads * d.head_dim if rows == 3 else d.intermediate_size
-    given, out = site.randn(rows, width), site.randn(rows, d.hidden_size)
-    return step(
-        *(site, d.hidden_size, width),
-        lambda operations, w: operations.product_step(given, w, out),
-    )
-
-
-def _before(site: Site, branches: int) -> tuple[Any, ...]:
-    """What each step's kernel starts with: x, branches to add, two norms, eps, and where the sum goes."""
-    d = site.config.decoder
-    width = d.hidden_size
-    return (
-        *(site.randn(width), site.randn(branches, width), site.randn(width), site.randn(width)),
-        *(d.rms_norm_eps, site.randn(width)),
-    )
-
-
 # Name -> (how to build it, its variants). A new fast kernel is one more name in its kernel's ``variants``.
 KERNELS: dict[str, tuple[Callable[[Site], Kernel], tuple[str, ...]]] = {
     "cross-30q-60000": (lambda site: cross(site, 30, 60_000), ("plain", "flash", "flex", "fast")),
@@ -332,9 +201,9 @@ KERNELS: dict[str, tuple[Callable[[Site], Kernel], tuple[str, ...]]] = {
     "fold-projector": (fold_projector, ("plain", "fast")),
     "norm-residual": (norm_residual, ("plain", "fast")),
     "stream-update": (stream_update, ("plain", "fast")),
-    "step-qkv": (step_qkv, ("plain", "fast")),
-    "step-out": (lambda site: step_product(site, 3), ("plain", "fast")),
-    "step-gate-up": (step_gate_up, ("plain", "fast")),
-    "step-down": (lambda site: step_product(site, 1), ("plain", "fast")),
-    "step-head": (step_head, ("plain", "fast")),
+    "step-qkv": (steps.qkv, ("plain", "fast")),
+    "step-out": (lambda site: steps.product(site, 3), ("plain", "fast")),
+    "step-gate-up": (steps.gate_up, ("plain", "fast")),
+    "step-down": (lambda site: steps.product(site, 1), ("plain", "fast")),
+    "step-head": (steps.head, ("plain", "fast")),
 }

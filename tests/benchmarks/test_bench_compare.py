@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.benchmarks import kernels
+from tests.benchmarks.site import Kernel
 from tests.benchmarks.test_bench_kernels import figures
 from tools import compare_benchmarks
 from vidi.fast.floors import Ceilings
@@ -63,7 +63,7 @@ def test_other_devices_and_other_files_are_refused(tmp_path: Path, capsys: pytes
 def test_figures_of_a_kernel() -> None:
     """1 TFLOP in 2 ms at a ceiling of 800 TFLOP/s: floor 1.25 ms. 3 GB at 3 TB/s: 1 ms, so arithmetic binds."""
     ceilings = Ceilings(*(800e12, 3e12, 700e12)[: len(Ceilings.__dataclass_fields__)])
-    found = figures(kernels.Kernel({}, flops=10**12, nbytes=3 * 10**9), 2.0, 8.0, ceilings)
+    found = figures(Kernel({}, flops=10**12, nbytes=3 * 10**9), 2.0, 8.0, ceilings)
     assert found["bound"] == "arithmetic"
     assert found["floor_ms"] == pytest.approx(1.25)
     assert found["to_floor"] == pytest.approx(1.6)

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from tests.benchmarks import kernels
+from tests.benchmarks.site import Kernel, Site
 from tests.not_run import not_run
 from vidi.fast import measure
 from vidi.fast.floors import Ceilings
@@ -62,7 +63,7 @@ def device_ms(run: Callable[[], Any], device: torch.device, rounds: int = ROUNDS
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
-def figures(kernel: kernels.Kernel, ms: float, plain_ms: float, ceilings: Ceilings) -> dict[str, Any]:
+def figures(kernel: Kernel, ms: float, plain_ms: float, ceilings: Ceilings) -> dict[str, Any]:
     """What a result says, beside its times: to_floor and to_plain are ratios of times, smaller is better."""
     by_bound = {
         "arithmetic": 1e3 * kernel.flops / ceilings.product_flops,
@@ -90,7 +91,7 @@ def figures(kernel: kernels.Kernel, ms: float, plain_ms: float, ceilings: Ceilin
 def test_kernel(name: str, variant: str, device: torch.device, ceilings: Ceilings, benchmark: Any) -> None:
     torch.compiler.reset()
     torch.manual_seed(0)
-    kernel = kernels.KERNELS[name][0](kernels.Site(device, small=device.type == "cpu"))
+    kernel = kernels.KERNELS[name][0](Site(device, small=device.type == "cpu"))
     if variant not in kernel.variants:
         not_run(f"{variant} cannot run {name} on {measure.device_name(device)}")
     with torch.inference_mode():

@@ -6,6 +6,7 @@ truth, and its own rounded runs give the unit that errors are measured in, as fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from vidi.checkpoint import names, synthetic
 from vidi.config import VidiConfig
 from vidi.model import VidiModel
 from vidi.parity import feed, ids, trace
+from vidi.parity.faults.plant import Fault, planted
 
 pytestmark = [
     pytest.mark.gpu,
@@ -140,19 +142,21 @@ def oracle(narrow: bool, device: str, round_to: str | None) -> dict[str, np.ndar
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("backend", "tower"), [("eager", "sdpa"), ("flash", "flash"), ("flex", "eager")])
-def test_full_width(backend: str, tower: str, dtype: str, device: torch.device, able: Callable, note: Callable) -> None:
-    narrow = device.type == "cpu" and os.environ.get("VIDI_REHEARSE") != "full"
+def hold(
+    narrow: bool,
+    device: torch.device,
+    backends: tuple[str, str],
+    dtype: str,
+    note: Callable[[str, object], None] = lambda name, value: None,
+    fault: Fault | None = None,
+) -> None:
+    """Every stage of one run against the truth; ``fault`` acts in the run."""
     kind = feed.DTYPES[dtype]
-    able(backend, dtype=kind, head_dim=config(narrow).decoder.head_dim, softcap=50.0)
-    if limits.why_not(backend, dtype=kind, device=device, head_dim=256, softcap=50.0):
-        return  # refused, which test_gpu_attention holds it to
     truth, plain = oracle(narrow, device.type, None), naive(narrow, device.type, dtype)
     runner = precision.cast_model(_copy(model(narrow, device.type), narrow, device), kind)
-    runner.backend, runner.tower_backend = backend, tower
+    runner.backend, runner.tower_backend = backends
     tap = trace.Trace()
-    with torch.inference_mode():
+    with torch.inference_mode(), planted(fault, runner) if fault else contextlib.nullcontext():
         runner(feed.batch_of(inputs(config(narrow))), last_stream=True, tap=tap)
     found = {"pos.freq": runner.bridge.pos_t.freq_K, **tap.tensors()}
     found |= dict(trace.cross_attention(found, runner.config.decoder.num_heads))
@@ -172,6 +176,17 @@ def test_full_width(backend: str, tower: str, dtype: str, device: torch.device, 
     note("worst error over budget", f"{worst:.3g}")
     assert {"vision.tower", "audio.tower", "vision.llm_norm", "audio.llm_norm", "layer.0.output"} <= truth.keys()
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("backend", "tower"), [("eager", "sdpa"), ("flash", "flash"), ("flex", "eager")])
+def test_full_width(backend: str, tower: str, dtype: str, device: torch.device, able: Callable, note: Callable) -> None:
+    narrow = device.type == "cpu" and os.environ.get("VIDI_REHEARSE") != "full"
+    kind = feed.DTYPES[dtype]
+    able(backend, dtype=kind, head_dim=config(narrow).decoder.head_dim, softcap=50.0)
+    if limits.why_not(backend, dtype=kind, device=device, head_dim=256, softcap=50.0):
+        return  # refused, which test_gpu_attention holds it to
+    hold(narrow, device, (backend, tower), dtype, note)
 
 
 def _copy(source: VidiModel, narrow: bool, device: torch.device) -> VidiModel:

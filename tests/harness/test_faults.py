@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.not_run import not_run
 from vidi.attention import unpad
@@ -24,6 +23,8 @@ from vidi.parity.faults import plant
 from vidi.parity.faults.plant import Fault, expected_stage, planted
 from vidi.parity.golden import GoldenError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 GPU_ONLY = "dtypes.tf32_on"
 RECORDINGS = Path(os.environ.get("VIDI_RECORDINGS", ROOT.parent / "shared" / "official"))
@@ -32,14 +33,6 @@ RECORDINGS = Path(os.environ.get("VIDI_RECORDINGS", ROOT.parent / "shared" / "of
 @pytest.fixture(scope="module")
 def bench() -> faults.Bench:
     return faults.Bench.open(store.goldens_dir())
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _judged(chosen: list[Fault], bench: faults.Bench) -> list[faults.Verdict]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.not_run import not_run
 from tools import measure_faults, measure_noise
@@ -16,6 +15,8 @@ from vidi.parity import faults, fingerprint, stages, store
 from vidi.parity.faults import judge as judges
 from vidi.parity.faults import plant, stored
 from vidi.parity.faults.plant import Fault
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 GOLDENS = store.goldens_dir()
 WITHOUT = {
@@ -28,14 +29,6 @@ WITHOUT = {
 @pytest.fixture(scope="module")
 def bench() -> faults.Bench:
     return faults.Bench.open(GOLDENS)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
