@@ -21,14 +21,16 @@ __all__ = ["budgets_of", "code_of", "made_from", "model_code", "moved_code"]
 
 ROOT = Path(__file__).resolve().parents[1]
 ORACLE = ROOT / "goldens" / "oracle"
+OWN = {"dattn_gemma2": "nine.py", "dattn_mistral": "seven.py"}  # what each model alone has of it
 _SILENT = {tokenize.COMMENT, tokenize.NL, tokenize.ENCODING}
 _LAYOUT = {tokenize.NEWLINE: ";", tokenize.INDENT: ">", tokenize.DEDENT: "<", tokenize.ENDMARKER: ""}
 
 
 def made_from(case: Case) -> str:
-    """sha256 over the oracle's code and the case's tensors, weights, config and info."""
+    """sha256 over the code of the oracle that the case's model runs, and the case's tensors, weights, config and info."""
     body = {key: case.manifest[key] for key in ("inputs", "targets", "weights", "config", "info")}
-    return hashlib.sha256(f"{_oracle()}\n{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
+    oracle = _oracle(case.config.get("model_type", "dattn_gemma2"))
+    return hashlib.sha256(f"{oracle}\n{json.dumps(body, sort_keys=True)}".encode()).hexdigest()
 
 
 def budgets_of(goldens: Path, cases: Iterable[str]) -> str:
@@ -58,8 +60,10 @@ _baselines_of = cache(read_baselines)
 
 
 @cache
-def _oracle() -> str:
-    return "\n".join(code_of(path.read_text(encoding="utf-8")) for path in sorted(ORACLE.glob("*.py")))
+def _oracle(model: str) -> str:
+    others = {file for kind, file in OWN.items() if kind != model}
+    files = [path for path in sorted(ORACLE.glob("*.py")) if path.name not in others]
+    return "\n".join(code_of(path.read_text(encoding="utf-8")) for path in files)
 
 
 def model_code(root: Path = ROOT) -> dict[str, str]:

@@ -119,7 +119,7 @@ def _tables(case: Case) -> Path:
 def _forward(
     case: Case, weights: Run, dtype: str, seed: int | None, anchor: Run | None, wanted: set[str]
 ) -> dict[str, np.ndarray]:
-    if "logits" not in case.targets:
+    if not {"logits", "loss.logits"} & set(case.targets):
         return {}
     settings = _settings(case, dtype, seed) | {"thresholds": case.info.get("loss_thresholds")}
     return forward(case.config, weights, case.inputs, keep=wanted.__contains__, anchor=anchor, **settings)

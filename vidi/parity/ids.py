@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["Axes", "axes", "before_float32", "expand", "is_exact", "matching", "order", "sort_ids"]
 
 _BEFORE_FLOAT32 = re.compile(
-    r"vision\.(tower|pad|(resize|space_to_depth|projector)(\.\d+)?)|audio\.(tower|trim|pool|projector)|text\.embeds"
+    r"vision\.(tower|pad|conv|pool|(resize|space_to_depth|projector)(\.\d+)?)|audio\.(tower|trim|pool|projector)|text\.embeds"
 )
 
 
@@ -58,6 +58,8 @@ _BEFORE_LAYERS = (
     _Kind("vision.pad", rows=(0, 2, 3)),  # (F, C, side, side)
     _Kind("vision.resize{s}", rows=(0, 2, 3)),  # (F, C, side, side)
     _Kind("vision.space_to_depth{s}", rows=(0, 2, 3)),  # (F, 4C, h, w)
+    _Kind("vision.conv", rows=(0, 2, 3)),  # 7B: (F, C, side, side)
+    _Kind("vision.pool", rows=(0, 2, 3)),  # 7B: (F, C, P, P)
     _Kind("vision.projector{s}", rows=(0, 1, 2)),  # (F, h, w, D)
     _Kind("vision.norm{s}", rows=(0, 1, 2)),
     _Kind("vision.pos_h.embed{s}", rows=(1,)),  # (1, h, 1, D)
@@ -118,12 +120,17 @@ _LAYER = (
 )
 _AFTER_LAYERS = (
     _Kind("final.norm"),
+    _Kind("lm_head"),  # 7B: logits before their cast
     _Kind("logits"),  # (B, T, vocab); flattened over (B·T) in the loss case
+    _Kind("loss.kept", exact=True),  # 7B: (N, 2) row and position of each labelled place
+    _Kind("loss.labels", exact=True),
+    _Kind("loss.logits", rows=(0,)),  # 7B: (N, vocab)
     _Kind("loss.per_token", rows=(0,)),
     _Kind("loss.{name}", rows=(0,)),
     _Kind("grad.{name}", rows=(0,)),
     _Kind("{variant}.nocache.logits"),  # (1, steps, vocab)
     _Kind("{variant}.prompt_ids", exact=True),
+    _Kind("{variant}.greedy_nocache.tokens", exact=True),  # 7B: (B, steps) free-running
     _Kind("{variant}.tokens", exact=True),  # (B, steps)
     _Kind("{variant}.lengths", exact=True),  # (B,) tokens before a row stopped, the stop token counted
 )
@@ -237,6 +244,8 @@ def expand(
     out: list[str] = []
     for kind in _BEFORE_LAYERS:
         stage = kind.template
+        if stage in ("vision.conv", "vision.pool"):
+            continue
         if (stage == "vision.resize{s}" and not resize) or (stage == "text.labels" and not labels):
             continue
         if (stage.startswith("vision.") and not visual) or (stage.startswith("audio.") and not audio):
