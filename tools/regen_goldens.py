@@ -1,10 +1,12 @@
 """Regenerate the small goldens from the oracle: what would change, and, only when told to, the change itself.
 
-    python tools/regen_goldens.py [--case NAME ...] [--stage GLOB]     print what would change, per tensor
+    python tools/regen_goldens.py [--set SET] [--case NAME ...] [--stage GLOB]     print what would change, per tensor
     python tools/regen_goldens.py --check                              the same for the gate: exit 1 if anything would
     python tools/regen_goldens.py --accept --reason "..."              write it, whole or not at all, and the ledger
     python tools/regen_goldens.py --accept-tolerances --reason "..."   enter changed tolerances, baselines, pos.freq
     python tools/regen_goldens.py --case NAME --candidate FILE [...]   values from a safetensors file, not the oracle
+
+--set: small (default), the 9B's, or 7b/small-7b.
 
 What counts as changed and what is refused: `tools/regen_plan.py`. The tool never loads the model or torch, and never
 runs inside pytest when it writes.
@@ -25,9 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from goldens import recipes  # noqa: E402
 from tools.made_from import made_from  # noqa: E402
-from tools.regen_plan import WEIGHTS, Change, plan  # noqa: E402
+from tools.regen_plan import RECIPES, WEIGHTS, Change, plan  # noqa: E402
 from vidi.parity import ledger  # noqa: E402
 from vidi.parity.golden import GoldenError  # noqa: E402
 from vidi.parity.manifest import set_sha256  # noqa: E402
@@ -36,7 +37,6 @@ from vidi.parity.writer import NewCase, locked, replaced, write_case, write_weig
 
 __all__ = ["check", "main"]
 
-SET = "small"
 MODEL = ("torch", "vidi.model", "vidi.towers", "vidi.bridge", "vidi.attention", "vidi.decoder", "vidi.generate")
 LISTED = 40  # changes written out in one ledger entry
 LEDGER_FILES = {
@@ -50,8 +50,9 @@ LEDGER_FILES = {
 def check(goldens: Path) -> list[str]:
     """Everything that the gate must not let pass: changes, broken or stale sets, files the ledger does not cover."""
     problems = []
-    changes, _ = plan(goldens / SET)
-    problems += [change.line() for change in changes]
+    for name in RECIPES:
+        if (goldens / name).is_dir():
+            problems += [f"{name}: {change.line()}" for change in plan(goldens / name)[0]]
     sets = {folder.relative_to(goldens).as_posix(): folder for folder in list_sets(goldens)}
     for subject, folder in sets.items():
         try:
@@ -83,21 +84,22 @@ def _stale_baselines(goldens: Path) -> list[str]:
     return [*problems, *(f"baselines of {name}: there is no such case" for name in known)]
 
 
-def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], reason: str, at: Callable) -> None:
-    weights = recipes.weights()
+def _write(
+    goldens: Path, name: str, changes: list[Change], cases: Mapping[str, NewCase], reason: str, at: Callable
+) -> None:
     lines = [change.line() for change in changes[:LISTED]]
     if len(changes) > LISTED:
         lines.append(f"and {len(changes) - LISTED} more")
 
     def record() -> None:
-        ledger.append(goldens, SET, set_sha256(goldens / SET), reason, lines)
+        ledger.append(goldens, name, set_sha256(goldens / name), reason, lines)
 
-    with replaced(goldens / SET, at, record=record) as draft:
+    with replaced(goldens / name, at, goldens=goldens, record=record) as draft:
         for change in changes:
             if change.what.startswith("gone: no recipe"):
                 for suffix in (".json", ".h5"):
                     (draft / f"{change.case}{suffix}").unlink()
-        write_weights(draft, WEIGHTS, weights)
+        write_weights(draft, WEIGHTS, RECIPES[name].weights())
         for case in cases.values():
             write_case(draft, case)
         verify(draft)
@@ -117,6 +119,7 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
     parser.add_argument(
         "--goldens", type=Path, default=ROOT / "goldens", help="golden folder (default: the repository's)"
     )
+    parser.add_argument("--set", choices=RECIPES, default="small", help="the golden set (default: small)")
     parser.add_argument("--case", action="append", help="only this case (may be repeated)")
     parser.add_argument("--stage", metavar="GLOB", help="only stages that match")
     parser.add_argument("--candidate", type=Path, metavar="FILE", help="new values by stage id, for one --case")
@@ -131,7 +134,7 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
             if not args.reason.strip():
                 raise GoldenError('writing needs --reason "..."')
         for name in args.case or ():
-            _refuse_recording(args.goldens, name)
+            _refuse_recording(args.goldens, args.set, name)
         if args.check:
             problems = check(args.goldens)
             print("\n".join(problems) or "goldens are as the oracle makes them, and the ledger covers them")
@@ -142,24 +145,25 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
         if args.candidate and len(args.case or ()) != 1:
             raise GoldenError("--candidate holds the tensors of one case: name it with --case")
         candidate = load_file(args.candidate) if args.candidate else None
-        changes, cases = plan(args.goldens / SET, args.case, args.stage, candidate)
+        folder = args.goldens / args.set
+        changes, cases = plan(folder, args.case, args.stage, candidate)
         print("\n".join(change.line() for change in changes) or "nothing would change")
         if args.accept:
-            missing = not changes and ledger.stale(args.goldens, SET, set_sha256(args.goldens / SET))
+            missing = not changes and ledger.stale(args.goldens, args.set, set_sha256(folder))
             if changes:
-                _write(args.goldens, changes, cases, args.reason, at)
+                _write(args.goldens, args.set, changes, cases, args.reason, at)
             elif missing:
                 with locked(args.goldens):
-                    ledger.append(args.goldens, SET, set_sha256(args.goldens / SET), args.reason)
+                    ledger.append(args.goldens, args.set, set_sha256(folder), args.reason)
     except GoldenError as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _refuse_recording(goldens: Path, name: str) -> None:
+def _refuse_recording(goldens: Path, own: str, name: str) -> None:
     for ref in list_cases(goldens):
-        if ref.name == name and ref.set != SET and name not in recipes.cases():
+        if ref.name == name and ref.set != own and name not in RECIPES[own].cases():
             raise GoldenError(f"{name} of {ref.set} is a recording of the official release: it is never regenerated")
 
 

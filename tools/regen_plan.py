@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from goldens import recipes  # noqa: E402
+from goldens import recipes, recipes_7b  # noqa: E402
 from goldens.oracle import forward, greedy, teacher_forced  # noqa: E402
 from vidi.parity.golden import Golden, GoldenError, Whole, whole  # noqa: E402
 from vidi.parity.ids import before_float32, matching, sort_ids  # noqa: E402
@@ -28,8 +28,10 @@ from vidi.parity.manifest import weights_sha256  # noqa: E402
 from vidi.parity.store import Case, list_cases, open_case  # noqa: E402
 from vidi.parity.writer import NewCase  # noqa: E402
 
-__all__ = ["WEIGHTS", "Change", "commit", "oracle_case", "plan"]
+__all__ = ["RECIPES", "WEIGHTS", "Change", "commit", "oracle_case", "plan"]
 
+# The sets made by the oracle, by path in the golden folder, and the recipes of each: cases(), weights(), POS_FREQ.
+RECIPES = {"small": recipes, "7b/small-7b": recipes_7b}
 VARIANTS = ("none", "official")
 WEIGHTS = "weights.safetensors"
 CHANGED = 1e-10  # of rms
@@ -55,7 +57,7 @@ class Change:
 
 def oracle_case(recipe: recipes.Recipe, weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """All tensors that the oracle computes for a recipe: variant -> stage id -> array."""
-    table = recipes.POS_FREQ
+    table = recipes.POS_FREQ  # both models' small cases are 24 wide
     result = {}
     for casts in VARIANTS:
         result[casts] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
@@ -76,11 +78,12 @@ def plan(
     glob: str | None = None,
     candidate: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[list[Change], dict[str, NewCase]]:
-    """What would change in the golden set `folder`, and the cases to write for it.
+    """What would change in the golden set `folder`, one of `RECIPES`, and the cases to write for it.
 
     candidate: new values by stage id for the one named case and variant `none`, in place of the oracle's.
     """
-    made, weights = recipes.cases(), recipes.weights()
+    source = next(source for path, source in RECIPES.items() if Path(path).name == folder.name)
+    made, weights = source.cases(), source.weights()
     stored = {ref.name for ref in list_cases(folder)}
     wanted = set(made) | stored if names is None else set(names)
     unknown = wanted - set(made) - stored
