@@ -134,21 +134,36 @@ class VidiModel(nn.Module):
         self, batch: Batch, streams: dict[str, Stream], *, last_stream: bool = False, tap: Tap = no_tap
     ) -> Tensor:
         """As `forward`, over streams that are already there."""
-        embeds_BTD, rows, _ = self.embed_text(batch, tap)
-        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, last_stream=last_stream, tap=tap)
-        logits_BTV = self.decoder.logits(x_BTD)
+        x_BTD, _ = self._decoded(batch, streams, last_stream, tap)
+        logits_BTV = self.decoder.logits(x_BTD, tap)
         tap("logits", logits_BTV)
         return logits_BTV
 
-    def loss(self, batch: Batch, *, threshold: float | None = None) -> Tensor:
-        """Scalar training loss of a batch with labels (§8); ``threshold`` None = the configuration's. ValueError without."""
+    def _decoded(
+        self, batch: Batch, streams: dict[str, Stream], last_stream: bool, tap: Tap
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the head reads, (B, T, D), and the labels, packed as the text is."""
+        embeds_BTD, rows, labels_BT = self.embed_text(batch, tap)
+        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, last_stream=last_stream, tap=tap)
+        return x_BTD, labels_BT
+
+    def losses(self, batch: Batch, *, last_stream: bool = False, tap: Tap = no_tap) -> Tensor:
+        """Cross-entropy of each labelled token of a batch, (N,), row by row (§8). No other place reaches the head."""
         if batch.labels_BT is None:
             raise ValueError("the batch holds no labels_BT; a loss needs them")
-        logits_BTV = self(batch)
-        labels_BT = self.embed_text(batch)[2]
+        x_BTD, labels_BT = self._decoded(batch, self.streams(batch, tap), last_stream, tap)
         assert labels_BT is not None
+        places_N2, targets_N = loss.labelled(labels_BT)
+        logits_NV = self.decoder.logits(x_BTD[places_N2[:, 0], places_N2[:, 1]])
+        losses_N = loss.cross_entropy(logits_NV, targets_N)
+        for name, value in (("kept", places_N2), ("labels", targets_N), ("logits", logits_NV), ("per_token", losses_N)):
+            tap(f"loss.{name}", value)
+        return losses_N
+
+    def loss(self, batch: Batch, *, threshold: float | None = None) -> Tensor:
+        """Scalar training loss of a batch with labels (§8); ``threshold`` None = the configuration's. ValueError without."""
         threshold = self.config.loss_threshold if threshold is None else threshold
-        return loss.mean_above(loss.per_token(logits_BTV, labels_BT), labels_BT, threshold)
+        return loss.mean_of(self.losses(batch), threshold)
 
     def prefill(self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None) -> tuple[Tensor, Cache]:
         """Logits (B, V) after each row's own last kept token, and the cache to decode from.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vidi import precision
 from vidi.bridge import position
+from vidi.bridge.conv_pool import ConvPool
 from vidi.checkpoint import names
 from vidi.config import VidiConfig
 from vidi.fast import accelerate
@@ -53,7 +54,7 @@ def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu
     model = VidiModel(config, backend=backend)
     state = {}
     for official, array in case.weights().items():
-        ours = names.our_name(official)
+        ours = names.our_name(official, config)
         if ours is not None:
             state[ours] = torch.from_numpy(array)
         elif official != names.HEAD:
@@ -63,6 +64,8 @@ def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu
     except RuntimeError as error:
         raise ValueError(f"{case.name}: the weights do not fit the configuration: {error}") from None
     install_table(model, table_of(case))
+    if isinstance(model.bridge.image_grid, ConvPool):
+        model.bridge.image_grid.everywhere = True
     return precision.cast_model(model, dtype).to(device)
 
 

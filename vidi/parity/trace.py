@@ -144,7 +144,9 @@ def _losses(
         out[f"loss.{name}"] = value.reshape(1) if "loss_thresholds" in case.info else value
         wanted = {stage: stage.removeprefix(f"grad.{name}.") for stage in grads if stage.startswith(f"grad.{name}.")}
         if wanted:
-            parameters = [model.get_parameter(str(names.our_name(official))) for official in wanted.values()]
+            parameters = [
+                model.get_parameter(str(names.our_name(official, model.config))) for official in wanted.values()
+            ]
             out |= dict(zip(wanted, _slopes(value, parameters, model.dtype), strict=True))
     return out
 
