@@ -193,7 +193,8 @@ class VidiConfig(_Checked):
                 wrong.append(f"{name} = {raw[name]!r} (this model computes {' or '.join(map(repr, allowed))})")
         if wrong:
             raise ConfigError("fields that this model cannot honour: " + "; ".join(wrong))
-        if missing := sorted(name for name in known.needed if name not in raw):
+        needed = known.needed if vision or "vision_config" in raw else (*known.needed, *known.tower)
+        if missing := sorted(name for name in needed if name not in raw):
             raise ConfigError(f"missing fields: {', '.join(missing)}")
         if unknown := sorted(set(raw) - known.known):
             raise ConfigError(
@@ -323,7 +324,7 @@ def _is_7b(raw: Mapping[str, Any]) -> bool:
 
 def _decoder_fields(raw: Mapping[str, Any], known: official.Fields) -> dict[str, Any]:
     found = {ours: raw[name] for name, ours in known.decoder.items() if name in raw} | known.decoder_parts
-    if found.get("head_dim") is None:  # only where it need not be there
+    if "head_dim" not in known.needed and found.get("head_dim") is None:
         found["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
     return found
 

@@ -15,7 +15,8 @@ __all__ = [
 class Fields:
     """What the config.json of one model may and must hold.
 
-    decoder, bridge: their fields -> ours. needed: must be there. values: fields that choose what is computed, with the
+    decoder, bridge: their fields -> ours. needed: must be there; tower: likewise, where the vision
+    tower's own configuration is not beside them. values: fields that choose what is computed, with the
     choices that are. ignored: known, without effect. decoder_parts, bridge_parts: what the model itself chooses, as
     fields of `DecoderConfig` and `VidiConfig`.
     """
@@ -26,6 +27,7 @@ class Fields:
     values: dict[str, tuple[Any, ...]]
     ignored: frozenset[str]
     architecture: str
+    tower: tuple[str, ...] = ()
     decoder_parts: dict[str, Any] = field(default_factory=dict)
     bridge_parts: dict[str, Any] = field(default_factory=dict)
 

@@ -17,16 +17,17 @@ SEVEN = Fields(
     # No text says what the release has here, so the file must; `sliding_window` may be null, which is no window.
     needed=(
         *_DECODER,
-        *("mm_image_pool_size", "mm_audio_pool_size", "mm_time_interval", "mm_std", "eos_token_id"),
+        *("mm_image_pool_size", "mm_audio_pool_size", "mm_time_interval", "mm_std", "mm_input_type", "eos_token_id"),
     ),
     values=NINE.values
     | {
         "model_type": ("dattn_mistral", None),
-        "mm_vision_tower": ("google/siglip-so400m-patch14-384", None),
+        "mm_vision_tower": ("google/siglip-so400m-patch14-384", "google/siglip2-so400m-patch14-384"),
         "hidden_act": ("silu",),
         "tie_word_embeddings": (False,),
     },
     ignored=IGNORED - {"eos_token_id"},
+    tower=("mm_vision_tower",),
     architecture="DattnMistralForCausalLM",
     decoder_parts={"kind": "mistral", "windowed_every": 1},
     bridge_parts={"image_grid": "conv", "audio_widens": "projector", "positions_rounded": True},

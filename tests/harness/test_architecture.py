@@ -108,7 +108,7 @@ def test_only_the_writer_and_the_ledger_write_goldens_and_only_tools_call_them()
 
 
 # Names as in a released checkpoint. Model code speaks of its own.
-OFFICIAL = re.compile(r"model\.(layers|embed_tokens|mm_)|_layernorm\b|\b[qkvo]_proj\b|self_attn\b|mm_rand_|lm_head")
+OFFICIAL = re.compile(r"model\.(layers|embed_tokens|mm_)|_layernorm\b|\b[qkvo]_proj\b|self_attn\b|mm_rand_|lm_head\.")
 MAY_NAME = ("vidi/checkpoint/names.py", "vidi/checkpoint/explain.py", "vidi/parity/maps/")
 
 

@@ -189,10 +189,14 @@ def test_writer_refuses_what_is_no_golden(tmp_path: Path) -> None:
 
 def test_the_goldens_in_the_repository_are_whole_and_small() -> None:
     sets = store.list_sets(GOLDENS)
-    assert [folder.relative_to(GOLDENS).as_posix() for folder in sets] == ["large/full", "official", "small"]
+    assert [folder.relative_to(GOLDENS).as_posix() for folder in sets] == [
+        *("7b/official-7b", "7b/small-7b", "large/full", "official", "small")
+    ]
     assert all(store.verify(folder) > 50 for folder in sets)
-    size = sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.suffix != ".pyc")
-    assert size < 25e6, f"goldens take {size / 1e6:.1f} MB; 25 MB is the limit"
+    for limit, kind in ((25, False), (12, True)):
+        files = [path for path in GOLDENS.rglob("*") if path.suffix != ".pyc"]
+        size = sum(path.stat().st_size for path in files if ("7b" in path.parts) == kind)
+        assert size < limit * 1e6, f"goldens take {size / 1e6:.1f} MB; {limit} MB is the limit"
 
 
 def test_every_id_in_the_goldens_is_known_and_classed_by_its_dtype() -> None:

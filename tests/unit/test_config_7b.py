@@ -28,12 +28,20 @@ def test_what_the_model_is() -> None:
     "absent",
     [
         *("rope_theta", "sliding_window", "rms_norm_eps", "num_key_value_heads", "eos_token_id"),
-        *("mm_image_pool_size", "mm_audio_pool_size", "mm_time_interval", "mm_std"),
+        *("mm_image_pool_size", "mm_audio_pool_size", "mm_time_interval", "mm_std", "mm_input_type"),
     ],
 )
 def test_what_no_text_tells_must_be_there(absent: str) -> None:
     raw = {name: value for name, value in seven.OFFICIAL.items() if name != absent}
     with pytest.raises(ConfigError, match=f"missing fields: {absent}"):
+        VidiConfig.from_official(raw)
+
+
+def test_the_towers_name_must_be_there_where_its_sizes_are_not() -> None:
+    raw = {name: value for name, value in seven.OFFICIAL.items() if name != "mm_vision_tower"}
+    assert VidiConfig.from_official(raw) == seven.config()
+    del raw["vision_config"]
+    with pytest.raises(ConfigError, match="missing fields: mm_vision_tower"):
         VidiConfig.from_official(raw)
 
 
@@ -90,5 +98,7 @@ def test_the_nines_parts_are_as_before() -> None:
     assert (full.image_grid, full.audio_widens, full.positions_rounded) == ("fold", "pool", False)
     assert [full.decoder.window(i) for i in range(3)] == [4096, None, 4096]
     assert full.decoder.scale == 256**-0.5
+    with pytest.raises(ConfigError, match="head_dim = None"):
+        VidiConfig.from_official(VidiConfig.tiny().to_official() | {"head_dim": None})
     with pytest.raises(ConfigError, match="only 2 is specified"):
         dataclasses.replace(full, image_pool_size=3)

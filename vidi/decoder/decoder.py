@@ -20,10 +20,15 @@ from vidi.decoder.parts import PARTS
 from vidi.stream import Stream
 from vidi.tap import Tap, no_tap
 
-__all__ = ["STREAM_CHUNK", "Decoder"]
+__all__ = ["STREAM_CHUNK", "Decoder", "softcap"]
 
 STREAM_CHUNK = 32768
 STREAM_NAMES = {"v": "image", "a": "audio"}
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap · tanh(x / cap)."""
+    return cap * torch.tanh(x / cap)
 
 
 class Decoder(nn.Module):
@@ -104,13 +109,11 @@ class Decoder(nn.Module):
         return self.logits(self.norm(x_B1D))[:, 0]
 
     def logits(self, normed_BTD: Tensor, tap: Tap = no_tap) -> Tensor:
-        """The embedding as head, or one of its own, and what follows it: (B, T, V) (§8)."""
-        return self.parts.finish(self.head_output(normed_BTD), self.config.final_softcap, tap)
-
-    def head_output(self, normed_BTD: Tensor) -> Tensor:
-        """Raw logits, in the model's dtype."""
+        """The embedding as head, or one of its own, then the final softcap where there is one: (B, T, V) (§8)."""
         weight = self.embed.weight if self.head is None else self.head.weight
-        return nn.functional.linear(normed_BTD, weight)
+        raw_BTV = self.parts.finish(nn.functional.linear(normed_BTD, weight), tap)
+        cap = self.config.final_softcap
+        return raw_BTV if cap is None else softcap(raw_BTV, cap)
 
 
 def update_in_chunks(layer: DecoderLayer, s_BLD: Tensor, v_BLGH: Tensor) -> Tensor:

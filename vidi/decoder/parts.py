@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from vidi import precision
 from vidi.decoder.norm import GemmaNorm, PlainNorm
 from vidi.tap import Tap
 
-__all__ = ["PARTS", "Parts", "softcap"]
+__all__ = ["PARTS", "Parts"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,7 @@ class Parts:
     join: Callable[[Tensor, Sequence[Tensor], nn.Module], Tensor]
     scaled: Callable[[Tensor], Tensor]
     tied: bool
-    finish: Callable[[Tensor, float | None, Tap], Tensor]
-
-
-def softcap(x: Tensor, cap: float) -> Tensor:
-    """cap · tanh(x / cap)."""
-    return cap * torch.tanh(x / cap)
+    finish: Callable[[Tensor, Tap], Tensor]
 
 
 # ---- Gemma 2 --------------------------------------------------------------------------------------------------------
@@ -58,11 +52,6 @@ def _scaled(x: Tensor) -> Tensor:
     return x * precision.sqrt_in(x.shape[-1], x.dtype)
 
 
-def _capped(raw_BTV: Tensor, cap: float | None, tap: Tap) -> Tensor:
-    assert cap is not None
-    return softcap(raw_BTV, cap)
-
-
 # ---- Mistral --------------------------------------------------------------------------------------------------------
 
 
@@ -73,11 +62,7 @@ def _one_by_one(x_BLD: Tensor, outputs: Sequence[Tensor], norm: nn.Module) -> Te
     return x_BLD
 
 
-def _identity(x: Tensor) -> Tensor:
-    return x
-
-
-def _wide(raw_BTV: Tensor, cap: float | None, tap: Tap) -> Tensor:
+def _wide(raw_BTV: Tensor, tap: Tap) -> Tensor:
     """In at least float32 whatever the model's dtype."""
     tap("lm_head", raw_BTV)
     return precision.at_least_float32(raw_BTV)
@@ -85,7 +70,21 @@ def _wide(raw_BTV: Tensor, cap: float | None, tap: Tap) -> Tensor:
 
 PARTS = {
     "gemma2": Parts(
-        GemmaNorm, GemmaNorm, partial(nnf.gelu, approximate="tanh"), _sum_then_norm, _scaled, True, _capped
+        norm=GemmaNorm,
+        after=GemmaNorm,
+        activation=partial(nnf.gelu, approximate="tanh"),
+        join=_sum_then_norm,
+        scaled=_scaled,
+        tied=True,
+        finish=lambda raw_BTV, tap: raw_BTV,
     ),
-    "mistral": Parts(PlainNorm, lambda width, eps: nn.Identity(), nnf.silu, _one_by_one, _identity, False, _wide),
+    "mistral": Parts(
+        norm=PlainNorm,
+        after=lambda width, eps: nn.Identity(),
+        activation=nnf.silu,
+        join=_one_by_one,
+        scaled=lambda x: x,
+        tied=False,
+        finish=_wide,
+    ),
 }

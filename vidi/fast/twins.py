@@ -14,8 +14,8 @@ from torch import Tensor
 from vidi import precision
 from vidi.attention import eager, rope
 from vidi.bridge import norm as bridge_norm
+from vidi.decoder.decoder import softcap
 from vidi.decoder.norm import gemma_norm
-from vidi.decoder.parts import softcap
 from vidi.fast.plan import Plan
 
 __all__ = [

@@ -55,7 +55,8 @@ def test_the_7b_at_full_size_is_the_releases_list_of_tensors() -> None:
         "model_type": "dattn_mistral", "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336,
         "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None,
         "rms_norm_eps": 1e-5, "rope_theta": 1e6, "eos_token_id": 2, "mm_image_pool_size": 2, "mm_audio_pool_size": 5,
-        "mm_time_interval": 10000, "mm_std": 0.029,
+        "mm_time_interval": 10000, "mm_std": 0.029, "mm_input_type": "video",
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
     }  # fmt: skip
     wanted = names.expected(VidiConfig.from_official(raw))
     assert len(wanted) == 1251

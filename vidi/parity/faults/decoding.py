@@ -13,13 +13,13 @@ from vidi.parity.faults.plant import plant
 GREEDY, PREFILL = "vidi.generate.greedy", "vidi.model.VidiModel.prefill"
 
 
-@plant("vidi.decoder.parts.softcap")
+@plant("vidi.decoder.decoder.softcap")
 def no_final_softcap(original: Any) -> Any:
     """No softcap on logits."""
     return lambda x, cap: x
 
 
-@plant("vidi.decoder.parts.softcap")
+@plant("vidi.decoder.decoder.softcap")
 def attention_softcap_on_logits(original: Any) -> Any:
     """Attention's softcap (50) on logits (30)."""
     return lambda x, cap: original(x, 50.0)

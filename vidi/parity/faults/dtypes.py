@@ -182,7 +182,7 @@ def loss_in_half(original: Any) -> Any:
     ).float()
 
 
-@plant("vidi.decoder.parts.softcap", dtype=HALF)
+@plant("vidi.decoder.decoder.softcap", dtype=HALF)
 def softcap_in_float32(original: Any) -> Any:
     """The final softcap in float32, cast afterwards."""
     return lambda x, cap: original(x.float(), cap).to(x.dtype)

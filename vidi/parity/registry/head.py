@@ -39,7 +39,7 @@ STAGES: tuple[Stage, ...] = (
         "logits",
         ("final.norm",),
         lambda s: s.model.decoder.logits(s["final.norm"]),
-        (code.DECODER + "decoder.Decoder.logits", code.DECODER + "parts.softcap"),
+        (code.DECODER + "decoder.Decoder.logits", code.DECODER + "decoder.softcap"),
         "§8",
         "tied head, softcap",
     ),
