@@ -32,7 +32,7 @@ if str(ROOT) not in sys.path:
 
 from tools.made_from import budgets_of, model_code, moved_code  # noqa: E402
 from tools.one_run import Server, Setting  # noqa: E402
-from vidi.parity.store import list_cases  # noqa: E402
+from stageparity.store import list_cases  # noqa: E402
 
 __all__ = ["RUNS", "drawn", "main", "read", "summary"]
 

@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from vidi.parity import ledger
-from vidi.parity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
-from vidi.parity.ids import axes
-from vidi.parity.manifest import parse, set_sha256
-from vidi.parity.store import position_table, verify
-from vidi.parity.writer import NewCase, replaced, write_case, write_weights
+from stageparity import ledger
+from stageparity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
+from stageparity.stage import axes
+from stageparity.manifest import parse, set_sha256
+from stageparity.store import position_table, verify
+from stageparity.writer import NewCase, replaced, write_case, write_weights
 
 __all__ = ["import_recordings", "main", "pos_freq", "store_pos_freq", "thin"]
 

@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from vidi.parity.store import Case, open_case
-from vidi.parity.tolerance import KINDS, read_baselines
+from stageparity.store import Case, open_case
+from stageparity.tolerance import KINDS, read_baselines
 
 __all__ = ["budgets_of", "code_of", "made_from", "model_code", "moved_code"]
 

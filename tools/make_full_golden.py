@@ -24,11 +24,12 @@ if str(ROOT) not in sys.path:
 
 from tools.regen_plan import commit  # noqa: E402
 from vidi.config import VidiConfig  # noqa: E402
-from vidi.parity import full, ledger, store  # noqa: E402
-from vidi.parity.golden import Golden, GoldenError, Sketched, Whole  # noqa: E402
-from vidi.parity.ids import sort_ids  # noqa: E402
-from vidi.parity.manifest import set_sha256  # noqa: E402
-from vidi.parity.writer import NewCase, replaced, write_case  # noqa: E402
+from stageparity import ledger, store  # noqa: E402
+from vidi.parity import full  # noqa: E402
+from stageparity.golden import Golden, GoldenError, Sketched, Whole  # noqa: E402
+from vidi.parity.stages import STAGES  # noqa: E402
+from stageparity.manifest import set_sha256  # noqa: E402
+from stageparity.writer import NewCase, replaced, write_case  # noqa: E402
 
 __all__ = ["changes", "main", "restated"]
 
@@ -57,7 +58,7 @@ def changes(old: store.Case | None, new: NewCase) -> list[str]:
         return [f"{new.name}: new, {len(new.targets[full.VARIANT])} tensors"]
     before: Mapping[str, Golden] = old.variant(full.VARIANT)
     after, lines = new.targets[full.VARIANT], []
-    for stage in sort_ids({*before, *after}):
+    for stage in STAGES.sort({*before, *after}):
         if stage not in before or stage not in after:
             lines.append(f"{new.name}/{full.VARIANT}/{stage}: {'gone' if stage in before else 'new'}")
         elif moved := _moved(before[stage], after[stage]):

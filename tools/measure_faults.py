@@ -26,7 +26,7 @@ if str(ROOT) not in sys.path:
 from tools.made_from import budgets_of, code_of  # noqa: E402
 from vidi.parity import faults  # noqa: E402
 from vidi.parity.faults import stored  # noqa: E402
-from vidi.parity.golden import GoldenError  # noqa: E402
+from stageparity.golden import GoldenError  # noqa: E402
 
 __all__ = ["grown", "made_from", "main", "measure", "stale"]
 

@@ -77,7 +77,7 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 MISSED = "?"  #: all goldens agree; unit tests have not been asked yet
 KEPT = ("vidi.config", "vidi.checkpoint", "vidi.parity")  # modules that hold no model code survive in a child
-FRESH = ("vidi.parity.feed", "vidi.parity.trace", "vidi.parity.stages", "vidi.parity.suite", "vidi.parity.faults")
+FRESH = ("vidi.parity.feed", "vidi.parity.trace", "vidi.parity.stages", "stageparity.run", "vidi.parity.faults")
 
 # ---- one mutant in a child ----------------------------------------------------------------------------------------------
 
@@ -191,7 +191,8 @@ def run(mutants: list[tuple[Mutant, str]], log: Path, workers: int, limit: int, 
     torch.set_num_threads(1)
     import pytest  # noqa: F401  (children inherit it)
 
-    from vidi.parity import fingerprint, store, suite, tolerance  # noqa: F401
+    from stageparity import fingerprint, store, tolerance  # noqa: F401
+    from vidi.parity import suite  # noqa: F401
 
     goldens = ROOT / "goldens"
     tolerances, cases = tolerance.load(goldens), {}

@@ -90,7 +90,8 @@ class Server:
 
 
 def _serve(goldens: Path) -> None:
-    from vidi.parity import feed, fingerprint, suite, tolerance  # noqa: F401  (loaded once, before the forks)
+    from stageparity import fingerprint, tolerance  # noqa: F401  (loaded once, before the forks)
+    from vidi.parity import feed, suite  # noqa: F401  (loaded once, before the forks)
 
     for line in sys.stdin:
         child = os.fork()
@@ -113,7 +114,8 @@ def run(setting: Setting, goldens: Path) -> Found:
     """{"bits": {case: hash of all its tensors}, "rows": [{case, gate, kind, stage, ok, ratio, errors, budgets}], ...}"""
     import torch
 
-    from vidi.parity import feed, fingerprint, store, tolerance
+    from stageparity import fingerprint, store, tolerance
+    from vidi.parity import feed
 
     torch.set_num_threads(setting.threads)
     tolerances, start = tolerance.load(goldens), time.perf_counter()
@@ -157,7 +159,7 @@ def _whole(case: Any, model: Any, tolerances: Any, setting: Setting, bits: dict,
 def _alone(case: Any, model: Any, tolerances: Any, setting: Setting, bits: dict, not_run: list) -> Iterator[Found]:
     """Text stages of the batch, joined from runs of each sample by itself."""
     from vidi.parity import feed, suite
-    from vidi.parity.golden import Whole
+    from stageparity.golden import Whole
     from vidi.parity.trace import Trace
 
     variant, gate = suite.reference_of(case, setting.dtype)

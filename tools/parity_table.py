@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vidi.parity import store, suite, tolerance
+from stageparity import store, tolerance
+from vidi.parity import suite
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ if str(ROOT) not in sys.path:
 from goldens import recipes  # noqa: E402
 from tools.made_from import made_from  # noqa: E402
 from tools.regen_plan import WEIGHTS, Change, plan  # noqa: E402
-from vidi.parity import ledger  # noqa: E402
-from vidi.parity.golden import GoldenError  # noqa: E402
-from vidi.parity.manifest import set_sha256  # noqa: E402
-from vidi.parity.store import list_cases, list_sets, open_case, verify  # noqa: E402
-from vidi.parity.writer import NewCase, locked, replaced, write_case, write_weights  # noqa: E402
+from stageparity import ledger  # noqa: E402
+from stageparity.golden import GoldenError  # noqa: E402
+from stageparity.manifest import set_sha256  # noqa: E402
+from stageparity.store import list_cases, list_sets, open_case, verify  # noqa: E402
+from stageparity.writer import NewCase, locked, replaced, write_case, write_weights  # noqa: E402
 
 __all__ = ["check", "main"]
 
@@ -41,8 +41,8 @@ MODEL = ("torch", "vidi.model", "vidi.towers", "vidi.bridge", "vidi.attention", 
 LISTED = 40  # changes written out in one ledger entry
 LEDGER_FILES = {
     "tolerances": "tolerances.toml",
-    "baselines": "baselines.json",
-    "noise": "noise.json",
+    "baselines": "measured/baselines.json",
+    "noise": "measured/noise.json",
     "pos.freq": "pos_freq.safetensors",
 }
 

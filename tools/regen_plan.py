@@ -22,15 +22,15 @@ if str(ROOT) not in sys.path:
 
 from goldens import recipes  # noqa: E402
 from goldens.oracle import forward, greedy, teacher_forced  # noqa: E402
-from vidi.parity.golden import Golden, GoldenError, Whole, whole  # noqa: E402
-from vidi.parity.ids import before_float32, matching, sort_ids  # noqa: E402
-from vidi.parity.manifest import weights_sha256  # noqa: E402
-from vidi.parity.store import Case, list_cases, open_case  # noqa: E402
-from vidi.parity.writer import NewCase  # noqa: E402
+from stageparity.golden import Golden, GoldenError, Whole, whole  # noqa: E402
+from vidi.parity.stages import STAGES  # noqa: E402
+from stageparity.manifest import weights_sha256  # noqa: E402
+from stageparity.store import Case, list_cases, open_case  # noqa: E402
+from stageparity.writer import NewCase  # noqa: E402
 
 __all__ = ["WEIGHTS", "Change", "commit", "oracle_case", "plan"]
 
-VARIANTS = ("none", "official")
+VARIANTS = {"none": "none", "cast": "official"}  # variant -> casts of the oracle
 WEIGHTS = "weights.safetensors"
 CHANGED = 1e-10  # of rms
 
@@ -57,12 +57,12 @@ def oracle_case(recipe: recipes.Recipe, weights: Mapping[str, np.ndarray]) -> di
     """All tensors that the oracle computes for a recipe: variant -> stage id -> array."""
     table = recipes.POS_FREQ
     result = {}
-    for casts in VARIANTS:
-        result[casts] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
+    for variant, casts in VARIANTS.items():
+        result[variant] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
         if recipe.decode_steps:
             own = greedy(recipe.config, weights, recipe.inputs, recipe.decode_steps, casts=casts, pos_freq=table)
             forced = teacher_forced(recipe.config, weights, recipe.inputs, own.tokens_BS, casts=casts, pos_freq=table)
-            result[casts] |= {
+            result[variant] |= {
                 f"{recipe.name}.tokens": own.tokens_BS,
                 f"{recipe.name}.lengths": own.lengths_B,
                 f"{recipe.name}.nocache.logits": forced,
@@ -122,8 +122,8 @@ def _compare_case(
             fresh = truth | dict(candidate)
         before: Mapping[str, Golden] = old.variant(variant) if old is not None and variant in old.variants else {}
         after: dict[str, Golden] = dict(before.items())
-        selected = set(matching({*fresh, *before}, glob))
-        for stage in sort_ids(selected):
+        selected = STAGES.matching({*fresh, *before}, glob)
+        for stage in selected:
             if stage not in fresh:
                 changes.append(Change(recipe.name, f"{variant}/{stage}", "gone: the oracle no longer has it"))
                 del after[stage]
@@ -174,7 +174,7 @@ def _allowed(variant: str, stage: str, array: np.ndarray) -> float:
     """How far a value may move unchanged: 1e-10 of rms, one float32 ulp at the tensor's scale behind a float32 step."""
     if array.dtype.kind in "bui":
         return 0.0
-    if variant == "none" or before_float32(stage):
+    if variant == "none" or STAGES.tagged(stage, "no-float32-step"):
         return CHANGED * _rms(array)
     return float(np.finfo(np.float32).eps) * float(np.abs(array).max())
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vidi.parity import feed, store
+from stageparity import store
+from vidi.parity import feed
 from vidi.parity.trace import Trace
 
 pytestmark = pytest.mark.bench

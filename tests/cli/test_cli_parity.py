@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.clock import quickest
 from tests.parity.runs import GOLDENS
 from vidi.cli import COMMANDS, main
-from vidi.parity import store
+from stageparity import store
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:

@@ -11,7 +11,7 @@ import torch
 
 from tests.not_run import not_run
 from vidi.attention import limits
-from vidi.parity import fingerprint
+from stageparity import fingerprint
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vidi.parity import tolerance
-from vidi.parity.compare import Result, Rule, compare
-from vidi.parity.golden import Whole
+from stageparity import tolerance
+from stageparity.compare import Result, Rule, compare
+from stageparity.golden import Whole
 
 __all__ = ["BTNH", "GATES", "MEASURE", "array", "judge"]
 

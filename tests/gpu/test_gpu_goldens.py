@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from tests.not_run import not_run
 from vidi.bridge import position
-from vidi.parity import feed, fingerprint, store, suite, tolerance
+from stageparity import fingerprint, store, tolerance
+from vidi.parity import feed, suite
 
 pytestmark = [
     pytest.mark.gpu,

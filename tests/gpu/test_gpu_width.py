@@ -28,7 +28,7 @@ from vidi.checkpoint import names, synthetic
 from vidi.config import VidiConfig
 from vidi.model import VidiModel
 from vidi.parity import feed, ids, trace
-from vidi.parity.faults.plant import Fault, planted
+from stageparity.faults.plant import Fault, planted
 
 pytestmark = [
     pytest.mark.gpu,

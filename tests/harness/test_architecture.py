@@ -98,7 +98,7 @@ def test_only_the_writer_and_the_ledger_write_goldens_and_only_tools_call_them()
         str(path.relative_to(ROOT))
         for path in files("vidi", "goldens")
         for name, _ in imports(path)
-        if name in ("vidi.parity.writer",) or name.startswith("vidi.parity.writer.")
+        if name in ("stageparity.writer",) or name.startswith("stageparity.writer.")
     }
     # A golden of the full size is written where the caller says, by the command that makes it.
     assert callers <= {"vidi/parity/full.py"}

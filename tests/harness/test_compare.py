@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidi.parity import casts, sketch, tolerance
-from vidi.parity.compare import EXACT, Rule, as_matrix, compare, nothing_compared
-from vidi.parity.golden import Sampled, Sketched, stats_of, whole
+from stageparity import sketch, tolerance
+from vidi.parity import casts
+from stageparity.compare import EXACT, Rule, as_matrix, compare, nothing_compared
+from stageparity.golden import Sampled, Sketched, stats_of, whole
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 RULE = Rule("float32-test", "a reason", max=1e-4)

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from vidi import cli
-from vidi.parity import ids, store
+from stageparity import store
+from vidi.parity import ids
 from vidi.parity.stages import STAGES, find
 
 ROOT = Path(__file__).parents[2]

@@ -17,11 +17,12 @@ from tests.not_run import not_run
 from vidi.attention import unpad
 from vidi.bridge import fold, norm
 from vidi.commands import faults as command
-from vidi.parity import faults, fingerprint, store
+from stageparity import fingerprint, store
+from vidi.parity import faults
 from vidi.parity.faults import judge as judges
 from vidi.parity.faults import plant
-from vidi.parity.faults.plant import Fault, expected_stage, planted
-from vidi.parity.golden import GoldenError
+from stageparity.faults.plant import Fault, expected_stage, planted
+from stageparity.golden import GoldenError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,10 +11,11 @@ import pytest
 from tests.not_run import not_run
 from tools import measure_faults, measure_noise
 from vidi.commands import faults as command
-from vidi.parity import faults, fingerprint, stages, store
+from stageparity import fingerprint, store
+from vidi.parity import faults, stages
 from vidi.parity.faults import judge as judges
 from vidi.parity.faults import plant, stored
-from vidi.parity.faults.plant import Fault
+from stageparity.faults.plant import Fault
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,8 +13,9 @@ from tools import import_official
 from vidi import cli
 from vidi.bridge import fold, position
 from vidi.decoder.decoder import Decoder
-from vidi.parity import feed, store
-from vidi.parity.golden import Sampled
+from stageparity import store
+from vidi.parity import feed
+from stageparity.golden import Sampled
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ import pytest
 
 from tools import make_full_golden
 from vidi.config import VidiConfig
-from vidi.parity import full, ledger, store
-from vidi.parity.golden import Sketched
-from vidi.parity.manifest import content_sha256, set_sha256
+from stageparity import ledger, store
+from vidi.parity import full
+from stageparity.golden import Sketched
+from stageparity.manifest import content_sha256, set_sha256
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 WHY = "the test's reason"

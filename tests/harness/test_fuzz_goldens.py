@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.harness.golden_set import make_set, rebless
-from vidi.parity import store
-from vidi.parity.golden import GoldenError
-from vidi.parity.manifest import parse, render
+from stageparity import store
+from stageparity.golden import GoldenError
+from stageparity.manifest import parse, render
 
 FILES = ("tiny.json", "tiny.h5", "weights.safetensors")
 

@@ -17,7 +17,8 @@ from vidi.cache import Cache
 from vidi.config import VidiConfig
 from vidi.inputs import batch as batches
 from vidi.model import VidiModel, frame_chunks
-from vidi.parity import feed, store
+from stageparity import store
+from vidi.parity import feed
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens" / "small"
 

@@ -13,9 +13,9 @@ from safetensors.numpy import save_file
 
 from tests.not_run import not_run
 from tools import import_official
-from vidi.parity import store
-from vidi.parity.golden import GoldenError, Sampled, Whole, stats_of
-from vidi.parity.manifest import set_sha256
+from stageparity import store
+from stageparity.golden import GoldenError, Sampled, Whole, stats_of
+from stageparity.manifest import set_sha256
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "goldens"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vidi.bridge import position
-from vidi.parity import feed, store, suite, tolerance
+from stageparity import store, tolerance
+from vidi.parity import feed, suite
 
 GOLDENS = store.goldens_dir()
 TRUE_TABLE = feed.machine_table

@@ -23,10 +23,11 @@ from goldens import recipes
 from tests.harness.golden_set import make_set
 from tools import regen_goldens, regen_plan
 from tools.made_from import code_of, made_from
-from vidi.parity import ids, ledger, store, tolerance
-from vidi.parity.golden import GoldenError, whole
-from vidi.parity.manifest import set_sha256
-from vidi.parity.writer import NewCase, locked, replaced, write_case
+from stageparity import ledger, store, tolerance
+from vidi.parity import ids
+from stageparity.golden import GoldenError, whole
+from stageparity.manifest import set_sha256
+from stageparity.writer import NewCase, locked, replaced, write_case
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "goldens"

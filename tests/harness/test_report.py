@@ -15,11 +15,12 @@ from rich.console import Console
 
 from vidi import cli
 from vidi.attention import mask
-from vidi.parity import feed, figures, fingerprint, report, store, suite, tolerance
+from stageparity import fingerprint, store, tolerance
+from vidi.parity import feed, figures, report, suite
 from vidi.parity import html as page
-from vidi.parity.compare import EXACT, Rule, compare
-from vidi.parity.golden import Whole
-from vidi.parity.suite import CaseRun, Row, Run
+from stageparity.compare import EXACT, Rule, compare
+from stageparity.golden import Whole
+from stageparity.run import CaseRun, Row, Run
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 RULE = Rule("float64-none", "because", max=1e-9, row=1e-9)

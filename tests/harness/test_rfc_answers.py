@@ -14,9 +14,9 @@ import torch
 from vidi.attention import dispatch
 from vidi.attention.unpad import Rows, _unpad_xattn_input
 from vidi.config import VidiConfig
-from vidi.parity import store
-from vidi.parity.golden import Sampled, Whole
-from vidi.parity.store import Case
+from stageparity import store
+from stageparity.golden import Sampled, Whole
+from stageparity.store import Case
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT / "goldens" / "official"

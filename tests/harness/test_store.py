@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from tests.harness.golden_set import make_set, rebless, rewrite_tensor
-from vidi.parity import ids, store
-from vidi.parity.golden import GoldenError, Sampled, Sketched, Whole
-from vidi.parity.manifest import content_sha256, parse
+from stageparity import store
+from vidi.parity import ids
+from stageparity.golden import GoldenError, Sampled, Sketched, Whole
+from stageparity.manifest import content_sha256, parse
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 HINT = "restore it (git checkout -- {0}) or import / regenerate its case"
@@ -178,8 +179,8 @@ def test_hash_covers_dtype_shape_and_content() -> None:
 
 
 def test_writer_refuses_what_is_no_golden(tmp_path: Path) -> None:
-    from vidi.parity.golden import whole
-    from vidi.parity.writer import NewCase, write_case
+    from stageparity.golden import whole
+    from stageparity.writer import NewCase, write_case
 
     for array, said in ((np.array([np.inf]), "NaN or Inf"), (np.zeros((0, 2)), "empty")):
         case = NewCase("bad", {}, {}, {}, {"none": {"logits": whole(array)}}, {})

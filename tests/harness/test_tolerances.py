@@ -15,8 +15,8 @@ from tools import false_alarms, measure_noise
 from tools.made_from import model_code, moved_code
 from tools.measure_baselines import dtypes_of, reference
 from tools.regen_goldens import LEDGER_FILES
-from vidi.parity import ledger, store, tolerance
-from vidi.parity.ids import is_exact
+from stageparity import ledger, store, tolerance
+from stageparity.stage import is_exact
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "goldens"

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from vidi.parity import feed, fingerprint, manifest, report, store, suite, tolerance
-from vidi.parity.ids import sort_ids
+from stageparity import fingerprint, manifest, store, tolerance
+from vidi.parity import feed, report, suite
+from stageparity.stage import sort_ids
 
 __all__ = ["GOLDENS", "Task", "rows", "run", "tasks", "text_of"]
 

@@ -8,8 +8,9 @@ import torch
 
 from vidi.config import VidiConfig
 from vidi.fast import twins
-from vidi.parity import full, sketch, store, writer
-from vidi.parity.golden import GoldenError, Sketched, Whole
+from stageparity import sketch, store, writer
+from vidi.parity import full
+from stageparity.golden import GoldenError, Sketched, Whole
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import torch
 
 from tests.parity.runs import GOLDENS
 from vidi import generate
-from vidi.parity import feed, store, tolerance
+from stageparity import store, tolerance
+from vidi.parity import feed
 
 RULES = tolerance.load(GOLDENS)
 

@@ -18,10 +18,11 @@ import torch
 from tests.not_run import not_run
 from tests.oracle.recordings import FOLDER
 from tools.import_official import import_recordings
-from vidi.parity import feed, fingerprint, store, suite, tolerance, trace
-from vidi.parity.compare import compare
-from vidi.parity.golden import Whole
-from vidi.parity.ids import is_exact
+from stageparity import fingerprint, store, tolerance
+from vidi.parity import feed, suite, trace
+from stageparity.compare import compare
+from stageparity.golden import Whole
+from stageparity.stage import is_exact
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 # Before the first norm nothing is float32 in a float64 run of the release; behind it our float64 run is another

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
 
+from stageparity import store
+from stageparity.golden import Whole
+from stageparity.store import Case
 from vidi import precision
 from vidi.bridge import position
 from vidi.checkpoint import names
@@ -18,18 +23,19 @@ from vidi.fast import accelerate
 from vidi.fast.model import FastModel
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
-from vidi.parity import store
-from vidi.parity.golden import Whole
-from vidi.parity.store import Case
 
 __all__ = [
     "DTYPES",
     "Runner",
     "batch_of",
+    "goldens_dir",
+    "inputs_of",
     "install_table",
     "load_model",
     "machine_table",
     "noise_of",
+    "position_table",
+    "synthetic_tower",
     "to_torch",
     "with_window",
 ]
@@ -72,7 +78,7 @@ def table_of(case: Case) -> np.ndarray | None:
     width = case.config["hidden_size"]
     if (own := _own_table(case)) is not None:
         return own
-    if (embedded := store.position_table(width)) is not None:
+    if (embedded := position_table(width)) is not None:
         return embedded
     others = (store.open_case(ref.folder, ref.name) for ref in store.list_cases(case.folder) if ref.name != case.name)
     return next((t for c in others if c.config["hidden_size"] == width and (t := _own_table(c)) is not None), None)
@@ -109,6 +115,38 @@ def with_window(model: Runner, window: int) -> Runner:
     for axis in ("pos_h", "pos_w", "pos_t"):
         getattr(twin.bridge, axis).freq_K = getattr(plain.bridge, axis).freq_K
     return accelerate(twin) if isinstance(model, FastModel) else twin
+
+
+def goldens_dir(given: str | Path | None = None) -> Path:
+    """The golden folder: the given one, the packaged `vidi/goldens`, or `goldens/` beside the package. Raises GoldenError."""
+    package = Path(__file__).resolve().parents[1]
+    return store.goldens_dir(*([given] if given is not None else [package / "goldens", package.parent / "goldens"]))
+
+
+def position_table(width: int, goldens: Path | None = None) -> np.ndarray | None:
+    """The stored table of position frequencies for decoder width ``width``, (width / 2,) float32; None where none is.
+
+    One ulp of it is 6e-4 rad at the far end of time, and torch's exp differs between processors, so every run computes
+    with the stored one (spec §5).
+    """
+    path = (goldens or goldens_dir()) / "pos_freq.safetensors"
+    return load_file(path).get(str(width)) if path.is_file() else None
+
+
+def synthetic_tower(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Tower output (F, patches, C) float32 of a case without frames: feat_table[feat_index]/64 · feat_scale."""
+    table, index, scale = (inputs[f"inputs.feat_{part}"] for part in ("table", "index", "scale"))
+    return table[index].astype(np.float32) / np.float32(64.0) * scale[:, None, None].astype(np.float32)
+
+
+def inputs_of(case: Case) -> dict[str, np.ndarray]:
+    """Input arrays of a case by id. Frames kept as bytes only are given as `inputs.images.B` too (u8/127.5 - 1, float32)."""
+    found = dict(case.inputs)
+    for name in case.inputs:
+        twin = name.replace("images_u8", "images")
+        if twin not in found:
+            found[twin] = found[name].astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+    return {name: found[name] for name in sorted(found)}
 
 
 def batch_of(inputs: Mapping[str, np.ndarray], ids: str = "inputs.input_ids") -> Batch:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as nnf
 
 from vidi import precision
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 
 @plant("vidi.bridge.fold.pad")

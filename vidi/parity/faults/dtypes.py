@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 SINGLE, HALF = "float32", "bfloat16"
 
@@ -215,7 +215,7 @@ def weights_cast_before_values(original: Any) -> Any:
     return attend
 
 
-@plant("model.audio_tower", "model.vision_tower", cuda=True, dtype=SINGLE)
+@plant("model.audio_tower", "model.vision_tower", needs="cuda", dtype=SINGLE)
 def tf32_on(original: Any) -> Any:
     """TF32 in matrix products and convolutions of the towers."""
 

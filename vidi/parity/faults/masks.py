@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vidi.attention.unpad import Rows
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 
 @plant("vidi.bridge.mask.keep_tokens")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as nnf
 
 from vidi.bridge import norm
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 TIME = 10000
 

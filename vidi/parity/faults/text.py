@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 from vidi.tap import no_tap
 
 
