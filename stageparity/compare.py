@@ -45,7 +45,8 @@ def compare(
         return _compare_whole(stage, array, golden.array, axes, rule)
     if isinstance(golden, Sampled):
         return _compare_sampled(stage, array, golden, axes, rule)
-    return compare_sketches(stage, sketches.make(as_matrix(array, axes), golden.sketch.spec, golden.sketch.top_index), golden, rule)
+    mine = sketches.make(as_matrix(array, axes), golden.sketch.spec, golden.sketch.top_index)
+    return compare_sketches(stage, mine, golden, rule)
 
 
 def nothing_compared(results: list[Result]) -> bool:

@@ -294,9 +294,9 @@ class _Judge:
             alone if alone is not None or not entry.reads_raw else result(chained, chain),
             next((c.file for c in entry.wiring if c.file), ""),
         )
-        if alone is not None and (bits := self._bits(bench, stage, own, entry)) is not None:
-            if bits.ratio > max(alone.ratio, 1):
-                row = replace(row, alone=bits)  # within its error budget, and rounded in the wrong place
+        bits = self._bits(bench, stage, own, entry) if alone is not None else None
+        if alone is not None and bits is not None and bits.ratio > max(alone.ratio, 1):
+            row = replace(row, alone=bits)  # within its error budget, and rounded in the wrong place
         if entry.machine is not None and not row.ok and (note := _machine(entry, golden, chained.get(stage))):
             excused = replace(row.shown, ok=True, problems=())
             return Row(stage, excused), note

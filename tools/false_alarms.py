@@ -30,9 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from stageparity.store import list_cases  # noqa: E402
 from tools.made_from import budgets_of, model_code, moved_code  # noqa: E402
 from tools.one_run import Server, Setting  # noqa: E402
-from stageparity.store import list_cases  # noqa: E402
 
 __all__ = ["RUNS", "drawn", "main", "read", "summary"]
 

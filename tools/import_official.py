@@ -30,10 +30,11 @@ from safetensors.numpy import load_file
 
 from stageparity import ledger
 from stageparity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
-from stageparity.stage import axes
 from stageparity.manifest import parse, set_sha256
-from stageparity.store import position_table, verify
+from stageparity.store import verify
 from stageparity.writer import NewCase, replaced, write_case, write_weights
+from vidi.parity.goldens import position_table
+from vidi.parity.stages import STAGES
 
 __all__ = ["import_recordings", "main", "pos_freq", "store_pos_freq", "thin"]
 
@@ -363,9 +364,9 @@ def thin(stage: str, golden: Golden) -> Golden:
         return golden
     if golden.array.size <= THIN_WHOLE:
         return golden
-    where = axes(stage, golden.array.ndim)
-    by_frame = golden.array.ndim == 4 and where.heads is None
-    axis = 0 if by_frame else max(where.rows, key=lambda a: golden.shape[a])
+    row_axes, heads = STAGES.axes(stage).of(golden.array.ndim)
+    by_frame = golden.array.ndim == 4 and heads is None
+    axis = 0 if by_frame else max(row_axes, key=lambda a: golden.shape[a])
     rows = golden.shape[axis]
     return _rows(golden, axis, _spread(rows, max(2, int(rows * THIN_WHOLE / golden.array.size))))
 

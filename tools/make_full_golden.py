@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tools.regen_plan import commit  # noqa: E402
-from vidi.config import VidiConfig  # noqa: E402
 from stageparity import ledger, store  # noqa: E402
-from vidi.parity import full  # noqa: E402
 from stageparity.golden import Golden, GoldenError, Sketched, Whole  # noqa: E402
-from vidi.parity.stages import STAGES  # noqa: E402
 from stageparity.manifest import set_sha256  # noqa: E402
 from stageparity.writer import NewCase, replaced, write_case  # noqa: E402
+from tools.regen_plan import commit  # noqa: E402
+from vidi.config import VidiConfig  # noqa: E402
+from vidi.parity import full  # noqa: E402
+from vidi.parity.stages import STAGES  # noqa: E402
 
 __all__ = ["changes", "main", "restated"]
 

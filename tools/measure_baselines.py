@@ -31,7 +31,6 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from goldens.oracle import forward, teacher_forced  # noqa: E402
-from tools.made_from import made_from  # noqa: E402
 from stageparity import ledger  # noqa: E402
 from stageparity.compare import Result, Rule, compare  # noqa: E402
 from stageparity.golden import Golden, Whole  # noqa: E402
@@ -39,6 +38,7 @@ from stageparity.stage import is_exact, sort_ids  # noqa: E402
 from stageparity.store import Case, GoldenError, Targets, list_cases, open_case  # noqa: E402
 from stageparity.tolerance import KINDS, METRICS, baseline_of, read_baselines  # noqa: E402
 from stageparity.writer import locked  # noqa: E402
+from tools.made_from import made_from  # noqa: E402
 
 __all__ = ["DTYPES", "errors_of", "main", "measure", "orders", "reference"]
 

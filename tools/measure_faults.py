@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from stageparity.golden import GoldenError  # noqa: E402
 from tools.made_from import budgets_of, code_of  # noqa: E402
 from vidi.parity import faults  # noqa: E402
 from vidi.parity.faults import stored  # noqa: E402
-from stageparity.golden import GoldenError  # noqa: E402
 
 __all__ = ["grown", "made_from", "main", "measure", "stale"]
 

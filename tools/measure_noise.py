@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from tools.made_from import budgets_of  # noqa: E402
-from tools.one_run import Server, Setting  # noqa: E402
 from stageparity import ledger  # noqa: E402
 from stageparity.golden import GoldenError  # noqa: E402
-from vidi.parity.stages import template_of  # noqa: E402
 from stageparity.store import list_cases  # noqa: E402
 from stageparity.writer import locked  # noqa: E402
+from tools.made_from import budgets_of  # noqa: E402
+from tools.one_run import Server, Setting  # noqa: E402
+from vidi.parity.stages import template_of  # noqa: E402
 
 __all__ = ["blind", "main", "overlaps", "read", "settings", "stale", "table"]
 

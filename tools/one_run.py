@@ -158,8 +158,8 @@ def _whole(case: Any, model: Any, tolerances: Any, setting: Setting, bits: dict,
 
 def _alone(case: Any, model: Any, tolerances: Any, setting: Setting, bits: dict, not_run: list) -> Iterator[Found]:
     """Text stages of the batch, joined from runs of each sample by itself."""
-    from vidi.parity import feed, suite
     from stageparity.golden import Whole
+    from vidi.parity import feed, suite
     from vidi.parity.trace import Trace
 
     variant, gate = suite.reference_of(case, setting.dtype)

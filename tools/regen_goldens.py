@@ -26,13 +26,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from goldens import recipes  # noqa: E402
-from tools.made_from import made_from  # noqa: E402
-from tools.regen_plan import WEIGHTS, Change, plan  # noqa: E402
 from stageparity import ledger  # noqa: E402
 from stageparity.golden import GoldenError  # noqa: E402
 from stageparity.manifest import set_sha256  # noqa: E402
 from stageparity.store import list_cases, list_sets, open_case, verify  # noqa: E402
 from stageparity.writer import NewCase, locked, replaced, write_case, write_weights  # noqa: E402
+from tools.made_from import made_from  # noqa: E402
+from tools.regen_plan import WEIGHTS, Change, plan  # noqa: E402
 
 __all__ = ["check", "main"]
 

@@ -23,10 +23,10 @@ if str(ROOT) not in sys.path:
 from goldens import recipes  # noqa: E402
 from goldens.oracle import forward, greedy, teacher_forced  # noqa: E402
 from stageparity.golden import Golden, GoldenError, Whole, whole  # noqa: E402
-from vidi.parity.stages import STAGES  # noqa: E402
 from stageparity.manifest import weights_sha256  # noqa: E402
 from stageparity.store import Case, list_cases, open_case  # noqa: E402
 from stageparity.writer import NewCase  # noqa: E402
+from vidi.parity.stages import STAGES  # noqa: E402
 
 __all__ = ["WEIGHTS", "Change", "commit", "oracle_case", "plan"]
 

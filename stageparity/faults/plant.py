@@ -24,9 +24,9 @@ Make = Callable[..., Any]  #: the original (and the model, if it takes two) -> w
 
 @dataclass(frozen=True)
 class Fault:
-    """One wrong step. case: SET/NAME, or a case of the set `small`, that sees it. dtype: float64 for wrong mathematics, the
-    dtype whose casts it misplaces otherwise. rebuild: acts when the model is built. setting: the way of computing in which
-    it acts (`Subject.setting`). needs: the device that it needs."""
+    """One wrong step. targets: `Code`, or dotted names of it. case: SET/NAME, or a case of the set `small`, that sees it.
+    dtype: float64 for wrong mathematics, the dtype whose casts it misplaces otherwise. rebuild: acts when the model is built.
+    setting: the way of computing in which it acts (`Subject.setting`). needs: the device that it needs."""
 
     name: str
     what: str
@@ -37,6 +37,10 @@ class Fault:
     rebuild: bool = False
     setting: str = ""
     needs: str = ""
+
+    def __post_init__(self) -> None:
+        targets = tuple(t if isinstance(t, Code) else code(t) for t in self.targets)
+        object.__setattr__(self, "targets", targets)
 
     @property
     def area(self) -> str:
@@ -55,13 +59,9 @@ def plant(*targets: Any, **options: Any) -> Callable[[Make], Fault]:
     def decorate(make: Make) -> Fault:
         area = make.__module__.rsplit(".", 1)[-1]
         what = " ".join((make.__doc__ or "").split())
-        return Fault(f"{area}.{make.__name__}", what, tuple(map(_target, targets)), make, **options)
+        return Fault(f"{area}.{make.__name__}", what, targets, make, **options)
 
     return decorate
-
-
-def _target(target: Any) -> Code:
-    return target if isinstance(target, Code) else code(target)
 
 
 # ---- planting -----------------------------------------------------------------------------------------------------------

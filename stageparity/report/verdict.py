@@ -18,8 +18,8 @@ from stageparity.run import CaseRun, Row, Run
 from stageparity.stage import Stages
 
 __all__ = [
-    "Context", "Finding", "References", "conclusion", "findings", "inherited", "lookalikes", "number", "rerun", "short", "some", "split",
-    "summary",
+    "Context", "Finding", "References", "conclusion", "findings", "inherited", "lookalikes", "number", "rerun", "short", "some",
+    "split", "summary",
 ]  # fmt: skip
 
 _NAMES = 6  # of known faults listed beside a divergence

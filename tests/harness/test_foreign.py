@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from stageparity import store
+from stageparity.golden import Sampled
 from tests.harness import foreign
 from tools import import_official
 from vidi import cli
 from vidi.bridge import fold, position
 from vidi.decoder.decoder import Decoder
-from stageparity import store
 from vidi.parity import feed
-from stageparity.golden import Sampled
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.harness.golden_set import make_set, rebless
 from stageparity import store
 from stageparity.golden import GoldenError
 from stageparity.manifest import parse, render
+from tests.harness.golden_set import make_set, rebless
 
 FILES = ("tiny.json", "tiny.h5", "weights.safetensors")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from stageparity import store
 from vidi import generate
 from vidi.attention import dispatch, eager, sdpa, unpad
 from vidi.attention.unpad import Rows
@@ -17,7 +18,6 @@ from vidi.cache import Cache
 from vidi.config import VidiConfig
 from vidi.inputs import batch as batches
 from vidi.model import VidiModel, frame_chunks
-from stageparity import store
 from vidi.parity import feed
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens" / "small"

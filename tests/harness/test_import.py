@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.not_run import not_run
-from tools import import_official
 from stageparity import store
 from stageparity.golden import GoldenError, Sampled, Whole, stats_of
 from stageparity.manifest import set_sha256
+from tests.not_run import not_run
+from tools import import_official
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "goldens"

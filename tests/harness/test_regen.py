@@ -20,14 +20,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from goldens import recipes
-from tests.harness.golden_set import make_set
-from tools import regen_goldens, regen_plan
-from tools.made_from import code_of, made_from
 from stageparity import ledger, store, tolerance
-from vidi.parity import ids
 from stageparity.golden import GoldenError, whole
 from stageparity.manifest import set_sha256
 from stageparity.writer import NewCase, locked, replaced, write_case
+from tests.harness.golden_set import make_set
+from tools import regen_goldens, regen_plan
+from tools.made_from import code_of, made_from
+from vidi.parity.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "goldens"
@@ -113,28 +113,29 @@ def test_what_counts_as_changed(goldens: Path) -> None:
     rms = np.sqrt(25 / 3)
     assert line("none", 0.9e-10 * rms) is None
     assert line("none", 1.1e-10 * rms) is not None
-    assert line("official", 0.9 * 4 * 2.0**-23) is None
-    assert line("official", 1.1 * 4 * 2.0**-23) is not None
+    assert line("cast", 0.9 * 4 * 2.0**-23) is None
+    assert line("cast", 1.1 * 4 * 2.0**-23) is not None
 
 
 @pytest.mark.parametrize("stage", ["vision.tower", "vision.projector", "vision.resize.1", "audio.pool", "text.embeds"])
 def test_before_any_float32_step_a_float32_ulp_is_a_change(stage: str) -> None:
     value = np.array([3.0, -4.0, 0.0])
-    moved = regen_plan._compare_tensor(CASE, "official", stage, whole(value), value + 1e-9, value + 1e-9)
+    moved = regen_plan._compare_tensor(CASE, "cast", stage, whole(value), value + 1e-9, value + 1e-9)
     assert moved is not None
-    assert ids.before_float32(stage)
-    assert not any(
-        map(ids.before_float32, ("vision.norm", "vision.pos_h.embed", "audio.norm", "layer.0.input", "logits"))
-    )
+    assert _pure(stage)
+    assert not any(map(_pure, ("vision.norm", "vision.pos_h.embed", "audio.norm", "layer.0.input", "logits")))
+
+
+def _pure(stage: str) -> bool:
+    return STAGES.tagged(stage, "no-float32-step")
 
 
 def test_stages_before_float32_are_those_of_the_tolerances() -> None:
-    tables = tolerance.load(GOLDENS)
+    tables = tolerance.load(GOLDENS, STAGES)
     stages = {stage for ref in store.list_cases(GOLDENS) for stage in store.open_case(ref.folder, ref.name).targets}
-    for gate in ("float64-official", "float64-recorded"):
+    for gate in ("float64-cast", "float64-recorded"):
         strict = {stage for stage in stages if tables.rule(gate, stage).max == 1e-11}
-        # with a grid for each video the tolerances have the wider budget
-        assert strict == {s for s in stages if ids.before_float32(s) and not s[-1].isdigit()}
+        assert strict == set(filter(_pure, stages))
 
 
 def test_a_candidate_is_no_other_tensor_than_the_oracles(goldens: Path, tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from vidi.attention import dispatch
-from vidi.attention.unpad import Rows, _unpad_xattn_input
-from vidi.config import VidiConfig
 from stageparity import store
 from stageparity.golden import Sampled, Whole
 from stageparity.store import Case
+from vidi.attention import dispatch
+from vidi.attention.unpad import Rows, _unpad_xattn_input
+from vidi.config import VidiConfig
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT / "goldens" / "official"

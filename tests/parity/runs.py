@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from stageparity import fingerprint, manifest, store, tolerance
-from vidi.parity import feed, report, suite
 from stageparity.stage import sort_ids
+from vidi.parity import feed, report, suite
 
 __all__ = ["GOLDENS", "Task", "rows", "run", "tasks", "text_of"]
 

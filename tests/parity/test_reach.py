@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stageparity import store, tolerance
 from tests.parity.runs import GOLDENS
 from vidi import generate
-from stageparity import store, tolerance
 from vidi.parity import feed
+from vidi.parity.stages import STAGES
 
-RULES = tolerance.load(GOLDENS)
+RULES = tolerance.load(GOLDENS, STAGES)
 
 
 @pytest.mark.parametrize(
@@ -22,9 +23,9 @@ RULES = tolerance.load(GOLDENS)
         ("float32-recorded", "generate.nocache.logits", "max", 1e-4),
         ("float32-recorded", "grad.none.model.norm.weight", "max", 2e-4),
         ("float32-recorded", "loss.mid", "max_abs", 1e-5),
-        ("float64-official", "logits", "max", 5e-6),
-        ("float64-official", "logits", "rms", 1e-6),
-        ("float64-official", "vision.projector", "max", 1e-11),
+        ("float64-cast", "logits", "max", 5e-6),
+        ("float64-cast", "logits", "rms", 1e-6),
+        ("float64-cast", "vision.projector", "max", 1e-11),
     ],
 )
 def test_budgets_stay_where_they_were_promised(gate: str, stage: str, field: str, most: float) -> None:

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     from stageparity.faults import judge, stored
     from stageparity.golden import GoldenError
     from vidi.commands import outputs
-    from vidi.parity import faults, feed
+    from vidi.parity import faults
+    from vidi.parity.goldens import goldens_dir
 
     try:
         outputs.check(args.json)
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)  # tensors are small: threads would only wait for each other
     try:
-        bench = faults.bench(feed.goldens_dir(args.goldens))
+        bench = faults.bench(goldens_dir(args.goldens))
         known = stored.invisible(stored.read(bench.goldens), args.dtype)
         verdicts = judge.judge_all(chosen, bench, args.dtype, progress)
     except (GoldenError, ValueError, OSError) as error:

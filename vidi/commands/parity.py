@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from stageparity.report import page, terminal
     from vidi import device
     from vidi.commands import outputs
-    from vidi.parity import feed
+    from vidi.parity.goldens import goldens_dir
     from vidi.parity.stages import STAGES
     from vidi.parity.subject import VidiSubject
 
@@ -60,10 +60,10 @@ def run(args: argparse.Namespace) -> int:
         if args.size == "full":
             return _full(args, console)
         device.check(args.device)
-        goldens = feed.goldens_dir(args.goldens)
+        goldens = goldens_dir(args.goldens)
         refs = store.select(goldens, args.case)
         # Imported recordings bring no tolerances of their own: the embedded ones judge them.
-        judged_by = goldens if (goldens / "tolerances.toml").exists() else feed.goldens_dir()
+        judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
         tolerances = tolerance.load(judged_by, STAGES)
         if args.stage:
             _check_stages(args.stage, refs)

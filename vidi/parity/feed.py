@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file
 from torch import Tensor
 
 from stageparity import store
@@ -23,18 +21,17 @@ from vidi.fast import accelerate
 from vidi.fast.model import FastModel
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
+from vidi.parity.goldens import position_table
 
 __all__ = [
     "DTYPES",
     "Runner",
     "batch_of",
-    "goldens_dir",
     "inputs_of",
     "install_table",
     "load_model",
     "machine_table",
     "noise_of",
-    "position_table",
     "synthetic_tower",
     "to_torch",
     "with_window",
@@ -115,22 +112,6 @@ def with_window(model: Runner, window: int) -> Runner:
     for axis in ("pos_h", "pos_w", "pos_t"):
         getattr(twin.bridge, axis).freq_K = getattr(plain.bridge, axis).freq_K
     return accelerate(twin) if isinstance(model, FastModel) else twin
-
-
-def goldens_dir(given: str | Path | None = None) -> Path:
-    """The golden folder: the given one, the packaged `vidi/goldens`, or `goldens/` beside the package. Raises GoldenError."""
-    package = Path(__file__).resolve().parents[1]
-    return store.goldens_dir(*([given] if given is not None else [package / "goldens", package.parent / "goldens"]))
-
-
-def position_table(width: int, goldens: Path | None = None) -> np.ndarray | None:
-    """The stored table of position frequencies for decoder width ``width``, (width / 2,) float32; None where none is.
-
-    One ulp of it is 6e-4 rad at the far end of time, and torch's exp differs between processors, so every run computes
-    with the stored one (spec §5).
-    """
-    path = (goldens or goldens_dir()) / "pos_freq.safetensors"
-    return load_file(path).get(str(width)) if path.is_file() else None
 
 
 def synthetic_tower(inputs: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -30,7 +30,7 @@ from vidi.checkpoint import synthetic
 from vidi.config import VidiConfig
 from vidi.fast import accelerate
 from vidi.inputs.batch import Batch
-from vidi.parity import feed
+from vidi.parity.goldens import goldens_dir
 from vidi.parity.stages import STAGES
 
 __all__ = ["CASE", "FOLDER", "FullRun", "StageRatio", "inputs", "judge", "make", "provenance", "run", "sketched"]
@@ -270,7 +270,7 @@ def run(goldens: Path | str | None = None, *, device: str = "cuda", folder: Path
 
     Raises GoldenError where the case cannot be trusted, or its inputs are no longer those that the generator makes.
     """
-    root = feed.goldens_dir(goldens)
+    root = goldens_dir(goldens)
     case = store.open_case(folder or root / FOLDER, CASE)
     gate = tolerance.load(root, STAGES).gates[GATE]
     limits = {m: float(gate[f"c_{m}"]) for m in METRICS} | {"floor": float(gate["floor_ulp"] * gate["eps"])}

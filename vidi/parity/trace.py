@@ -23,13 +23,14 @@ from vidi.attention import unpad
 from vidi.attention.unpad import Rows
 from vidi.bridge import position
 from vidi.checkpoint import names
+from vidi.config import DecoderConfig
 from vidi.decoder.attention import repeat_heads
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
 from vidi.parity import feed
 from vidi.stream import Stream
 
-__all__ = ["capture", "decoding", "run", "unpadded"]
+__all__ = ["Recorded", "capture", "decoding", "run", "unpadded"]
 
 MASKS = {"v": "vision.mask", "a": "audio.mask"}
 #: in float16: gradients of the recordings reach 23 (beyond 63 they would overflow), those of scores go down to a millionth
@@ -59,15 +60,14 @@ def run(case: Case, model: feed.Runner, tap: Tap) -> None:
 # ---- one whole pass ---------------------------------------------------------------------------------------------------------
 
 
-class _Recorded:
+class Recorded:
     """The model's tap: stages in their recorded layout, cross-attention taken apart in the first and last layer (§9)."""
 
-    def __init__(self, case: Case, model: feed.Runner, tap: Tap) -> None:
-        config = model.config.decoder
+    def __init__(self, config: DecoderConfig, tap: Tap, *, flat_logits: bool = False) -> None:
+        """flat_logits: recordings of losses hold the logits as the loss sees them."""
         self.tap, self.heads, self.group = tap, config.num_heads, config.num_heads // config.num_kv_heads
         self.taken = {"0", str(config.num_layers - 1)}
-        # Recordings of losses hold the logits as the loss sees them.
-        self.flat_logits = "loss_thresholds" in case.info
+        self.flat_logits = flat_logits
         self.gone_on: dict[str, Tensor] = {}  # masks and taken-apart attention, as the run went on with them
 
     def __call__(self, stage: str, x: Tensor) -> Tensor:
@@ -118,7 +118,8 @@ def unpadded(q_BTNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, text: Rows, keys: R
 def forward(case: Case, model: feed.Runner, tap: Tap) -> None:
     """The stages of one whole pass, with losses and gradients where the case has labels."""
     inputs = feed.inputs_of(case)
-    batch, recorded = feed.batch_of(inputs), _Recorded(case, model, tap)
+    batch = feed.batch_of(inputs)
+    recorded = Recorded(model.config.decoder, tap, flat_logits="loss_thresholds" in case.info)
     grads = [stage for stage in case.targets if stage.startswith("grad.") and tap.wants(stage)]
     with _training(model, feed.noise_of(inputs)), torch.set_grad_enabled(bool(grads)):
         tap("pos.freq", position.frequencies(model.config.decoder.hidden_size))

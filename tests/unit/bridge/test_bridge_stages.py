@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from stageparity.run import Trace
 from tests import tiny
 from vidi.bridge import audio, fold, mask, norm, pack, position, visual
 from vidi.bridge.projector import Projector
 from vidi.config import VidiConfig
-from vidi.parity.trace import Trace
 
 RNG = torch.Generator().manual_seed(0)
 

@@ -11,7 +11,21 @@ from stageparity import tolerance
 from stageparity.faults.judge import Bench
 from stageparity.faults.plant import Fault
 from vidi.parity.faults import (
-    attention, audio, bridge, caches, decoder, decoding, dtypes, masks, norms, packing, position, rotation, text, towers, unpadding,
+    attention,
+    audio,
+    bridge,
+    caches,
+    decoder,
+    decoding,
+    dtypes,
+    masks,
+    norms,
+    packing,
+    position,
+    rotation,
+    text,
+    towers,
+    unpadding,
 )  # fmt: skip
 from vidi.parity.stages import STAGES
 from vidi.parity.subject import VidiSubject

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 
-from vidi import precision
 from stageparity.faults.plant import plant
+from vidi import precision
 
 
 @plant("vidi.bridge.fold.pad")

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from vidi.attention.unpad import Rows
 from stageparity.faults.plant import plant
+from vidi.attention.unpad import Rows
 
 
 @plant("vidi.bridge.mask.keep_tokens")

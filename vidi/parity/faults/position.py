@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 
-from vidi.bridge import norm
 from stageparity.faults.plant import plant
+from vidi.bridge import norm
 
 TIME = 10000
 

@@ -18,8 +18,9 @@ from vidi.parity import feed, trace
 from vidi.parity.bench import Site
 
 __all__ = [
-    "audio_pos_t", "audio_projector", "audio_tower", "cross_attention", "embed_text", "frequencies_here", "layer_output", "mean_loss",
-    "per_token", "rope", "space_to_depth", "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t", "vision_tower",
+    "audio_pos_t", "audio_projector", "audio_tower", "cross_attention", "embed_text", "frequencies_here", "layer_output",
+    "mean_loss", "per_token", "rope", "space_to_depth", "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t",
+    "vision_tower",
 ]  # fmt: skip
 
 QKV = tuple(f"xattn.{{i}}.{{m}}.{x}" for x in "qkv")

@@ -34,7 +34,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "audio.projector", "Linear, GELU (erf), Linear", "§4.4", "n D",
-        rows=(0,), inputs=("audio.pool", "inputs.audio_sizes"), run=ALONE.audio_projector, when=SOUND, tags=PURE, wiring=(audio.encode,),
+        rows=(0,), inputs=("audio.pool", "inputs.audio_sizes"), run=ALONE.audio_projector, when=SOUND, tags=PURE,
+        wiring=(audio.encode,),
         code=(audio.num_tokens, projector, part("bridge.audio_projector")),
     ),
     Stage(

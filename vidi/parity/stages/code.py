@@ -5,8 +5,28 @@ from __future__ import annotations
 from stageparity.code import Code, code, part
 
 __all__ = [
-    "ALONE", "AUDIO", "CROSS", "DECODER", "EMBED", "KEYS_VALUES", "LAYER", "NORM", "PACK", "QUERIES", "RMS", "SELF", "STREAM_KEYS",
-    "TEXT", "TO_STREAM", "TOWER", "UNPAD", "VISUAL", "attention", "decoder", "layer", "position_code",
+    "ALONE",
+    "AUDIO",
+    "CROSS",
+    "DECODER",
+    "EMBED",
+    "KEYS_VALUES",
+    "LAYER",
+    "NORM",
+    "PACK",
+    "QUERIES",
+    "RMS",
+    "SELF",
+    "STREAM_KEYS",
+    "TEXT",
+    "TOWER",
+    "TO_STREAM",
+    "UNPAD",
+    "VISUAL",
+    "attention",
+    "decoder",
+    "layer",
+    "position_code",
 ]  # fmt: skip
 
 ALONE = code("vidi.parity.stages.alone")  # how a stage is fed alone, where one line does not say it

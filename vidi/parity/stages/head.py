@@ -41,17 +41,17 @@ STAGES: tuple[Stage, ...] = (
         "{n}.cached.logits", "logits of decoding step by step, equal to those of whole passes", "§7", own_chain=True,
         inputs=("logits",), golden="{n}.nocache.logits", when=("decoding",),
         code=(
-            code("vidi.cache"), generate.forced_logits, code("vidi.model.VidiModel.prefill"), decoder.step, decoder.forward["cache"],
-            mask.sees["cached"], layer.text_to_text["cached"],
+            code("vidi.cache"), generate.forced_logits, code("vidi.model.VidiModel.prefill"), decoder.step,
+            decoder.forward["cache"], mask.sees["cached"], layer.text_to_text["cached"],
         ),
     ),
     Stage("{n}.prompt_ids", "what decoding starts from", "§2", exact=True, own_chain=True, when=("decoding",)),
     Stage(
-        "{n}.tokens", "what greedy decoding says", "§2", exact=True, own_chain=True, inputs=("logits",), ties="{n}.nocache.logits",
-        code=(generate.greedy["tokens"],), when=("decoding",),
+        "{n}.tokens", "what greedy decoding says", "§2", exact=True, own_chain=True, inputs=("logits",),
+        ties="{n}.nocache.logits", code=(generate.greedy["tokens"],), when=("decoding",),
     ),
     Stage(
-        "{n}.lengths", "where each row stops", "§2", exact=True, own_chain=True, inputs=("logits",), ties="{n}.nocache.logits",
-        code=(generate.greedy["lengths"],), when=("decoding",),
+        "{n}.lengths", "where each row stops", "§2", exact=True, own_chain=True, inputs=("logits",),
+        ties="{n}.nocache.logits", code=(generate.greedy["lengths"],), when=("decoding",),
     ),
 )  # fmt: skip

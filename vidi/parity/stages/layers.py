@@ -8,7 +8,21 @@ from typing import Any
 from stageparity.code import code, part
 from stageparity.stage import Stage
 from vidi.parity.stages.code import (
-    ALONE, CROSS, DECODER, KEYS_VALUES, LAYER, QUERIES, SELF, STREAM_KEYS, TO_STREAM, UNPAD, attention, decoder, layer, mask, norm,
+    ALONE,
+    CROSS,
+    DECODER,
+    KEYS_VALUES,
+    LAYER,
+    QUERIES,
+    SELF,
+    STREAM_KEYS,
+    TO_STREAM,
+    UNPAD,
+    attention,
+    decoder,
+    layer,
+    mask,
+    norm,
 )  # fmt: skip
 from vidi.parity.stages.visual import rounded
 
@@ -43,7 +57,10 @@ STAGES: tuple[Stage, ...] = (
         inputs=("text.embeds",), run=lambda s: s.model.decoder.scaled(s["text.embeds"]), wiring=DECODER,
         code=SCALED, rounded=partial(rounded.scaled, "text.embeds"),
     ),
-    Stage("layer.{i}.input", "text before the layer: the output of the one before", "§7", "B T D", inputs=("{before}",), wiring=DECODER),
+    Stage(
+        "layer.{i}.input", "text before the layer: the output of the one before", "§7", "B T D",
+        inputs=("{before}",), wiring=DECODER,
+    ),
     Stage(
         "layer.{i=0}.image_input", "visual stream · sqrt(D)", "§6", "B V D",
         inputs=("vision.llm_norm",), run=lambda s: s.model.decoder.scaled(s["vision.llm_norm"]), when=("visual",), wiring=DECODER,
@@ -106,7 +123,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "layer.{i}.t2{m}", "text to one stream", "§7", "B T D",
-        inputs=("layer.{i}.input", "rope.cos", "rope.sin", "text.mask", "{stream}", "{path}.mask"), when=("modality",), wiring=LAYER,
+        inputs=("layer.{i}.input", "rope.cos", "rope.sin", "text.mask", "{stream}", "{path}.mask"),
+        when=("modality",), wiring=LAYER,
         run=lambda s: s.layer.text_to_stream(s.layer.input_norm(s["layer.{i}.input"]), s.text, s.keys, s.places["m"]),
         code=(TO_STREAM, attention.attend_stream, attention.output, UNPAD, *CROSS, *QUERIES, *STREAM_KEYS),
     ),
