@@ -117,11 +117,11 @@ def _sketch_run(runner: Any, batch: Batch, like: Mapping[str, Golden] | None = N
     """Every stage of one pass; attention taken apart is left out (its results are `t2v` and `t2a`)."""
     found: dict[str, Golden] = {}
 
-    def tap(stage: str, x: Tensor) -> None:
-        if stage.startswith("xattn."):
-            return
-        assert stage not in found, f"{stage} came in parts; frames must pass in one batch"
-        found[stage] = sketched(stage, x, like=None if like is None else like.get(stage))
+    def tap(stage: str, x: Tensor) -> Tensor:
+        if not stage.startswith("xattn."):
+            assert stage not in found, f"{stage} came in parts; frames must pass in one batch"
+            found[stage] = sketched(stage, x, like=None if like is None else like.get(stage))
+        return x
 
     with torch.no_grad(), fingerprint.ieee():
         runner(batch, tap=tap)

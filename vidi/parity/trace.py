@@ -41,9 +41,10 @@ class Trace:
         self._wanted = wanted or (lambda stage: True)
         self._parts: dict[str, list[Tensor]] = {}
 
-    def __call__(self, stage_id: str, value: Tensor) -> None:
+    def __call__(self, stage_id: str, value: Tensor) -> Tensor:
         if self._wanted(stage_id):
             self._parts.setdefault(stage_id, []).append(value)
+        return value
 
     def tensors(self) -> dict[str, Tensor]:
         return {stage: parts[0] if len(parts) == 1 else torch.cat(parts) for stage, parts in self._parts.items()}
