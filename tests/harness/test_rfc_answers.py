@@ -14,7 +14,7 @@ import torch
 from stageparity import store
 from stageparity.golden import Sampled, Whole
 from stageparity.store import Case
-from vidi.attention import dispatch
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows, _unpad_xattn_input
 from vidi.config import VidiConfig
 
@@ -151,7 +151,7 @@ def test_no_helper_of_flash_attn_unpads() -> None:
 
 
 def test_attention_has_no_dropout() -> None:
-    assert not [name for name in inspect.signature(dispatch.attend).parameters if "dropout" in name]
+    assert not [name for name in inspect.signature(AttentionCall).parameters if "dropout" in name]
     official = VidiConfig.full().to_official() | {"attention_dropout": 0.1}
     with pytest.raises(ValueError, match="attention_dropout"):
         VidiConfig.from_official(official)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vidi.attention import eager, unpad
+from vidi.attention.call import AttentionCall
 
 __all__ = ["route"]
 
@@ -27,12 +27,11 @@ def route(unpadded: bool) -> Iterator[None]:
         yield
         return
 
-    def attend(q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, *, scale: float, **options: Any) -> Tensor:
-        keep_k = options.get("keep_k")
-        if options.get("q_pos_BT") is not None or keep_k is None:
-            return plain(q_BTNH, k_BSGH, v_BSGH, scale=scale, **options)
-        samples, queries = q_BTNH.shape[:2]
-        flat = unpad._unpad_xattn_input(q_BTNH, k_BSGH, v_BSGH, options.get("keep_q"), keep_k)
+    def attend(call: AttentionCall) -> Tensor:
+        if call.q_pos_BT is not None or call.keep_k is None:
+            return plain(call)
+        samples, queries = call.q_BTNH.shape[:2]
+        flat = unpad._unpad_xattn_input(*call.tensors, call.keep_q, call.keep_k)
         cuts_q, cuts_k = flat.cu_seqlens_q.tolist(), flat.cu_seqlens_k.tolist()
         out = torch.zeros_like(flat.q)
         for b in range(samples):
@@ -40,7 +39,7 @@ def route(unpadded: bool) -> Iterator[None]:
             keys = slice(cuts_k[b], min(cuts_k[b + 1], cuts_k[b] + flat.max_seqlen[1]))
             part = (flat.q[None, rows], flat.k[None, keys], flat.v[None, keys])
             if part[0].shape[1]:
-                out[rows] = plain(*part, scale=scale, softcap=options.get("softcap"))[0]
+                out[rows] = plain(AttentionCall(*part, call.scale, call.softcap))[0]
         return unpad.pad(out, flat.indices_q, samples, queries)
 
     eager.attend = attend

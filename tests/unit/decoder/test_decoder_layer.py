@@ -94,9 +94,9 @@ def test_a_layer_is_its_formula(layer_idx, modalities):
 
 def test_rows_of_zeros_stay_exactly_zero_through_every_layer():
     """Padded text, padded stream rows and silent samples (spec §7)."""
-    model, seen = tiny.model(), {}
+    model, seen = tiny.model(), tiny.Seen()
     inputs = tiny.make([tiny.sample(12, 3, 60), tiny.sample(4, 1, 0), tiny.sample(7, 0, 20)])
-    model(inputs, last_stream=True, tap=lambda stage, x: seen.update({stage: x}))
+    model(inputs, last_stream=True, tap=seen)
     keep = {"output": seen["text.mask"], "image_stream": seen["vision.mask"], "audio_stream": seen["audio.mask"]}
     for i in range(4):
         for part, mask in keep.items():
@@ -145,8 +145,8 @@ def test_rope_turns_pairs_of_halves():
 
 
 def test_text_visual_and_audio_features_get_the_same_factor():
-    model, seen = tiny.model(), {}
-    model(tiny.make([tiny.sample(5, 2, 30)]), tap=lambda stage, x: seen.update({stage: x}))
+    model, seen = tiny.model(), tiny.Seen()
+    model(tiny.make([tiny.sample(5, 2, 30)]), tap=seen)
     for before, after in (
         ("text.embeds", "layer.0.input"),
         ("vision.llm_norm", "layer.0.image_input"),

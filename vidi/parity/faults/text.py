@@ -85,13 +85,10 @@ def text_of_other_sample(original: Any) -> Any:
     """Samples have each other's text mask beside their own ids: the short one's padding counts as text."""
     from vidi.attention.unpad import Rows
 
-    def embed_text(self: Any, batch: Any, tap: Any = None) -> Any:
-        embeds, rows, labels = original(self, batch, lambda i, x: None)
+    def embed_text(self: Any, batch: Any, tap: Any = no_tap) -> Any:
+        embeds, rows, labels = original(self, batch)
         embeds = embeds.flip(0) if len(embeds) > 1 else embeds
-        if tap is not None:
-            tap("text.embeds", embeds)
-            tap("text.mask", rows.keep_BL)
-        return embeds, Rows(rows.keep_BL), labels
+        return tap("text.embeds", embeds), Rows(tap("text.mask", rows.keep_BL)), labels
 
     return embed_text
 
@@ -146,9 +143,8 @@ def mask_counts_padding(original: Any) -> Any:
     from vidi.attention.unpad import Rows
 
     def embed_text(self: Any, batch: Any, tap: Any = no_tap) -> Any:
-        embeds, rows, labels = original(self, batch, lambda i, x: i == "text.mask" or tap(i, x))
+        embeds, rows, labels = original(self, batch, lambda i, x: x if i == "text.mask" else tap(i, x))
         longer = rows.keep_BL | rows.keep_BL.roll(1, 1)
-        tap("text.mask", longer)
-        return embeds, Rows(longer), labels
+        return embeds, Rows(tap("text.mask", longer)), labels
 
     return embed_text
