@@ -92,7 +92,7 @@ STAGES: tuple[Stage, ...] = (
         lambda s: s.model.decoder.scaled(s["vision.llm_norm"]),
         (
             code.DECODER + "decoder.Decoder.scaled",
-            code.DECODER + "decoder.Decoder.forward[v]",
+            code.DECODER + "decoder.Decoder.carry[v]",
             "vidi.precision.sqrt_in",
         ),
         "§6",
@@ -104,7 +104,7 @@ STAGES: tuple[Stage, ...] = (
         lambda s: s.model.decoder.scaled(s["audio.llm_norm"]),
         (
             code.DECODER + "decoder.Decoder.scaled",
-            code.DECODER + "decoder.Decoder.forward[a]",
+            code.DECODER + "decoder.Decoder.carry[a]",
             "vidi.precision.sqrt_in",
         ),
         "§6",
