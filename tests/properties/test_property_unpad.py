@@ -70,10 +70,10 @@ def test_what_stands_in_padding_never_reaches_a_kept_row(keep_BL, seed, queries,
     q = torch.randn(samples, queries, 4, 8, generator=rng, dtype=torch.float64)
     k, v = (torch.randn(samples, length, 2, 8, generator=rng, dtype=torch.float64) for _ in range(2))
     keep_k = Rows(keep_BL)
-    settings = {"scale": 0.3, "softcap": 5.0 if backend == "eager" else None, "backend": backend}
-    clean = dispatch.attend(AttentionCall(q, k, v, keep_k=keep_k, **settings))
+    settings = {"scale": 0.3, "softcap": 5.0 if backend == "eager" else None}
+    clean = dispatch.attend(AttentionCall(q, k, v, keep_k=keep_k, **settings), backend)
     dirty = [x.masked_fill(~keep_BL[:, :, None, None], torch.nan) for x in (k, v)]
-    assert torch.equal(dispatch.attend(AttentionCall(q, *dirty, keep_k=keep_k, **settings)), clean)
+    assert torch.equal(dispatch.attend(AttentionCall(q, *dirty, keep_k=keep_k, **settings), backend), clean)
     assert clean.isfinite().all()
     for b in range(samples):
         if not keep_BL[b].any():

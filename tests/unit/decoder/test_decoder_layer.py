@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vidi.attention import rope
 from vidi.attention.unpad import Rows
 from vidi.decoder import decoder as decoders
 from vidi.decoder.attention import repeat_heads
-from vidi.decoder.layer import CrossKeys
+from vidi.decoder.layer import CrossKeys, DecoderLayer
 from vidi.decoder.mlp import GatedMlp
 from vidi.decoder.norm import gemma_norm
 from vidi.stream import Stream
@@ -200,3 +201,18 @@ def test_the_last_stream_update_feeds_nothing_and_is_skipped():
         for hook in hooks:
             hook.remove()
     assert torch.equal(short, long)
+
+
+def test_a_pass_without_a_cache_holds_the_keys_of_two_layers_at_most(monkeypatch):
+    """One layer's while the text reads them, and the next one's as they are made: all 42 would be 43 GB in a long video."""
+    held, most, own = [], [], DecoderLayer.stream_keys_values
+
+    def noted(layer, s_BLD):
+        k_BLGH, v_BLGH = own(layer, s_BLD)
+        held.append((layer.layer_idx, weakref.ref(k_BLGH)))
+        most.append(len({idx for idx, k in held if k() is not None}))
+        return k_BLGH, v_BLGH
+
+    monkeypatch.setattr(DecoderLayer, "stream_keys_values", noted)
+    tiny.model()(tiny.make([tiny.sample(5, 2, 30)]))
+    assert most == [1, 1, 2, 2, 2, 2, 2, 2]

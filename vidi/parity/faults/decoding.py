@@ -10,7 +10,7 @@ import torch.nn.functional as nnf
 
 from stageparity.faults.plant import plant
 
-GREEDY, PREFILL = "vidi.generate.greedy", "vidi.model.VidiModel.prefill"
+GREEDY, PREFILL = "vidi.generate.greedy", "vidi.model.Pipeline.prefill"
 
 
 @plant("vidi.decoder.decoder.softcap")

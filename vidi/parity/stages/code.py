@@ -7,6 +7,7 @@ from stageparity.code import Code, code, part
 __all__ = [
     "ALONE",
     "AUDIO",
+    "CARRY",
     "CROSS",
     "DECODER",
     "EMBED",
@@ -26,6 +27,9 @@ __all__ = [
     "attention",
     "decoder",
     "layer",
+    "mask",
+    "norm",
+    "position",
     "position_code",
 ]  # fmt: skip
 
@@ -46,10 +50,10 @@ KEYS_VALUES = (attention.keys_values, *NORM)
 STREAM_KEYS = (layer.stream_keys_values, *KEYS_VALUES)
 UNPAD = code("vidi.attention.unpad")
 TO_STREAM = layer.text_to_stream
-# Who feeds a stage and takes what it gives.
-VISUAL, AUDIO, PACK = (code("vidi.bridge.visual"),), (code("vidi.bridge.audio"),), (code("vidi.bridge.pack"),)
-EMBED, TEXT = (code("vidi.model.VidiModel.embed_text"),), (code("vidi.model.VidiModel.decode_text"),)
-DECODER, LAYER = (decoder.forward,), (layer.forward,)
+# Who feeds a stage and takes what it gives; in brackets the stage for which it does.
+VISUAL, AUDIO, PACK = (code(f"vidi.bridge.{name}") for name in ("visual", "audio", "pack"))
+TEXT = code("vidi.model.Pipeline.decode_text")
+DECODER, CARRY, LAYER = decoder.forward, decoder.carry, layer.forward
 
 
 def position_code(axis: str, use: str | None = None) -> tuple[Code, ...]:

@@ -14,12 +14,12 @@ generate, loss = code("vidi.generate"), code("vidi.loss")
 STAGES: tuple[Stage, ...] = (
     Stage(
         "final.norm", "final GemmaNorm", "§8", "B T D",
-        inputs=("{last}",), run=lambda s: s.model.decoder.norm(s["{last}"]), wiring=DECODER,
+        inputs=("{last}",), run=lambda s: s.model.decoder.norm(s["{last}"]), wiring=(DECODER["norm"],),
         code=(norm, part("decoder.norm")), rounded=rounded.final_norm,
     ),
     Stage(
         "logits", "tied head, softcap", "§8", "B T U", rows=None,
-        inputs=("final.norm",), run=lambda s: s.model.decoder.logits(s["final.norm"]), wiring=TEXT,
+        inputs=("final.norm",), run=lambda s: s.model.decoder.logits(s["final.norm"]), wiring=(TEXT["logits"],),
         code=(decoder.logits, code("vidi.decoder.decoder.softcap")), rounded=rounded.logits,
     ),
     Stage(
@@ -41,7 +41,7 @@ STAGES: tuple[Stage, ...] = (
         "{n}.cached.logits", "logits of decoding step by step, equal to those of whole passes", "§7", own_chain=True,
         inputs=("logits",), golden="{n}.nocache.logits", when=("decoding",),
         code=(
-            code("vidi.cache"), generate.forced_logits, code("vidi.model.VidiModel.prefill"), decoder.step,
+            code("vidi.cache"), generate.forced_logits, code("vidi.model.Pipeline.prefill"), decoder.step,
             decoder.forward["cache"], mask.sees["cached"], layer.text_to_text["cached"],
         ),
     ),

@@ -9,6 +9,7 @@ from stageparity.code import code, part
 from stageparity.stage import Stage
 from vidi.parity.stages.code import (
     ALONE,
+    CARRY,
     CROSS,
     DECODER,
     KEYS_VALUES,
@@ -54,26 +55,27 @@ def _unpadded(name: str, members: tuple[str, ...], what: str, **more: Any) -> St
 STAGES: tuple[Stage, ...] = (
     Stage(
         "layer.{i=0}.input", "text · sqrt(D)", "§6", "B T D",
-        inputs=("text.embeds",), run=lambda s: s.model.decoder.scaled(s["text.embeds"]), wiring=DECODER,
+        inputs=("text.embeds",), run=lambda s: s.model.decoder.scaled(s["text.embeds"]), wiring=(DECODER["input"],),
         code=SCALED, rounded=partial(rounded.scaled, "text.embeds"),
     ),
     Stage(
         "layer.{i}.input", "text before the layer: the output of the one before", "§7", "B T D",
-        inputs=("{before}",), wiring=DECODER,
+        inputs=("{before}",), wiring=(DECODER["input"],),
     ),
     Stage(
         "layer.{i=0}.image_input", "visual stream · sqrt(D)", "§6", "B V D",
-        inputs=("vision.llm_norm",), run=lambda s: s.model.decoder.scaled(s["vision.llm_norm"]), when=("visual",), wiring=DECODER,
-        code=(*SCALED, decoder.forward["v"]), rounded=partial(rounded.scaled, "vision.llm_norm"), places={"m": "v"},
+        inputs=("vision.llm_norm",),
+        run=lambda s: s.model.decoder.scaled(s["vision.llm_norm"]),
+        when=("visual",), wiring=(CARRY["v"],), code=SCALED, rounded=partial(rounded.scaled, "vision.llm_norm"), places={"m": "v"},
     ),
     Stage(
         "layer.{i=0}.audio_input", "audio stream · sqrt(D)", "§6", "B A D",
-        inputs=("audio.llm_norm",), run=lambda s: s.model.decoder.scaled(s["audio.llm_norm"]), when=("audio",), wiring=DECODER,
-        code=(*SCALED, decoder.forward["a"]), rounded=partial(rounded.scaled, "audio.llm_norm"), places={"m": "a"},
+        inputs=("audio.llm_norm",), run=lambda s: s.model.decoder.scaled(s["audio.llm_norm"]),
+        when=("audio",), wiring=(CARRY["a"],), code=SCALED, rounded=partial(rounded.scaled, "audio.llm_norm"), places={"m": "a"},
     ),
     Stage(
         "layer.{i}.t2t", "causal self-attention, window on even layers", "§7", "B T D",
-        inputs=("layer.{i}.input", "rope.cos", "rope.sin", "text.mask"), wiring=LAYER,
+        inputs=("layer.{i}.input", "rope.cos", "rope.sin", "text.mask"), wiring=(LAYER["t2t"],),
         run=lambda s: s.layer.text_to_text(s.layer.input_norm(s["layer.{i}.input"]), s.text),
         code=(
             layer.text_to_text["whole"], attention.attend_self, attention.keys_values, attention.output,
@@ -92,18 +94,18 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "xattn.{i}.{m}.q", "queries, not rotated", "§7", "B N T H", **HEADS,
-        inputs=("layer.{i}.input",), when=APART, wiring=LAYER,
+        inputs=("layer.{i}.input",), when=APART, wiring=(TO_STREAM["queries"],),
         run=lambda s: s.layer.attention.queries(s.layer.input_norm(s["layer.{i}.input"])).transpose(1, 2),
-        code=(layer.text_to_stream["queries"], *QUERIES),
+        code=QUERIES,
     ),
     Stage(
         "xattn.{i}.{m}.k", "stream keys, not rotated; recorded with heads repeated", "§7", "B N · H", **HEADS,
-        inputs=("{stream}",), run=partial(ALONE.stream_key, 0), when=APART, wiring=DECODER,
+        inputs=("{stream}",), run=partial(ALONE.stream_key, 0), when=APART, wiring=(CARRY["keys"],),
         code=(layer.stream_keys_values["keys"], *KEYS_VALUES),
     ),
     Stage(
         "xattn.{i}.{m}.v", "stream values; recorded with heads repeated", "§7", "B N · H", **HEADS,
-        inputs=("{stream}",), run=partial(ALONE.stream_key, 1), when=APART, wiring=DECODER,
+        inputs=("{stream}",), run=partial(ALONE.stream_key, 1), when=APART, wiring=(CARRY["keys"],),
         code=(layer.stream_keys_values["values"], *KEYS_VALUES),
     ),
     _unpadded("indices_q", ("Rows.indices",), "flat places of the kept queries", exact=True),
@@ -115,34 +117,37 @@ STAGES: tuple[Stage, ...] = (
     _unpadded("v", ("Rows.indices", "unpad"), "kept values on one axis", rows=(0,), heads=1),
     Stage(
         "xattn.{i}.{m}.out", "cross-attention, before the output projection", "§7", "B T N H", heads=2,
-        inputs=(*QKV, "text.mask", "{path}.mask"), run=ALONE.cross_attention, when=APART, wiring=(TO_STREAM,),
+        inputs=(*QKV, "text.mask", "{path}.mask"), run=ALONE.cross_attention, when=APART, 
+        wiring=(TO_STREAM["text mask"], TO_STREAM["stream mask"]),
         code=(
-            attention.attend_stream, layer.text_to_stream["text mask"], layer.text_to_stream["stream mask"], UNPAD, *CROSS,
+            attention.attend_stream, UNPAD, *CROSS,
         ),
         rounded=rounded.attended,
     ),
     Stage(
         "layer.{i}.t2{m}", "text to one stream", "§7", "B T D",
         inputs=("layer.{i}.input", "rope.cos", "rope.sin", "text.mask", "{stream}", "{path}.mask"),
-        when=("modality",), wiring=LAYER,
+        when=("modality",), wiring=(LAYER["t2s"],),
         run=lambda s: s.layer.text_to_stream(s.layer.input_norm(s["layer.{i}.input"]), s.text, s.keys, s.places["m"]),
         code=(TO_STREAM, attention.attend_stream, attention.output, UNPAD, *CROSS, *QUERIES, *STREAM_KEYS),
     ),
     Stage(
         "layer.{i}.t2{m}.gate", "does the sample keep a token", "§7", "B",
-        exact=True, inputs=("{path}.mask",), run=lambda s: s["{path}.mask"].any(-1), when=("modality",), wiring=DECODER,
+        exact=True, inputs=("{path}.mask",), run=lambda s: s["{path}.mask"].any(-1),
+        when=("modality",), wiring=(CARRY["gate"],),
     ),
     Stage(
         "layer.{i}.image_stream", "visual stream after the layer", "§7", "B V D",
-        inputs=("{stream}",), run=ALONE.stream, when=("visual",), code=STREAM, wiring=DECODER, places={"m": "v"},
+        inputs=("{stream}",), run=ALONE.stream, when=("visual",), code=STREAM, wiring=(CARRY["v"],), places={"m": "v"},
     ),
     Stage(
         "layer.{i}.audio_stream", "audio stream after the layer", "§7", "B A D",
-        inputs=("{stream}",), run=ALONE.stream, when=("audio",), code=STREAM, wiring=DECODER, places={"m": "a"},
+        inputs=("{stream}",), run=ALONE.stream, when=("audio",), code=STREAM, wiring=(CARRY["a"],), places={"m": "a"},
     ),
     Stage(
         "layer.{i}.output", "text after the layer", "§7", "B T D",
-        inputs=("layer.{i}.input", "layer.{i}.t2t", "layer.{i}.t2v", "layer.{i}.t2a"), run=ALONE.layer_output, wiring=LAYER,
+        inputs=("layer.{i}.input", "layer.{i}.t2t", "layer.{i}.t2v", "layer.{i}.t2a"), run=ALONE.layer_output,
+        wiring=(LAYER["output"],),
         code=(layer.merge, *FEED),
     ),
 )  # fmt: skip
