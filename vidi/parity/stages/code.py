@@ -10,7 +10,7 @@ __all__ = [
     "CARRY",
     "CROSS",
     "DECODER",
-    "EMBED",
+   
     "KEYS_VALUES",
     "LAYER",
     "NORM",

@@ -66,7 +66,8 @@ STAGES: tuple[Stage, ...] = (
         "layer.{i=0}.image_input", "visual stream · sqrt(D)", "§6", "B V D",
         inputs=("vision.llm_norm",),
         run=lambda s: s.model.decoder.scaled(s["vision.llm_norm"]),
-        when=("visual",), wiring=(CARRY["v"],), code=SCALED, rounded=partial(rounded.scaled, "vision.llm_norm"), places={"m": "v"},
+        when=("visual",), wiring=(CARRY["v"],), places={"m": "v"},
+        code=SCALED, rounded=partial(rounded.scaled, "vision.llm_norm"),
     ),
     Stage(
         "layer.{i=0}.audio_input", "audio stream · sqrt(D)", "§6", "B A D",
