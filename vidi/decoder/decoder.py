@@ -91,8 +91,8 @@ class Decoder(nn.Module):
         rows = {m: Rows(stream.keep_BL) for m, stream in streams.items()}
         for layer in cast("Sequence[DecoderLayer]", self.layers):
             cross = {m: layer.stream_keys(s_BLD, rows[m], m, tap) for m, s_BLD in state.items()}
-            for m in cross:
-                tap(f"layer.{layer.layer_idx}.t2{m}.gate", rows[m].keep_BL.any(-1))  # told, not needed: 0 without keys
+            for m in cross:  # recorded, and read by nothing: attention over no key is exactly 0 already
+                tap(f"layer.{layer.layer_idx}.t2{m}.gate", rows[m].keep_BL.any(-1))
             yield layer, cross
             if layer is self.layers[-1] and not last_stream:
                 break
