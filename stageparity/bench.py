@@ -1,6 +1,15 @@
-"""A bench for models whose cases hold plain arrays: stages are fed whole goldens, by the names in their entries.
+"""A subject to build on, for models whose cases hold plain arrays: stages are fed whole goldens, by the names in their entries.
 
-Subclass `GoldenBench` with `run`; a stage's ``run`` gets a `Site` and asks it for its inputs by template.
+    class Mine(GoldenSubject):
+        stages = STAGES
+
+        def build(self, case):                   # the model of a case
+            return Model(case.weights())
+
+        def run(self, model, inputs, tap):       # the whole case from its raw inputs, every stage through the tap
+            model(inputs["inputs.ids"], tap)
+
+A stage's ``run`` gets a `Site` and asks it for its inputs by template: ``run=lambda site: norm(site["layer.{i}.input"])``.
 """
 
 from __future__ import annotations
@@ -12,21 +21,23 @@ from typing import Any
 import numpy as np
 
 from stageparity.golden import Whole
-from stageparity.stage import NotHeld, Stage, Stages, fill
+from stageparity.stage import NotHeld, Stage, fill
 from stageparity.store import Case, Targets
-from stageparity.subject import Tap
+from stageparity.subject import Subject, Tap
 
-__all__ = ["GoldenBench", "Site"]
+__all__ = ["GoldenBench", "GoldenSubject", "Site"]
 
 
-class GoldenBench:
-    """See `stageparity.subject.Bench`. model: whatever the subject builds."""
+class GoldenSubject(Subject):
+    """A model under test in one dtype. Subclass it with `stages`, `build` and `run`."""
 
-    def __init__(self, case: Case, model: Any, targets: Targets, stages: Stages) -> None:
-        self.case, self.model, self.targets, self.stages = case, model, targets, stages
+    def __init__(self, dtype: str = "float64") -> None:
+        self.dtype = dtype
 
-    def run(self, tap: Tap) -> None:
-        """The whole case from its raw inputs (``self.case.inputs``), every stage through the tap."""
+    def build(self, case: Case) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} does not say how its model is built")
+
+    def run(self, model: Any, inputs: Mapping[str, np.ndarray], tap: Tap) -> None:
         raise NotImplementedError(f"{type(self).__name__} does not say how its model runs")
 
     def places(self, places: Mapping[str, str]) -> Mapping[str, str]:
@@ -34,8 +45,22 @@ class GoldenBench:
         return {}
 
     def convert(self, array: np.ndarray) -> Any:
-        """A golden as the model takes it: in its dtype and library."""
-        return array
+        """A golden or raw input as the model takes it; here a NumPy array, real numbers in the dtype of the run."""
+        return array.astype(self.dtype) if array.dtype.kind == "f" else array
+
+    def bench(self, case: Case, model: Any, targets: Targets) -> GoldenBench:
+        return GoldenBench(self, case, model, targets)
+
+
+class GoldenBench:
+    """See `stageparity.subject.Bench`."""
+
+    def __init__(self, subject: GoldenSubject, case: Case, model: Any, targets: Targets) -> None:
+        self.subject, self.case, self.model, self.targets = subject, case, model, targets
+
+    def run(self, tap: Tap) -> None:
+        inputs = {name: self.subject.convert(x) for name, x in self.case.inputs.items()}
+        self.subject.run(self.model, inputs, tap)
 
     def alone(self, stage_id: str) -> Any:
         site = self._site(stage_id)
@@ -50,7 +75,7 @@ class GoldenBench:
         raise NotHeld("nothing says where this rounds")
 
     def _site(self, stage_id: str) -> Site:
-        found = self.stages.find(stage_id)
+        found = self.subject.stages.find(stage_id)
         if found is None:
             raise NotHeld(f"{stage_id} is no stage")
         return Site(self, *found)
@@ -69,15 +94,13 @@ class Site:
         return self.bench.model
 
     def id(self, template: str) -> str:
-        return fill(template, {**self.places, **self.bench.places(self.places)})
+        return fill(template, {**self.places, **self.bench.subject.places(self.places)})
 
     def __getitem__(self, template: str) -> Any:
         """The golden, or raw input, that feeds the stage under a template. Raises NotHeld where the case has it not whole."""
         assert template in self.stage.inputs, f"{self.stage.template} reads {template} without declaring it"
-        name = self.id(template)
-        if name in self.bench.case.inputs:
-            return self.bench.convert(self.bench.case.inputs[name])
-        golden = self.bench.targets.get(name)
+        name, case = self.id(template), self.bench.case
+        golden = Whole(case.inputs[name], "") if name in case.inputs else self.bench.targets.get(name)
         if not isinstance(golden, Whole):
-            raise NotHeld(f"{self.bench.case.name} does not hold {name} whole")
-        return self.bench.convert(golden.array)
+            raise NotHeld(f"{case.name} does not hold {name} whole")
+        return self.bench.subject.convert(golden.array)
