@@ -1,9 +1,9 @@
 """References to code that are checked where they are written: a stage's own code, what a fault patches.
 
-    fold = code("vidi.bridge.fold")
-    fold.pad                a function of that module; raises LookupError at once where there is none
-    fold.pad["w"]           the same code as far as it has that use
-    fold.pad(grid)          calls it
+    norm = code("my_model.norm")
+    norm.rms                a function of that module; raises LookupError at once where there is none
+    norm.rms["final"]       the same code as far as it has that use
+    norm.rms(x)             calls it
 
 Checking reads source text; the module is imported when something is called, so that a table of stages costs no tensor
 library. A reference may name a function, a class, a member of one, a module (all that is in it), or a part of a model

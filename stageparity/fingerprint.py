@@ -1,7 +1,7 @@
 """What a run ran on, and the precision switches that parity sets and asserts.
 
 cuDNN convolutions use TF32 by default on a GPU, matrix products may reduce in half precision: a run that is held against
-goldens computes in IEEE precision, and says so.
+goldens computes in IEEE precision, and says so. For models in torch: this module loads it.
 """
 
 from __future__ import annotations

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from stageparity import rounding, store, tolerance
+from stageparity import manifest, rounding, store, tolerance
 from stageparity.arrays import like, to_numpy
 from stageparity.compare import Result, compare, nothing_compared
 from stageparity.golden import Golden, Whole
 from stageparity.result import EXACT
-from stageparity.stage import NotHeld, Stage, Stages, fill
+from stageparity.stage import NotHeld, Stage, Stages, Ties, fill
 from stageparity.store import Case, CaseRef, Targets
 from stageparity.subject import Bench, Subject, fed, reference_of, unfit
 from stageparity.tolerance import Tolerances
 
-__all__ = ["PASSES", "CaseRun", "Row", "Run", "Trace", "run", "run_case"]
+__all__ = ["PASSES", "CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
 
 PASSES = ("alone", "forced", "chained")  #: in the order in which they convict
 
@@ -191,7 +191,7 @@ def run_case(
     start = time.perf_counter()
     variant, gate = reference_of(case, subject.dtype)
     targets, stages = case.variant(variant), subject.stages
-    wanted = stages.matching([*targets, *_judged_by_others(stages, targets)], globs)
+    wanted = _promised(targets, stages, globs)
     judge = _Judge(stages, tolerances, gate, f"{case.set}/{case.name}", targets)
     result = CaseRun(case.name, case.set, variant, (), golden=case.identity)
     try:
@@ -221,6 +221,16 @@ def run_case(
         notes += [note] * bool(note)
     done = replace(result, rows=tuple(rows), not_run=tuple(not_run), notes=tuple(notes))
     return replace(done, seconds=time.perf_counter() - start), found
+
+
+def promised(ref: CaseRef, stages: Stages, dtype: str) -> list[str]:
+    """The rows that a run of a case in ``dtype`` has, in pipeline order, from its manifest alone."""
+    case = Case(ref.folder, ref.name, manifest.parse(ref.folder / f"{ref.name}.json"))
+    return _promised(case.variant(reference_of(case, dtype)[0]), stages, None)
+
+
+def _promised(targets: Targets, stages: Stages, globs: str | None) -> list[str]:
+    return stages.matching([*targets, *_judged_by_others(stages, targets)], globs)
 
 
 def _judged_by_others(stages: Stages, targets: Targets) -> Iterator[str]:
@@ -300,7 +310,7 @@ class _Judge:
         if entry.machine is not None and not row.ok and (note := _machine(entry, golden, chained.get(stage))):
             excused = replace(row.shown, ok=True, problems=())
             return Row(stage, excused), note
-        if entry.ties and not row.ok and (tie := _tie(row, places, entry.ties, chained, self.targets)) is not None:
+        if entry.ties is not None and not row.ok and (tie := _tie(row, places, entry.ties, chained, self.targets)) is not None:
             return Row(stage, tie), ""
         return row, ""
 
@@ -328,13 +338,13 @@ def _machine(entry: Stage, golden: Golden, found: Any) -> str:
 
 
 def _tie(
-    row: Row, places: Mapping[str, str], logits_of: str, chained: Mapping[str, Any], targets: Targets
+    row: Row, places: Mapping[str, str], ties: Ties, chained: Mapping[str, Any], targets: Targets
 ) -> Result | None:
     """Free-running tokens may part from the golden's where its two best logits are closer than the run's own logit
     error at that step; what follows the parting is another text and judges nothing. None where that is no excuse."""
-    names = {part: fill(f"{{n}}.{part}", places) for part in ("tokens", "lengths")}
-    logits, tokens = targets.get(fill(logits_of, places)), targets.get(names["tokens"])
-    own, mine = chained.get(fill(logits_of, places)), chained.get(names["tokens"])
+    logits_id, tokens_id, lengths_id = (fill(template, places) for template in (ties.logits, ties.tokens, ties.lengths))
+    logits, tokens = targets.get(logits_id), targets.get(tokens_id)
+    own, mine = chained.get(logits_id), chained.get(tokens_id)
     if not (isinstance(tokens, Whole) and isinstance(logits, Whole)) or mine is None or own is None:
         return None
     error, parted = np.abs(to_numpy(own)[0].astype(np.float64) - logits.array), set[int]()
@@ -347,7 +357,7 @@ def _tie(
             second, first = np.sort(logits.array[b, parting])[-2:]
             if first - second > 2 * error[b, parting].max():
                 return None
-    lengths, ends, other = targets.get(names["lengths"]), chained.get(names["lengths"]), set[int]()
+    lengths, ends, other = targets.get(lengths_id), chained.get(lengths_id), set[int]()
     if isinstance(lengths, Whole) and ends is not None:
         other = set(np.flatnonzero(to_numpy(ends)[0] != lengths.array).tolist())
     if not parted or other - parted:  # the same tokens, and another end: no tie says why

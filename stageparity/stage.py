@@ -16,7 +16,7 @@ from typing import Any
 
 from stageparity.code import Code
 
-__all__ = ["Axes", "NotHeld", "Place", "Stage", "Stages"]
+__all__ = ["Axes", "NotHeld", "Place", "Stage", "Stages", "Ties", "fill"]
 
 
 class NotHeld(LookupError):
@@ -62,6 +62,16 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Ties:
+    """Templates of what free decoding gives: the logits along the golden's tokens, (B, S, U), the tokens, (B, S), and how many of
+    them each row has, (B,). Tokens that part from the golden's where two logits tie within the noise are no error."""
+
+    logits: str
+    tokens: str
+    lengths: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage. A template of ``inputs`` may have derived places (`Bench.id` fills them in).
 
@@ -71,8 +81,8 @@ class Stage:
     result; a fault there shows when the run is forced. In both a use in brackets may stand.
     rounded: computes it in float32 with a rounding wherever the specification rounds, given a site and the rounding;
     spreads: the share of values that may have other bits than that, by dtype, where it is not the usual one.
-    golden: the template whose golden judges it, where it has none of its own. ties: the template of the logits that decide
-    whether other tokens are a tie. machine: what this machine's libraries give in place of a stored constant.
+    golden: the template whose golden judges it, where it has none of its own. ties: what decides whether other tokens than the
+    golden's are a tie. machine: what this machine's libraries give in place of a stored constant.
     places: values of places that derived ones need and the template does not show.
     derived: told from other stages after the run; its shape follows from theirs. own_chain: reached from raw inputs whatever
     a forced run puts in the place of other tensors. tags: groups that tolerances may name.
@@ -94,7 +104,7 @@ class Stage:
     rounded: Callable[[Any, Callable[[Any], Any]], Any] | None = None
     spreads: Mapping[str, float] = field(default_factory=dict)
     golden: str = ""
-    ties: str = ""
+    ties: Ties | None = None
     machine: Callable[[Any], Any] | None = None
     places: Mapping[str, str] = field(default_factory=dict)
     derived: bool = False

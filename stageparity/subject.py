@@ -7,8 +7,9 @@ whether the tensor is needed at all, for what is costly to make.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -48,33 +49,41 @@ class Bench(Protocol):
 
 
 class Subject(Protocol):
-    """A model under test. `dtype` is the dtype of its runs, `about` says more of them (backend, device, ...)."""
+    """A model under test. `dtype` is the dtype of its runs. A subclass has the rest as it is here, where nothing else is said."""
 
     stages: Stages
     dtype: str
-    about: Mapping[str, str]
-    forces: bool  #: does its run go on with what the tap returns? If not, it is judged chained alone
-    sections: Mapping[str, str]  #: title of each section of the specification
+    about: Mapping[str, str] = {}  #: what else there is to say of its runs (backend, device, ...)
+    forces: bool = True  #: does its run go on with what the tap returns? If not, it is judged chained alone
+    sections: Mapping[str, str] = {}  #: title of each section of the specification
 
     def build(self, case: Case) -> Any:
         """The case's model with its weights. Raises NotHeld for a case that this subject cannot run, with the reason."""
 
     def bench(self, case: Case, model: Any, targets: Targets) -> Bench:
-        """The model on the bench."""
+        """The model on the bench (`stageparity.bench` has one to build on)."""
+        ...
 
     def setting(self, name: str) -> AbstractContextManager[None]:
         """A way of computing under which some faults act (`Fault.setting`); "" is the usual one."""
+        return nullcontext()
 
     def scope(self) -> AbstractContextManager[None]:
         """What a whole run is done in: precision switches set, no gradients, ..."""
+        return nullcontext()
 
     def fingerprint(self) -> Mapping[str, Any]:
         """What it runs on, as plain values."""
+        system = f"{platform.system()} {platform.machine()}"
+        return {"python": platform.python_version(), "libraries": {"numpy": np.__version__}, "system": system}
 
 
 def reference_of(case: Case, dtype: str) -> tuple[str, str]:
-    """(variant of the goldens, gate) that judge a run in ``dtype``."""
-    variant = "recorded" if "none" not in case.variants else "none" if dtype == "float64" else "cast"
+    """(variant of the goldens, gate) that judge a run in ``dtype``: recordings, or an oracle, with casts below float64 if it
+    has them."""
+    variant = "recorded" if "none" not in case.variants else "none"
+    if variant == "none" and dtype != "float64" and "cast" in case.variants:
+        variant = "cast"
     return variant, tolerance.gate_name(dtype, variant)
 
 

@@ -220,7 +220,7 @@ def as_json(verdicts: Sequence[Verdict], seconds: float) -> dict[str, Any]:
 
 
 def _fault_json(v: Verdict) -> dict[str, Any]:
-    """What a fault is and patches says the code (`vidi faults --list`); lists and reasons stand only where there are any."""
+    """What a fault is and patches say its own fields (`Fault`); lists and reasons stand only where there are any."""
     margin = _finite(v.margin)
     told = {"strays": list(v.strays), "loud": list(v.loud), "crashed": v.crashed, "not_run": v.not_run}
     return {

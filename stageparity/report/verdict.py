@@ -15,11 +15,11 @@ from typing import Any
 
 from stageparity.faults.plant import Fault, own_stages
 from stageparity.run import CaseRun, Row, Run
-from stageparity.stage import Stages
+from stageparity.stage import Stages, fill
 
 __all__ = [
     "Context", "Finding", "References", "conclusion", "findings", "inherited", "lookalikes", "number", "rerun", "short", "some",
-    "split", "summary",
+    "split", "summary", "whose",
 ]  # fmt: skip
 
 _NAMES = 6  # of known faults listed beside a divergence
@@ -100,9 +100,13 @@ class Finding:
 
     @property
     def whose(self) -> str:
-        _, row = self.first
-        alone = " and alone it does not" if row.alone is not None else ", and it cannot be fed alone"
-        return WHOSE[self.kind].format(file=row.wiring or "its caller", alone=alone)
+        return whose(self.first[1])
+
+
+def whose(row: Row) -> str:
+    """Whose error a row that differs is, in a sentence."""
+    alone = " and alone it does not" if row.alone is not None else ", and it cannot be fed alone"
+    return WHOSE[row.kind].format(file=row.wiring or "its caller", alone=alone)
 
 
 def findings(run: Run, stages: Stages) -> list[Finding]:
@@ -166,7 +170,7 @@ def rerun(case: CaseRun, row: Row, run: Run, context: Context) -> str:
     found = context.stages.find(row.stage)
     stage = row.stage
     if found is not None and found[0].golden:  # it is judged with the stage whose golden it borrows
-        stage = found[0].golden.replace("{n}", found[1].get("n", ""))
+        stage = fill(found[0].golden, found[1])
     words = [*context.command, "--case", case.name, "--stage", stage, "--dtype", run.dtype, *context.options]
     return shlex.join(words)
 

@@ -77,7 +77,7 @@ def check(words: list[str]) -> None:
             assert not word.startswith("tests/") or (ROOT / word.split("::")[0]).exists(), word
         if "-m" in words[3:]:
             marker = words[words.index("-m", 3) + 1]
-            assert f'"{marker}":' in (ROOT / "conftest.py").read_text("utf-8"), f"no marker {marker}"
+            assert f' "{marker}: ' in (ROOT / "pyproject.toml").read_text("utf-8"), f"no marker {marker}"
     elif words[0] == "python" and words[1].startswith("tools/"):
         check_tool(words[1:])
     elif words[0].startswith("tools/"):

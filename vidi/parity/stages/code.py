@@ -10,7 +10,6 @@ __all__ = [
     "CARRY",
     "CROSS",
     "DECODER",
-   
     "KEYS_VALUES",
     "LAYER",
     "NORM",

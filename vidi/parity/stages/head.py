@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from stageparity.code import code, part
-from stageparity.stage import Stage
+from stageparity.stage import Stage, Ties
 from vidi.parity.stages.code import ALONE, DECODER, TEXT, decoder, layer, mask, norm
 from vidi.parity.stages.visual import rounded
 
 __all__ = ["STAGES"]
 
 generate, loss = code("vidi.generate"), code("vidi.loss")
+TIES = Ties("{n}.nocache.logits", "{n}.tokens", "{n}.lengths")
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -47,11 +48,11 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("{n}.prompt_ids", "what decoding starts from", "§2", exact=True, own_chain=True, when=("decoding",)),
     Stage(
-        "{n}.tokens", "what greedy decoding says", "§2", exact=True, own_chain=True, inputs=("logits",),
-        ties="{n}.nocache.logits", code=(generate.greedy["tokens"],), when=("decoding",),
+        "{n}.tokens", "what greedy decoding says", "§2", exact=True, own_chain=True, inputs=("logits",), ties=TIES,
+        code=(generate.greedy["tokens"],), when=("decoding",),
     ),
     Stage(
-        "{n}.lengths", "where each row stops", "§2", exact=True, own_chain=True, inputs=("logits",),
-        ties="{n}.nocache.logits", code=(generate.greedy["lengths"],), when=("decoding",),
+        "{n}.lengths", "where each row stops", "§2", exact=True, own_chain=True, inputs=("logits",), ties=TIES,
+        code=(generate.greedy["lengths"],), when=("decoding",),
     ),
 )  # fmt: skip
