@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from stageparity import atomic
-from stageparity.store import Case
-from stageparity.tolerance import BASELINES, KINDS, read_baselines
+from stageparity.manifest import parse
+from stageparity.store import CaseRef
+from stageparity.tolerance import BASELINES, read_baselines
 
 __all__ = [
     "Basis", "budgets", "code", "code_of", "commit", "digest", "goldens", "measured_on", "read", "render", "stale", "write",
@@ -93,44 +94,58 @@ def code(entries: Iterable[str], root: Path, without: Iterable[str] = ()) -> dic
     Raises ValueError for an entry that is not there.
     """
     found: dict[str, str] = {}
-    waiting = list(entries)
+    named, waiting = set[str](), list(entries)
     while waiting:
         name = waiting.pop()
         if not (root / name).is_file():
             raise ValueError(f"{name}: no such file in {root}; was it renamed?")
         if name not in found:
-            shape, imports = _read(root, name, (root / name).stat().st_mtime_ns)
-            found[name] = shape
-            waiting += (file for file in imports if not any(fnmatch.fnmatchcase(file, glob) for glob in without))
+            found[name], names = _source(root / name, _age(root / name))
+            new = {_absolute(name, dotted) for dotted in names} - named
+            named |= new
+            files = {file for dotted in new for file in _files(root, dotted)}
+            waiting += (file for file in files if not any(fnmatch.fnmatchcase(file, glob) for glob in without))
     return dict(sorted(found.items()))
 
 
+def _age(path: Path) -> int:
+    """Time of its last change: a cache that has it among its keys notices an edit."""
+    return path.stat().st_mtime_ns
+
+
 @cache
-def _read(root: Path, name: str, changed: int) -> tuple[str, tuple[str, ...]]:
-    """(hash, imported files) of one file; ``changed`` is its time of change, so that the cache notices an edit."""
-    source = (root / name).read_text(encoding="utf-8")
-    return digest(code_of(source)), tuple(dict.fromkeys(_imported(source, root, name)))
-
-
-def _imported(source: str, root: Path, name: str) -> Iterator[str]:
-    """Files below ``root`` that a source imports, or names in dotted text as references to code do (`stageparity.code`), and
-    the packages above them."""
-    package = name.split("/")[:-1]
-    for node in ast.walk(ast.parse(source)):
+def _source(path: Path, age: int) -> tuple[str, frozenset[str]]:
+    """(hash, dotted names that it imports, or names in text as references to code do (`stageparity.code`))."""
+    tree, names = ast.parse(path.read_text("utf-8")), set[str]()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join([*(package[: len(package) + 1 - node.level] if node.level else ()), *filter(None, [node.module])])
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            base = "." * node.level + (node.module or "")
+            names |= {base, *(f"{base}{'.' * bool(node.module)}{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+(\.\w+)+", node.value):
-            names = [node.value]
-        else:
-            continue
-        for dotted in names:
-            parts = dotted.split(".")
-            for depth in range(1, len(parts) + 1):
-                stem = "/".join(parts[:depth])
-                yield from (file for file in (f"{stem}.py", f"{stem}/__init__.py") if (root / file).is_file())
+            names.add(node.value)
+    return digest(_shape(tree)), frozenset(names)
+
+
+def _absolute(importer: str, dotted: str) -> str:
+    """`..store` as the file that imports it means it."""
+    steps = dotted.lstrip(".")
+    package = importer.split("/")[: len(steps) - len(dotted)] if steps != dotted else []
+    return ".".join([*package, steps]).strip(".")
+
+
+def _files(root: Path, dotted: str) -> Iterator[str]:
+    """Files of the checkout that a dotted name stands for: a module, and the packages above it."""
+    stem = ""
+    for part in dotted.split("."):
+        stem = f"{stem}/{part}".strip("/")
+        if (root / f"{stem}.py").is_file():
+            yield f"{stem}.py"
+        if not (root / stem).is_dir():
+            return
+        if (root / stem / "__init__.py").is_file():
+            yield f"{stem}/__init__.py"
 
 
 def code_of(source: str) -> str:
@@ -152,21 +167,36 @@ def _shape(node: Any) -> str:
     return f"({' '.join(parts)})"
 
 
-def goldens(cases: Iterable[Case]) -> dict[str, str]:
+def goldens(refs: Iterable[CaseRef]) -> dict[str, str]:
     """SET/CASE -> hash of its tensors, weights, configuration and what else it needs; not of where it comes from."""
-    keys = ("inputs", "targets", "weights", "config", "info")
-    return {f"{c.set}/{c.name}": digest(json.dumps({k: c.manifest[k] for k in keys}, sort_keys=True)) for c in cases}
+    paths = {f"{ref.set}/{ref.name}": ref.folder / f"{ref.name}.json" for ref in refs}
+    return {name: _golden(path, _age(path)) for name, path in paths.items()}
+
+
+@cache
+def _golden(path: Path, age: int) -> str:
+    body = parse(path)
+    return digest(json.dumps({key: body[key] for key in ("inputs", "targets", "weights", "config", "info")}, sort_keys=True))
 
 
 def budgets(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Hashes of a golden folder's tolerances, their reasons left out, and of the baselines of cases (SET/CASE)."""
     tables = tomllib.loads((folder / "tolerances.toml").read_text("utf-8"))
     found = {"tolerances": digest(json.dumps(_without_why(tables), sort_keys=True))}
-    stored = read_baselines(folder / BASELINES)
-    for name in names:
-        own = {f"{kind} {dtype}": cases[name] for kind in KINDS for dtype, cases in stored[kind].items() if name in cases}
-        found[f"baselines of {name}"] = digest(json.dumps(own, sort_keys=True))
-    return found
+    path = folder / BASELINES
+    stored = _baselines(path, _age(path)) if path.exists() else {}
+    return found | {f"baselines of {name}": stored.get(name, "none") for name in names}
+
+
+@cache
+def _baselines(path: Path, age: int) -> dict[str, str]:
+    """SET/CASE -> hash of its baselines."""
+    of_case: dict[str, dict[str, Any]] = {}
+    for kind, dtypes in read_baselines(path).items():
+        for dtype, cases in dtypes.items():
+            for name, own in cases.items():
+                of_case.setdefault(name, {})[f"{kind} {dtype}"] = own
+    return {name: digest(json.dumps(own, sort_keys=True)) for name, own in of_case.items()}
 
 
 def _without_why(value: Any) -> Any:

@@ -24,6 +24,7 @@ from stageparity import evidence
 from stageparity.compare import Result, Rule, compare
 from stageparity.evidence import Basis
 from stageparity.golden import Golden, GoldenError, Whole
+from stageparity.manifest import parse
 from stageparity.store import Case, Targets, list_cases, open_case
 from stageparity.tolerance import BASELINES, KINDS, METRICS, baseline_of, read_baselines
 from tools.studies import LONG, ROOT, chosen, say
@@ -75,11 +76,12 @@ def part(args: argparse.Namespace) -> str:
 
 def basis(goldens: Path) -> Basis:
     """The oracle, how an error is told (with the axes that are rows and heads), and the goldens."""
-    cases = _cases(goldens)
+    refs = list_cases(goldens)
+    cases = {f"{ref.set}/{ref.name}": Case(ref.folder, ref.name, parse(ref.folder / f"{ref.name}.json")) for ref in refs}
     drawn = {name: {dtype: len(orders(case, dtype)) for dtype in dtypes_of(case)} for name, case in cases.items()}
     return Basis(
         evidence.code(["goldens/oracle/__init__.py", "stageparity/compare.py"], ROOT),
-        evidence.goldens(cases.values()),
+        evidence.goldens(refs),
         plan={
             "orders": evidence.digest(json.dumps(drawn, sort_keys=True)),
             "axes": evidence.digest(repr([(entry.template, entry.exact, entry.axes) for entry in STAGES])),
@@ -230,5 +232,5 @@ def show(document: Mapping[str, Any], goldens: Path) -> Iterator[str]:
 
 
 def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:
-    missing = sorted(set(_cases(goldens)) - set(document["errors"]))
+    missing = sorted({f"{ref.set}/{ref.name}" for ref in list_cases(goldens)} - set(document["errors"]))
     return [f"{name} has no baseline" for name in missing]

@@ -18,8 +18,8 @@ from stageparity import evidence
 from stageparity.evidence import Basis
 from stageparity.faults import stored
 from stageparity.golden import GoldenError
-from stageparity.store import list_cases, open_case
-from tools.studies import GPU_ONLY, ROOT, say
+from stageparity.store import list_cases
+from tools.studies import CPU, ROOT, say
 
 __all__ = ["grown", "moves"]
 
@@ -38,11 +38,10 @@ def basis(goldens: Path) -> Basis:
     from vidi.parity.faults import FAULTS
 
     used = {fault.place for fault in FAULTS.values()}
-    refs = [ref for ref in list_cases(goldens) if f"{ref.set}/{ref.name}" in used]
     entries = ["vidi/parity/faults/__init__.py", "stageparity/faults/judge.py", "stageparity/faults/stored.py"]
     return Basis(
-        evidence.code(entries, ROOT, GPU_ONLY),
-        evidence.goldens(open_case(ref.folder, ref.name) for ref in refs),
+        evidence.code(entries, ROOT, CPU),
+        evidence.goldens(ref for ref in list_cases(goldens) if f"{ref.set}/{ref.name}" in used),
         evidence.budgets(goldens, sorted(used)),
     )
 

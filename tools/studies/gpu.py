@@ -12,8 +12,8 @@ from typing import Any
 
 from stageparity import evidence
 from stageparity.evidence import Basis
-from stageparity.store import list_cases, open_case
-from tools.studies import ROOT
+from stageparity.store import list_cases
+from tools.studies import FRAME, ROOT
 
 __all__ = ["FOLDER", "RESULTS", "Result", "basis", "measured_on", "stale"]
 
@@ -34,7 +34,7 @@ class Result:
 
 RESULTS: Mapping[str, Result] = {
     "bench.json": Result(
-        ("vidi/bench.py",), f"vidi bench --max-new-tokens 24 --plain 60 --profile 300 --json {PLACE}/bench.json"
+        ("vidi/commands/bench.py",), f"vidi bench --max-new-tokens 24 --plain 60 --profile 300 --json {PLACE}/bench.json"
     ),
     "gpu_tests.json": Result(("tests/gpu/*.py", *BACKENDS), f"tests/gpu/run_all.sh {PLACE}", ("official", "small")),
     "kernels.json": Result(("tests/benchmarks/*.py", *BACKENDS), f"tests/gpu/run_all.sh {PLACE}"),
@@ -58,9 +58,9 @@ def basis(name: str) -> Basis:
     result = RESULTS[name]
     files = (path.relative_to(ROOT).as_posix() for entry in result.entries for path in sorted(ROOT.glob(entry)))
     goldens = ROOT / "goldens"
-    cases = [open_case(ref.folder, ref.name) for folder in result.cases for ref in list_cases(goldens / folder)]
-    names = [f"{case.set}/{case.name}" for case in cases]
-    return Basis(evidence.code(files, ROOT), evidence.goldens(cases), evidence.budgets(goldens, names) if names else {})
+    refs = [ref for folder in result.cases for ref in list_cases(goldens / folder)]
+    names = [f"{ref.set}/{ref.name}" for ref in refs]
+    return Basis(evidence.code(files, ROOT, FRAME), evidence.goldens(refs), evidence.budgets(goldens, names) if names else {})
 
 
 def measured_on(name: str, device: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any
 from stageparity import evidence
 from stageparity.evidence import Basis
 from stageparity.store import list_cases, open_case
-from tools.studies import ROOT, say
+from tools.studies import FRAME, ROOT, say
 from tools.studies.edits import Mutant, sample
 from tools.studies.log import Log
 
@@ -104,8 +104,8 @@ def basis(goldens: Path) -> Basis:
     tests = {t for paths in UNIT_TESTS.values() for path in paths for t in _files(path)}
     refs = list_cases(goldens / "small")
     return Basis(
-        evidence.code(["tools/studies/mutants.py", *sorted(tests)], ROOT),
-        evidence.goldens(open_case(ref.folder, ref.name) for ref in refs),
+        evidence.code(["tools/studies/mutants.py", *sorted(tests)], ROOT, FRAME),
+        evidence.goldens(refs),
         evidence.budgets(goldens, [f"small/{ref.name}" for ref in refs]),
     )
 

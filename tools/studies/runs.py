@@ -22,7 +22,7 @@ from typing import Any
 from stageparity import evidence
 from stageparity.evidence import Basis
 from stageparity.store import list_cases, open_case
-from tools.studies import GPU_ONLY, ROOT
+from tools.studies import CPU, ROOT
 
 __all__ = ["ENVIRONMENT", "KINDS", "Server", "Setting", "basis", "changed", "run"]
 
@@ -66,10 +66,9 @@ def basis(goldens: Path, settings: Iterable[Setting], names: Iterable[str] | Non
     """What the verdicts of such runs depend on, over the cases of ``settings`` (or those of ``names``)."""
     settings = list(settings)
     used = sorted({name for setting in settings for name in setting.cases} if names is None else set(names))
-    refs = {f"{ref.set}/{ref.name}": ref for ref in list_cases(goldens)}
     return Basis(
-        evidence.code(["tools/studies/runs.py"], ROOT, GPU_ONLY),
-        evidence.goldens(open_case(refs[name].folder, refs[name].name) for name in used),
+        evidence.code(["tools/studies/runs.py"], ROOT, CPU),
+        evidence.goldens(ref for ref in list_cases(goldens) if f"{ref.set}/{ref.name}" in used),
         evidence.budgets(goldens, used),
         {"settings": evidence.digest(json.dumps([asdict(setting) for setting in settings]))},
     )
@@ -180,7 +179,7 @@ def _alone(case: Any, subject: Any, model: Any, tolerances: Any, found: Found) -
     from vidi.parity import feed
 
     variant, gate = reference_of(case, subject.dtype)
-    targets, batch = case.variant(variant), feed.batch_of(case.inputs)
+    targets, batch = case.variant(variant), feed.batch_of(feed.inputs_of(case))
     wanted = [s for s in targets if s.endswith((".t2t", ".t2v", ".t2a", ".output", "final.norm", "logits"))]
     joined: dict[str, Any] = {}
     for b in range(len(batch.input_ids_BT)):
