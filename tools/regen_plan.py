@@ -7,7 +7,6 @@ that are no tensor of the oracle's, and values further from the oracle than the 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,20 +15,18 @@ from typing import Any
 
 import numpy as np
 
+from goldens import recipes
+from goldens.oracle import forward, greedy, teacher_forced
+from stageparity.evidence import commit
+from stageparity.golden import Golden, GoldenError, Whole, whole
+from stageparity.manifest import weights_sha256
+from stageparity.store import Case, list_cases, open_case
+from stageparity.writer import NewCase
+from vidi.parity.stages import STAGES
+
+__all__ = ["WEIGHTS", "Change", "oracle_case", "plan"]
+
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from goldens import recipes  # noqa: E402
-from goldens.oracle import forward, greedy, teacher_forced  # noqa: E402
-from stageparity.golden import Golden, GoldenError, Whole, whole  # noqa: E402
-from stageparity.manifest import weights_sha256  # noqa: E402
-from stageparity.store import Case, list_cases, open_case  # noqa: E402
-from stageparity.writer import NewCase  # noqa: E402
-from vidi.parity.stages import STAGES  # noqa: E402
-
-__all__ = ["WEIGHTS", "Change", "commit", "oracle_case", "plan"]
-
 VARIANTS = {"none": "none", "cast": "official"}  # variant -> casts of the oracle
 WEIGHTS = "weights.safetensors"
 CHANGED = 1e-10  # of rms
@@ -240,7 +237,7 @@ def _new_case(
             "libraries": {name: sys.modules[name].__version__ for name in loaded if name in sys.modules},
             "device": "cpu",
             "seed": None,
-            "commit": commit(),
+            "commit": commit(ROOT),
         },
         config=recipe.config,
         inputs=recipe.inputs,
@@ -248,9 +245,3 @@ def _new_case(
         weights=weights_entry,
         info=_info(recipe),
     )
-
-
-def commit() -> str:
-    """The commit of the tree, `unknown` outside a checkout."""
-    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"

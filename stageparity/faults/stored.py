@@ -1,10 +1,12 @@
 """What `measured/faults.json` of a golden folder holds of all faults: each in its own dtype, and how clearly
 faults of wrong mathematics show in every other dtype.
 
-    {"made_from": {...}, "total", "killed", "localised", ..., "faults": [one of `judge.as_json`],
-     "dtypes": {"bfloat16": {"killed": n, "localised": n, "invisible": {name: margin}, "margins": {name: margin}}}}
+    {"measured_on": {...}, "total", "killed", "localised", ..., "faults": [one of `judge.as_json`],
+     "dtypes": {"bfloat16": {"killed": n, "localised": n, "elsewhere": {name: stage}, "invisible": {name: margin},
+                             "margins": {name: margin}}}}
 
-margins: of faults killed there, null without bound. A fault may leave `invisible`, never enter it.
+margins: of faults killed there, null without bound, at the stage that must report them but for those `elsewhere`. A fault may
+leave `invisible`, never enter it.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def by_dtype(verdicts: Iterable[Verdict]) -> dict[str, Any]:
         "total": shown["total"],
         "killed": shown["killed"],
         "localised": shown["localised"],
+        "elsewhere": {v.fault.name: v.stage for v in ran if v.killed and v.stage != v.expected_stage},
         "invisible": {name: margin for name, margin in margins.items() if name in unseen},
         "margins": {name: margin for name, margin in margins.items() if name not in unseen},
     }

@@ -1,4 +1,4 @@
-"""Edits of the model's source for `tools/mutate.py`: where one can be made, what it makes, and a sample of them by seed.
+"""Edits of the model's source for the study of mutants: where one can be made, what it makes, and a sample of them by seed.
 
 Drawn from the syntax trees of `SOURCES`: operators, comparisons, constants, conditions, arguments, slices, returned tuples,
 statements, twin functions such as sin and cos. Docstrings, annotations, imports, `__all__` and error texts are left alone.
@@ -11,21 +11,20 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from tools.studies import ROOT
 
 __all__ = ["SOURCES", "Mutant", "collect", "edits", "made", "sample", "walk"]
 
-ROOT = Path(__file__).resolve().parents[1]
-
+LEFT_OUT = ("__init__.py", "flash.py", "flex.py", "limits.py")  # what a CPU run does not enter, words for people
 SOURCES = (
     *(
-        f"vidi/bridge/{x}.py"
-        for x in ("audio", "bridge", "fold", "mask", "norm", "pack", "position", "projector", "visual")
+        path.relative_to(ROOT).as_posix()
+        for folder in ("bridge", "towers", "attention", "decoder")
+        for path in sorted((ROOT / "vidi" / folder).glob("*.py"))
+        if path.name not in LEFT_OUT
     ),
-    *(f"vidi/towers/{x}.py" for x in ("layer", "siglip", "whisper")),
-    *(f"vidi/attention/{x}.py" for x in ("eager", "sdpa", "unpad", "mask", "rope", "dispatch")),
-    *(f"vidi/decoder/{x}.py" for x in ("attention", "decoder", "layer", "mlp", "norm")),
     *(f"vidi/{x}.py" for x in ("cache", "generate", "loss", "model", "inputs/batch", "inputs/pixels")),
 )
 

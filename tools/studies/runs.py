@@ -1,32 +1,33 @@
-"""One parity run under one setting, in this process: every error of every stage, as JSON on stdout.
+"""Parity runs of the unharmed model under settings that must not matter, each in a process of its own.
 
-    python tools/one_run.py '{"dtype": "float32", "cases": ["small/base"], "threads": 2, "aten": "avx2", ...}'
-    python tools/one_run.py --serve        a setting a line on stdin, each run in a process of its own
-
-A setting names what must not change a result beyond noise. `aten`, `onednn` and `mkl` limit the instruction sets that
-libraries use; they act through the environment, before a library loads. So a `Server` starts one process for each such
-environment, which loads the libraries and then forks for every setting.
+Instruction sets can only be limited through the environment, before a library loads. So a `Server` starts one process for each
+such environment, which loads the libraries and then forks for every setting.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+from stageparity import evidence
+from stageparity.evidence import Basis
+from stageparity.store import list_cases, open_case
+from tools.studies import CPU, ROOT
 
-__all__ = ["ENVIRONMENT", "Server", "Setting", "run"]
+__all__ = ["ENVIRONMENT", "KINDS", "Server", "Setting", "basis", "changed", "run"]
 
 ENVIRONMENT = {"aten": "ATEN_CPU_CAPABILITY", "onednn": "ONEDNN_MAX_CPU_ISA", "mkl": "MKL_CBWR"}
+KINDS = {"chained": "chained", "forced": "isolated", "alone": "isolated"}  # pass -> the budgets that judge it
 Found = dict[str, Any]
 
 
@@ -55,11 +56,32 @@ class Setting:
         return clean | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}  # threads: set in the run itself
 
 
+def changed(setting: Setting) -> Found:
+    """What differs from the plain setting of any dtype and cases, as JSON gives it back."""
+    plain = Setting(setting.dtype, setting.cases)
+    return {key: value for key, value in asdict(setting).items() if value != getattr(plain, key)}
+
+
+def basis(goldens: Path, settings: Iterable[Setting], names: Iterable[str] | None = None) -> Basis:
+    """What the verdicts of such runs depend on, over the cases of ``settings`` (or those of ``names``)."""
+    settings = list(settings)
+    used = sorted({name for setting in settings for name in setting.cases} if names is None else set(names))
+    return Basis(
+        evidence.code(["tools/studies/runs.py"], ROOT, CPU),
+        evidence.goldens(ref for ref in list_cases(goldens) if f"{ref.set}/{ref.name}" in used),
+        evidence.budgets(goldens, used),
+        {"settings": evidence.digest(json.dumps([asdict(setting) for setting in settings]))},
+    )
+
+
+# ---- processes ----------------------------------------------------------------------------------------------------------
+
+
 class Server:
     """Runs settings in processes of their own, one after another; a context manager. Not for use by two threads."""
 
     def __init__(self, goldens: Path) -> None:
-        self._goldens = goldens
+        self._goldens = goldens.resolve()
         self._environment: dict[str, str] = {}
         self._process: subprocess.Popen[str] | None = None
 
@@ -76,8 +98,8 @@ class Server:
         environment = setting.environment()
         if self._process is None or environment != self._environment:
             self.__exit__()
-            command = [sys.executable, __file__, "--serve", str(self._goldens)]
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            command = [sys.executable, "-m", "tools.studies.runs", str(self._goldens)]
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
             self._process, self._environment = subprocess.Popen(command, env=environment, **pipes), environment
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -90,14 +112,14 @@ class Server:
 
 
 def _serve(goldens: Path) -> None:
-    from stageparity import fingerprint, tolerance  # noqa: F401  (loaded once, before the forks)
-    from vidi.parity import feed, suite  # noqa: F401  (loaded once, before the forks)
+    import vidi.parity.subject  # noqa: F401  (loaded once, before the forks)
 
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
             try:
-                print(json.dumps(run(_setting(line), goldens)), flush=True)
+                given = json.loads(line)
+                print(json.dumps(run(Setting(**{**given, "cases": tuple(given["cases"])}), goldens)), flush=True)
             except BaseException as error:
                 print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
             os._exit(0)
@@ -105,67 +127,61 @@ def _serve(goldens: Path) -> None:
             print(json.dumps({"error": "the process was killed"}), flush=True)
 
 
-def _setting(text: str) -> Setting:
-    given = json.loads(text)
-    return Setting(**{**given, "cases": tuple(given["cases"])})
+# ---- one run ------------------------------------------------------------------------------------------------------------
 
 
 def run(setting: Setting, goldens: Path) -> Found:
     """{"bits": {case: hash of all its tensors}, "rows": [{case, gate, kind, stage, ok, ratio, errors, budgets}], ...}"""
     import torch
 
-    from stageparity import fingerprint, store, tolerance
-    from vidi.parity import feed
+    from stageparity import tolerance
+    from vidi.parity.subject import VidiSubject
 
     torch.set_num_threads(setting.threads)
-    tolerances, start = tolerance.load(goldens), time.perf_counter()
-    bits: dict[str, str] = {}
-    rows: list[Found] = []
-    not_run: list[list[str]] = []
-    with fingerprint.ieee(), _computed(setting):
+    subject, start = VidiSubject(setting.dtype), time.perf_counter()
+    tolerances = tolerance.load(goldens, subject.stages)
+    found: Found = {"bits": {}, "rows": [], "not_run": []}
+    with subject.scope(), _computed(setting):
         for name in setting.cases:
             folder, _, last = name.rpartition("/")
-            case = store.open_case(goldens / folder, last)
-            model = feed.load_model(case, feed.DTYPES[setting.dtype])
+            case = open_case(goldens / folder, last)
+            model = subject.build(case)
             model.tower_backend, model.frame_chunk = setting.towers, setting.frame_chunk
             judged = _alone if setting.alone else _whole
-            for row in judged(case, model, tolerances, setting, bits, not_run):
-                rows.append({"case": name, **row})
-        machine = fingerprint.fingerprint()
-    return {
-        "setting": asdict(setting),
-        "bits": bits,
-        "rows": rows,
-        "not_run": not_run,
-        "machine": machine,
-        "seconds": round(time.perf_counter() - start, 2),
-    }
+            found["rows"] += [{"case": name, **row} for row in judged(case, subject, model, tolerances, found)]
+        machine = subject.fingerprint()
+    return found | {"machine": machine, "seconds": round(time.perf_counter() - start, 2)}
 
 
-def _whole(case: Any, model: Any, tolerances: Any, setting: Setting, bits: dict, not_run: list) -> Iterator[Found]:
-    from vidi.parity import suite
+def _whole(case: Any, subject: Any, model: Any, tolerances: Any, found: Found) -> Iterator[Found]:
+    from stageparity.run import run_case
+    from stageparity.subject import reference_of
 
-    done, tensors = suite.run_case(case, model, tolerances, dtype=setting.dtype)
-    bits[done.name] = _hash(tensors)
-    not_run += [[done.name, stage, reason] for stage, reason in done.not_run]
-    gate = suite.reference_of(case, setting.dtype)[1]
+    done, tensors = run_case(subject, case, model, tolerances)
+    found["bits"][done.name] = _hash(tensors)
+    found["not_run"] += [[done.name, stage, reason] for stage, reason in done.not_run]
+    gate = reference_of(case, subject.dtype)[1]
     for row in done.rows:
-        for kind in ("chained", "isolated"):
-            result = getattr(row, kind)
-            if result is not None and not (kind == "isolated" and result is row.chained):
+        entry = subject.stages.find(row.stage)
+        own = entry is not None and entry[0].reads_raw  # alone or chained, it is the same run
+        for name, kind in KINDS.items():
+            result = getattr(row, name)
+            if result is not None and (name == "chained" or not own):
                 yield _row(gate, kind, row.stage, result)
 
 
-def _alone(case: Any, model: Any, tolerances: Any, setting: Setting, bits: dict, not_run: list) -> Iterator[Found]:
+def _alone(case: Any, subject: Any, model: Any, tolerances: Any, found: Found) -> Iterator[Found]:
     """Text stages of the batch, joined from runs of each sample by itself."""
+    from stageparity.compare import compare
     from stageparity.golden import Whole
-    from vidi.parity import feed, suite
-    from vidi.parity.trace import Trace
+    from stageparity.run import Trace
+    from stageparity.subject import reference_of
+    from vidi.parity import feed
 
-    variant, gate = suite.reference_of(case, setting.dtype)
-    targets, batch = case.variant(variant), feed.batch_of(case.inputs)
+    variant, gate = reference_of(case, subject.dtype)
+    targets, batch = case.variant(variant), feed.batch_of(feed.inputs_of(case))
     wanted = [s for s in targets if s.endswith((".t2t", ".t2v", ".t2a", ".output", "final.norm", "logits"))]
-    joined = {}
+    joined: dict[str, Any] = {}
     for b in range(len(batch.input_ids_BT)):
         tap = Trace(lambda stage: stage in wanted)
         model(_sample(batch, b), last_stream=True, tap=tap)
@@ -177,22 +193,13 @@ def _alone(case: Any, model: Any, tolerances: Any, setting: Setting, bits: dict,
                 whole[b, :length] = value[0, :length].detach()
     for stage, value in joined.items():
         rule = tolerances.rule(gate, stage, f"{case.set}/{case.name}")
-        yield _row(gate, "chained", stage, suite.compare_tensor(stage, value, targets[stage], rule))
+        yield _row(gate, "chained", stage, compare(stage, value, targets[stage], rule, subject.stages.axes(stage)))
 
 
 def _sample(batch: Any, b: int) -> Any:
-    import dataclasses
-
-    from vidi.inputs.batch import Batch
-
-    assert isinstance(batch, Batch)
-    one: dict[str, Any] = {
-        "input_ids_BT": batch.input_ids_BT[b : b + 1],
-        "keep_BT": None if batch.keep_BT is None else batch.keep_BT[b : b + 1],
-        "images": None if batch.images is None else batch.images[b : b + 1],
-        "audios": None if batch.audios is None else batch.audios[b : b + 1],
-        "audio_sizes": None if batch.audio_sizes is None else batch.audio_sizes[b : b + 1],
-    }
+    """One sample of a batch."""
+    fields = ("input_ids_BT", "keep_BT", "images", "audios", "audio_sizes")
+    one = {name: None if (value := getattr(batch, name)) is None else value[b : b + 1] for name in fields}
     return dataclasses.replace(batch, **one)
 
 
@@ -210,8 +217,6 @@ def _row(gate: str, kind: str, stage: str, result: Any) -> Found:
 
 
 def _hash(tensors: Mapping[str, Any]) -> str:
-    import hashlib
-
     import torch
 
     digest = hashlib.sha256()
@@ -221,9 +226,8 @@ def _hash(tensors: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _computed(setting: Setting) -> Any:
+def _computed(setting: Setting) -> contextlib.ExitStack:
     """Kernels, chunk sizes, and the order of a stream's keys, for the time of the run."""
-    import contextlib
     from unittest import mock
 
     import torch
@@ -251,8 +255,4 @@ def _computed(setting: Setting) -> Any:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else ROOT / "goldens"
-    if sys.argv[1] == "--serve":
-        _serve(folder)
-    else:
-        print(json.dumps(run(_setting(sys.argv[1]), folder)))
+    _serve(Path(sys.argv[1]))
