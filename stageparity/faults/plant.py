@@ -139,14 +139,16 @@ def _replaced(owner: Any, name: str, make: Make, model: Any) -> Iterator[None]:
 
 
 def own_stages(fault: Fault, stages: Stages, stage_ids: Iterable[str], entry: str = "code") -> list[str]:
-    """Those of ``stage_ids`` whose ``code`` (or ``wiring``) names what the fault patches."""
+    """Those of ``stage_ids`` whose ``code`` (or ``wiring``) names what the fault patches. Wiring serves many stages: one is
+    meant where the fault names the same use."""
     own = []
     for stage_id in stage_ids:
         found = stages.find(stage_id)
         if found is None:
             continue
         places = {name: value.strip(".") for name, value in found[1].items()}
-        if any(site.covers(target, places) for site in getattr(found[0], entry) for target in fault.targets):
+        named = ((site, target) for site in getattr(found[0], entry) for target in fault.targets)
+        if any(site.covers(target, places) and (entry == "code" or site.use == target.use) for site, target in named):
             own.append(stage_id)
     return own
 
@@ -161,9 +163,11 @@ def other_uses(fault: Fault, stages: Stages, stage_ids: Sequence[str]) -> list[s
 def expected(fault: Fault, stages: Stages, stage_ids: Sequence[str]) -> tuple[str, str] | None:
     """(stage, kind) that must report the fault: the first of ``stage_ids`` (in pipeline order) whose code it is, as `stage`
     (`chained` where the stage is reached from raw inputs alone), or whose wiring, as `wiring`. None where no entry names it."""
-    if own := own_stages(fault, stages, stage_ids):
-        found = stages.find(own[0])
-        assert found is not None
-        return own[0], "chained" if found[0].own_chain else "stage"
+    own = own_stages(fault, stages, stage_ids)
     fed = own_stages(fault, stages, stage_ids, "wiring")
-    return (fed[0], "wiring") if fed else None
+    if fed and (not own or stages.order(fed[0]) < stages.order(own[0])):
+        return fed[0], "wiring"
+    if not own:
+        return None
+    found = stages.find(own[0])
+    return own[0], "chained" if found is not None and found[0].own_chain else "stage"

@@ -59,7 +59,7 @@ def test_a_wrong_fold_is_seen_at_the_fold(
     code, found = parity(imported, tmp_path, "--case", "pair")
     assert code == 1
     assert found["cases"][0]["first_divergence"] == "vision.space_to_depth"
-    assert "first divergence at vision.space_to_depth" in capsys.readouterr().out
+    assert "WRONG: vision.space_to_depth{g} (vision.space_to_depth of " in capsys.readouterr().out
 
 
 def test_a_wrong_factor_is_seen_in_decoding_and_loss(

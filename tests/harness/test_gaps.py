@@ -20,6 +20,7 @@ from vidi.config import VidiConfig
 from vidi.inputs import batch as batches
 from vidi.model import VidiModel, frame_chunks
 from vidi.parity import feed
+from vidi.parity.goldens import inputs_of
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens" / "small"
 
@@ -47,7 +48,7 @@ def test_training_draws_noise_of_its_own(train: store.Case) -> None:
     model = feed.load_model(train, torch.float64)
     asked = []
     model.position_noise = lambda axis, length: asked.append((axis, length)) or torch.zeros(length)
-    batch = feed.batch_of(train.inputs)
+    batch = feed.batch_of(inputs_of(train))
     quiet = model(batch)
     assert not asked
     model.train()
@@ -60,7 +61,7 @@ def test_loss_of_the_model_is_the_golden_one(train: store.Case) -> None:
     noise = feed.noise_of(train.inputs)
     model.train()
     model.position_noise = lambda axis, length: noise[axis]
-    batch = feed.batch_of(train.inputs)
+    batch = feed.batch_of(inputs_of(train))
     golden, losses = train.targets["loss.none"].array, train.targets["loss.per_token"].array
     np.testing.assert_allclose(model.loss(batch).detach().numpy(), golden, rtol=1e-12)
     kept = np.sort(losses[losses > 0])
@@ -189,7 +190,7 @@ def test_dispatch_refuses() -> None:
 
 def test_greedy_limits_and_progress(decode: store.Case) -> None:
     model = feed.load_model(decode, torch.float64)
-    batch = feed.batch_of(decode.inputs)
+    batch = feed.batch_of(inputs_of(decode))
     calls: list[tuple[int, int]] = []
     found = generate.greedy(model, batch, max_new_tokens=2, progress=lambda done, limit: calls.append((done, limit)))
     assert calls == [(1, 2), (2, 2)]
@@ -213,7 +214,7 @@ def _free(model: VidiModel, batch: batches.Batch) -> tuple[list[list[int]], list
 def test_prefill_room(decode: store.Case) -> None:
     """The cache holds at least the prompt, and what was asked for."""
     model = feed.load_model(decode, torch.float64)
-    batch = feed.batch_of(decode.inputs)
+    batch = feed.batch_of(inputs_of(decode))
     assert model.prefill(batch, 1)[1].capacity == 6
     cache = model.prefill(batch, 30)[1]
     assert (cache.capacity, len(cache.text), len(cache.cross)) == (30, 3, 3)
@@ -279,7 +280,7 @@ def test_unpadding_names_the_placeholder() -> None:
 def test_nothing_stays_on_the_host(train: store.Case) -> None:
     """Inputs follow the model's device, and what attention makes follows its tensors (a device without memory will do)."""
     meta = torch.device("meta")
-    model, batch = feed.load_model(train, torch.float32).to(meta), feed.batch_of(train.inputs)
+    model, batch = feed.load_model(train, torch.float32).to(meta), feed.batch_of(inputs_of(train))
     embeds, rows, labels = model.embed_text(batch)
     assert labels is not None
     assert {embeds.device, rows.keep_BL.device, labels.device} == {meta}

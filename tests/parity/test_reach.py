@@ -9,6 +9,7 @@ from stageparity import store, tolerance
 from tests.parity.runs import GOLDENS
 from vidi import generate
 from vidi.parity import feed
+from vidi.parity.goldens import inputs_of
 from vidi.parity.stages import STAGES
 
 RULES = tolerance.load(GOLDENS, STAGES)
@@ -54,7 +55,7 @@ TOKENS = {
 def test_free_running_greedy_tokens(variant: str, dtype: torch.dtype) -> None:
     case = store.open_case(GOLDENS / "official", "generate")
     model = feed.with_window(feed.load_model(case, dtype), case.info["generate"][variant]["window"])
-    found = generate.greedy(model, feed.batch_of(case.inputs, f"{variant}.prompt_ids"), max_new_tokens=16)
+    found = generate.greedy(model, feed.batch_of(inputs_of(case), f"{variant}.prompt_ids"), max_new_tokens=16)
     wanted = TOKENS[variant] or case.inputs[f"{variant}.tokens"][0].tolist()
     assert found.tokens == [wanted]
     assert found.stopped == [False]

@@ -28,6 +28,7 @@ from stageparity.manifest import parse
 from stageparity.store import Case, Targets, list_cases, open_case
 from stageparity.tolerance import BASELINES, KINDS, METRICS, baseline_of, read_baselines
 from tools.studies import LONG, ROOT, chosen, say
+from vidi.parity.goldens import inputs_of
 from vidi.parity.stages import STAGES
 
 __all__ = ["DTYPES", "dtypes_of", "errors_of", "measure_case", "moves", "orders", "reference"]
@@ -181,13 +182,13 @@ def _forward(
     if "logits" not in case.targets:
         return {}
     settings = _settings(case, dtype, seed) | {"thresholds": case.info.get("loss_thresholds")}
-    return forward(case.config, weights, case.inputs, keep=wanted.__contains__, anchor=anchor, **settings)
+    return forward(case.config, weights, inputs_of(case), keep=wanted.__contains__, anchor=anchor, **settings)
 
 
 def _decoding(case: Case, weights: Run, dtype: str, seed: int | None) -> Iterator[tuple[str, np.ndarray]]:
     """Logits along the golden's greedy ids, which the run is forced to follow."""
     for variant, given in case.info.get("generate", {}).items():
-        inputs, tokens = dict(case.inputs), reference(case).get(f"{variant}.tokens")
+        inputs, tokens = inputs_of(case), reference(case).get(f"{variant}.tokens")
         if f"{variant}.prompt_ids" in inputs:
             inputs["inputs.input_ids"] = inputs[f"{variant}.prompt_ids"]
             inputs.pop("inputs.attention_mask", None)

@@ -30,6 +30,7 @@ from vidi.decoder.layer import DecoderLayer, TextRows
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
 from vidi.parity import feed, trace
+from vidi.parity.goldens import inputs_of
 
 __all__ = ["Bench", "Site"]
 
@@ -107,7 +108,7 @@ class Bench:
 
     @cached_property
     def inputs(self) -> dict[str, np.ndarray]:
-        return feed.inputs_of(self.case)
+        return inputs_of(self.case)
 
     @cached_property
     def batch(self) -> Batch:

@@ -27,12 +27,10 @@ __all__ = [
     "DTYPES",
     "Runner",
     "batch_of",
-    "inputs_of",
     "install_table",
     "load_model",
     "machine_table",
     "noise_of",
-    "synthetic_tower",
     "to_torch",
     "with_window",
 ]
@@ -112,22 +110,6 @@ def with_window(model: Runner, window: int) -> Runner:
     for axis in ("pos_h", "pos_w", "pos_t"):
         getattr(twin.bridge, axis).freq_K = getattr(plain.bridge, axis).freq_K
     return accelerate(twin) if isinstance(model, FastModel) else twin
-
-
-def synthetic_tower(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Tower output (F, patches, C) float32 of a case without frames: feat_table[feat_index]/64 · feat_scale."""
-    table, index, scale = (inputs[f"inputs.feat_{part}"] for part in ("table", "index", "scale"))
-    return table[index].astype(np.float32) / np.float32(64.0) * scale[:, None, None].astype(np.float32)
-
-
-def inputs_of(case: Case) -> dict[str, np.ndarray]:
-    """Input arrays of a case by id. Frames kept as bytes only are given as `inputs.images.B` too (u8/127.5 - 1, float32)."""
-    found = dict(case.inputs)
-    for name in case.inputs:
-        twin = name.replace("images_u8", "images")
-        if twin not in found:
-            found[twin] = found[name].astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-    return {name: found[name] for name in sorted(found)}
 
 
 def batch_of(inputs: Mapping[str, np.ndarray], ids: str = "inputs.input_ids") -> Batch:

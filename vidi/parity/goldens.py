@@ -1,15 +1,17 @@
-"""Where the goldens lie, and the table of position frequencies that is one of them. No torch, no model."""
+"""Where the goldens lie, and what is kept in them in another form than it is used in. No torch, no model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from stageparity import store
+from stageparity.store import Case
 
-__all__ = ["goldens_dir", "position_table"]
+__all__ = ["goldens_dir", "inputs_of", "position_table", "synthetic_tower"]
 
 
 def goldens_dir(given: str | Path | None = None) -> Path:
@@ -26,3 +28,19 @@ def position_table(width: int, goldens: Path | None = None) -> np.ndarray | None
     """
     path = (goldens or goldens_dir()) / "pos_freq.safetensors"
     return load_file(path).get(str(width)) if path.is_file() else None
+
+
+def synthetic_tower(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Tower output (F, patches, C) float32 of a case without frames: feat_table[feat_index]/64 · feat_scale."""
+    table, index, scale = (inputs[f"inputs.feat_{part}"] for part in ("table", "index", "scale"))
+    return table[index].astype(np.float32) / np.float32(64.0) * scale[:, None, None].astype(np.float32)
+
+
+def inputs_of(case: Case) -> dict[str, np.ndarray]:
+    """Input arrays of a case by id. Frames kept as bytes only are given as `inputs.images.B` too (u8/127.5 - 1, float32)."""
+    found = dict(case.inputs)
+    for name in case.inputs:
+        twin = name.replace("images_u8", "images")
+        if twin not in found:
+            found[twin] = found[name].astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+    return {name: found[name] for name in sorted(found)}

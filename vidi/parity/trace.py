@@ -28,6 +28,7 @@ from vidi.decoder.attention import repeat_heads
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
 from vidi.parity import feed
+from vidi.parity.goldens import inputs_of, synthetic_tower
 from vidi.stream import Stream
 
 __all__ = ["Recorded", "capture", "decoding", "run", "unpadded"]
@@ -117,14 +118,14 @@ def unpadded(q_BTNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, text: Rows, keys: R
 
 def forward(case: Case, model: feed.Runner, tap: Tap) -> None:
     """The stages of one whole pass, with losses and gradients where the case has labels."""
-    inputs = feed.inputs_of(case)
+    inputs = inputs_of(case)
     batch = feed.batch_of(inputs)
     recorded = Recorded(model.config.decoder, tap, flat_logits="loss_thresholds" in case.info)
     grads = [stage for stage in case.targets if stage.startswith("grad.") and tap.wants(stage)]
     with _training(model, feed.noise_of(inputs)), torch.set_grad_enabled(bool(grads)):
         tap("pos.freq", position.frequencies(model.config.decoder.hidden_size))
         if "inputs.feat_index" in inputs:
-            features = feed.to_torch(feed.synthetic_tower(inputs), model.dtype, model.device)
+            features = feed.to_torch(synthetic_tower(inputs), model.dtype, model.device)
             signal_B = torch.ones(1, dtype=torch.bool)
             visual = model.fold_features(iter(features.split(64)), [len(features)], signal_B, recorded)
             streams = {"v": visual, **model.streams(batch, recorded)}
@@ -180,7 +181,7 @@ def _slopes(value: Tensor, parameters: list[nn.Parameter], dtype: torch.dtype) -
 def decoding(case: Case, variant: str, model: feed.Runner, tap: Tap) -> None:
     """One variant V of a decoding case: logits along its golden tokens, `V.nocache.logits` by whole passes and
     `V.cached.logits` step by step, and what the model decodes on its own, `V.tokens` and `V.lengths`."""
-    inputs, settings = feed.inputs_of(case), case.info["generate"][variant]
+    inputs, settings = inputs_of(case), case.info["generate"][variant]
     streams = model.streams(feed.batch_of(inputs))
     runner = feed.with_window(model, settings["window"])
     own_prompt = f"{variant}.prompt_ids" in inputs

@@ -123,7 +123,7 @@ def pool_drops_last_tap(original: Any) -> Any:
     return kernel
 
 
-@plant("vidi.bridge.audio.encode")
+@plant("vidi.bridge.audio.encode[projector]")
 def tokens_from_the_end(original: Any) -> Any:
     """Of the pooled windows the last ones are kept, not the first."""
     from vidi.bridge import audio
