@@ -187,7 +187,7 @@ def test_the_last_three_lines_say_what_is_wrong_how_sure_that_is_and_what_to_typ
     out = io.StringIO()
     terminal.print_run(planted, Console(file=out, width=80), replace(CONTEXT, references=references), verbose=False)
     *_, wrong, sure, what_next = out.getvalue().splitlines()
-    assert wrong.startswith("WRONG: layer.{i}.t2t (layer.0.t2t of small/base, in 2 places): 2.6e9× its budget, its own error")
+    assert wrong.startswith("WRONG: layer.{i}.t2t (layer.0.t2t of small/base, in 2 places): 3e9× its budget, its own error")
     assert sure.startswith("how sure: noise never passed 0.01 of this budget; the weakest known fault here reaches 7e8; ")
     assert re.search(r"\d+ of \d+ rows that differ only inherit$", sure)
     assert what_next == "next: vidi parity --case small/base --stage layer.0.t2t --dtype float64 --backend eager"
