@@ -15,7 +15,7 @@ so does a run in which no test ran at all. What this machine lacks for a tier sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -118,8 +118,10 @@ class Tiers:
             self.rehearsed[item.nodeid] = lacking
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_make_collect_report(self, collector: pytest.Collector) -> Iterator[None]:
-        report = yield  # type: ignore[misc]
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        report = yield
         if report.skipped and "NOT RUN: " not in str(report.longrepr):
             report.outcome = "failed"
             report.longrepr = f"{collector.nodeid}: skipped outside not_run ({report.longrepr})"
@@ -130,8 +132,10 @@ class Tiers:
         return report
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-        report = yield  # type: ignore[misc]
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
         if hasattr(report, "wasxfail"):
             report.outcome, report.longrepr = "failed", f"expected failures are not used here: {report.wasxfail}"
             del report.wasxfail
