@@ -1,4 +1,4 @@
-"""The pytest plugin: what its failures say, what a project may declare, and that it is nothing to a project that declares nothing."""
+"""The pytest plugin: what its failures say, what a project may declare, and that it is nothing to those that do not use it."""
 
 from __future__ import annotations
 

@@ -84,6 +84,12 @@ def test_a_rehearsal_is_no_gpu_run(run, monkeypatch):
     result.stdout.fnmatch_lines(["FAILED: only a rehearsal: no CUDA device"])
 
 
+def test_whatever_needs_a_gpu_beside_its_tier_is_not_run(run):
+    """A benchmark with the marker of a tier that this machine lacks."""
+    result = run("import pytest\n@pytest.mark.gpu\n@pytest.mark.bench\ndef test_a(): pass\ndef test_b(): pass", "-m", "bench or not bench")
+    result.stdout.fnmatch_lines(["cpu: passed (1 passed)", "bench: NOT RUN (no CUDA device)"])
+
+
 def test_a_gpu_run_with_gpu_passes(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     result = run(TESTS, "-m", "gpu")
