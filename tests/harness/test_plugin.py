@@ -10,6 +10,13 @@ from pathlib import Path
 import pytest
 
 from stageparity import run
+from stageparity.plugin import Held, Task
+from stageparity.result import EXACT, Result
+from stageparity.run import CaseRun, Row, Run
+from stageparity.stage import Stages
+from stageparity.store import CaseRef
+from stageparity.subject import Subject
+from stageparity.tolerance import Tolerances
 from tests.harness.toy_project import Project
 
 ROOT = Path(__file__).parents[2]
@@ -60,10 +67,20 @@ def test_a_wrong_caller_is_named_by_its_file(toy: Project) -> None:
 
 
 def test_an_inherited_error_is_called_so(toy: Project) -> None:
-    said = failure(broken(toy, "return x_BTD + mix_BTNH", "return x_BTD + 2 * mix_BTNH"), "layer.1.norm")
+    """And looks like no fault: those of its own code show when it is fed alone."""
+    said = failure(broken(toy, "+ 1e-6)", "+ 1e-5)"), "layer.0.mix")
     assert said[0] == "inherited: fed its golden inputs, it is within its budget"
-    assert said[2] == "chained: layer.1.norm: DIFFERENT under float64-none"
+    assert said[2] == "chained: layer.0.mix: DIFFERENT under float64-none"
     assert not [line for line in said if line.startswith("looks like")]
+
+
+def test_comparing_no_value_is_no_pass() -> None:
+    empty = Row("logits", Result("logits", True, EXACT))
+    ref = CaseRef(Path("small"), "base")
+    told = Run((CaseRun("base", "small", "none", (empty,)),), "float64")
+    held = Held("numpy", Subject, ["float64"], [ref], Tolerances(Stages((), {}), {}, {}))
+    task = Task(held, ref, "float64", ("logits",), [told])
+    assert task.failure("logits", "test_it.py") == "logits of small/base: nothing was compared"
 
 
 def test_a_rerun_without_pytest_where_a_project_has_a_command(toy: Project) -> None:
@@ -142,12 +159,15 @@ def test_tests_of_ones_own_read_the_same_run(toy: Project) -> None:
         "def test_quick(parity_task, parity_run):\n"
         "    assert parity_run is parity_task.run.cases[0] and parity_run.name == 'small/base'\n"
         "def test_exact(parity_task, parity_stage):\n"
-        "    assert parity_stage in parity_task.stages\n",
+        "    assert parity_stage in parity_task.stages\n"
+        "def test_alone_in_its_own_dtype(parity_task, parity_run):\n"
+        "    (row,) = [row for row in parity_run.rows if row.stage == 'logits']\n"
+        "    assert (row.alone.errors['max'] > 1e-9) == (parity_task.dtype == 'float32')\n",
         "utf-8",
     )
     toy.edit("stages.py", "        built.forward(", "        print(file=open('ran', 'a'))\n        built.forward(")
     result = toy.pytest("toy", "-W", "ignore")
-    assert result.parseoutcomes() == {"passed": 26 + 2 + 24}
+    assert result.parseoutcomes() == {"passed": 26 + 2 + 24 + 2}
     assert (toy.pytester.path / "ran").read_text() == "\n" * 4
 
 

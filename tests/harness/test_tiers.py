@@ -86,7 +86,8 @@ def test_a_rehearsal_is_no_gpu_run(run, monkeypatch):
 
 def test_whatever_needs_a_gpu_beside_its_tier_is_not_run(run):
     """A benchmark with the marker of a tier that this machine lacks."""
-    result = run("import pytest\n@pytest.mark.gpu\n@pytest.mark.bench\ndef test_a(): pass\ndef test_b(): pass", "-m", "bench or not bench")
+    text = "import pytest\n@pytest.mark.gpu\n@pytest.mark.bench\ndef test_a(): pass\ndef test_b(): pass"
+    result = run(text, "-m", "bench or not bench")
     result.stdout.fnmatch_lines(["cpu: passed (1 passed)", "bench: NOT RUN (no CUDA device)"])
 
 
