@@ -9,7 +9,8 @@
         def run(self, model, inputs, tap):       # the whole case from its raw inputs, every stage through the tap
             model(inputs["inputs.ids"], tap)
 
-A stage's ``run`` gets a `Site` and asks it for its inputs by template: ``run=lambda site: norm(site["layer.{i}.input"])``.
+A stage's ``run`` gets a `Site` and asks it for its inputs: ``run=lambda site: norm(site["layer.{i}.input"])``, or
+``norm(*site.inputs)`` for all of them.
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ class Site:
 
     def id(self, template: str) -> str:
         return fill(template, {**self.places, **self.bench.subject.places(self.places)})
+
+    @property
+    def inputs(self) -> list[Any]:
+        """All that feeds the stage, in the order of its entry."""
+        return [self[template] for template in self.stage.inputs]
 
     def __getitem__(self, template: str) -> Any:
         """The golden, or raw input, that feeds the stage under a template. Raises NotHeld where the case has it not whole."""

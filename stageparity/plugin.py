@@ -92,7 +92,11 @@ class Task:
         if row.ok:
             return "" if any(r.count for r in row.results) else f"{stage} of {case.name}: nothing was compared"
         context = self._context()
-        lines = [verdict.whose(row), verdict.split(row), *(r.text() for r in row.results if not r.ok)]
+        texts: dict[str, list[str]] = {}
+        for name, result in (("alone", row.alone), ("forced", row.forced), ("chained", row.chained)):
+            if result is not None and not result.ok:
+                texts.setdefault(result.text(), []).append(name)
+        lines = [verdict.whose(row), verdict.split(row), *(f"{', '.join(names)}: {text}" for text, names in texts.items())]
         if near := verdict.lookalikes(case, stage, context):
             lines.append(f"looks like: {verdict.some(near)}")
         lines.append(f"rerun: python -m pytest '{test}'")

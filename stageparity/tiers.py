@@ -15,7 +15,7 @@ so does a run in which no test ran at all. What this machine lacks for a tier sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -81,8 +81,7 @@ class Tiers:
         self.config = config
         self.default, *self.marked = texts
         self.tiers = {name: Tier(name, self._missing(name)) for name in texts}
-        self.of: dict[str, str] = {}
-        self.rehearsed: dict[str, str] = {}
+        self.rehearsed: set[str] = set()
         self.problems: list[str] = []
         for name in self.marked:
             config.addinivalue_line("markers", f"{name}: {texts[name]}")
@@ -100,9 +99,7 @@ class Tiers:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_itemcollected(self, item: pytest.Item) -> None:
-        tier = self.tier_of(item)
-        self.of[item.nodeid] = tier.name
-        tier.collected += 1
+        self.tier_of(item).collected += 1
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
@@ -110,51 +107,63 @@ class Tiers:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        names = [name for name in self.tiers if name == self.tier_of(item).name or item.get_closest_marker(name)]
-        lacking = next((self.tiers[name].missing for name in names if self.tiers[name].missing), None)
-        if lacking and not self.config.option.rehearse:
+        if (lacking := self._lacking(item)) and not self.config.option.rehearse:
             not_run(lacking)
-        if lacking:
-            self.rehearsed[item.nodeid] = lacking
+
+    def _lacking(self, item: pytest.Item) -> str | None:
+        """What this machine lacks for any of an item's tiers."""
+        tiers = [tier for name, tier in self.tiers.items() if tier is self.tier_of(item) or item.get_closest_marker(name)]
+        return next((tier.missing for tier in tiers if tier.missing), None)
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_make_collect_report(self, collector: pytest.Collector) -> Iterator[None]:
-        report = yield  # type: ignore[misc]
+    def pytest_make_collect_report(
+        self, collector: pytest.Collector
+    ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+        report = yield
         if report.skipped and "NOT RUN: " not in str(report.longrepr):
             report.outcome = "failed"
             report.longrepr = f"{collector.nodeid}: skipped outside not_run ({report.longrepr})"
         elif report.skipped:
             # A module that cannot be collected holds tests nobody could count: it stands for them by its own name.
-            self.of[collector.nodeid] = self.default
             self.tiers[self.default].not_run[collector.nodeid] = _reason(report)
         return report
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
-        report = yield  # type: ignore[misc]
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
         if hasattr(report, "wasxfail"):
             report.outcome, report.longrepr = "failed", f"expected failures are not used here: {report.wasxfail}"
             del report.wasxfail
         elif report.skipped and not (call.excinfo and isinstance(call.excinfo.value, NotRun)):
             report.outcome, report.longrepr = "failed", f"skipped outside not_run: {_reason(report)}"
+        # On the report itself, so that it also arrives from another process (pytest-xdist).
+        report.tier, report.lacking = self.tier_of(item).name, self._lacking(item)
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        tier = self.tiers[self.of.get(report.nodeid, self.default)]
+        # A report that xdist makes for a worker that died has neither.
+        tier, lacking = self.tiers[getattr(report, "tier", self.default)], getattr(report, "lacking", None)
+        if report.skipped:
+            tier.not_run[report.nodeid] = _reason(report)
+            return
+        if lacking:
+            self.rehearsed.add(lacking)
         if report.failed:
             tier.failed += 1
-        elif report.skipped:
-            tier.not_run[report.nodeid] = _reason(report)
         elif report.when == "call":
             tier.passed += 1
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workerinput"):
+            return  # a worker of pytest-xdist: the process that reads its reports sums up
         if not self.config.option.collectonly:
             ran = sum(tier.passed + tier.failed for tier in self.tiers.values())
-            if session.items and not ran:
+            if not ran and (session.items or self.by_reason()):
                 self.problems.append("no test ran")
-            for reason in dict.fromkeys(self.rehearsed.values()):
+            for reason in sorted(self.rehearsed):
                 self.problems.append(f"only a rehearsal: {reason}")
             if self.problems and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -148,12 +148,16 @@ def conclusion(run: Run, context: Context) -> list[str]:
 
 
 def lookalikes(case: CaseRun, stage: str, context: Context) -> list[str]:
-    """Names of known faults that this case reports first at this stage, the most specific first: those whose code the
-    fewest of its stages run."""
+    """Names of known faults that this case reports first at this stage and as this row's kind, the most specific first: those
+    whose code the fewest of its stages run. None for what is inherited."""
     ids = [row.stage for row in case.rows]
+    row = next(row for row in case.rows if row.stage == stage)
+    if row.kind == "inherited":
+        return []
+    kinds = {"code": row.kind != "wiring" or row.alone is None, "wiring": row.kind != "stage"}
     owned: dict[str, list[str]] = {}
     for fault in context.faults.values():
-        for entry in ("code", "wiring"):
+        for entry in (entry for entry, possible in kinds.items() if possible):
             if own_stages(fault, context.stages, [stage], entry):
                 owned.setdefault(fault.name, own_stages(fault, context.stages, ids, entry))
     return sorted((name for name, own in owned.items() if own[0] == stage), key=lambda name: len(owned[name]))

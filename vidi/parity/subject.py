@@ -9,6 +9,7 @@ from typing import Any
 from stageparity import fingerprint
 from stageparity.stage import NotHeld
 from stageparity.store import Case, Targets
+from stageparity.subject import Subject
 from vidi.fast import accelerate
 from vidi.parity import feed, varlen
 from vidi.parity.bench import Bench
@@ -17,7 +18,7 @@ from vidi.parity.stages import SECTIONS, STAGES
 __all__ = ["VidiSubject"]
 
 
-class VidiSubject:
+class VidiSubject(Subject):
     """Our model in one dtype, on one device, with one attention backend, on the plain path or the fast one.
 
     The fast path hands its stages over as copies, so it can be judged chained alone, and it does not train.

@@ -15,9 +15,9 @@ def turned(end):
 
 FAULTS = {fault.name: fault for fault in (
     Fault("keep.all", "padding is kept", (model.keep,), lambda f: lambda ids: f(ids) | True),
-    Fault("norm.eps", "1e-3, not 1e-6", (model.norm,), lambda f: lambda x, s: x / ((x * x).mean(-1, keepdims=True) + 1e-3) ** 0.5 * s),
+    Fault("norm.eps", "1e-3 there", (model.norm,), lambda f: lambda x, s: x / ((x**2).mean(-1, keepdims=True) + 1e-3) ** 0.5 * s),
     Fault("norm.centred", "the mean is taken off", (model.norm,), lambda f: lambda x, s: f(x - x.mean(-1, keepdims=True), s)),
-    Fault("attend.raw", "scores as they are", (model.attend,), lambda f: lambda q, k, v, keep: f(q * q.shape[-1] ** 0.5, k, v, keep)),
+    Fault("attend.raw", "scores as they are", (model.attend,), lambda f: lambda q, *rest: f(q * q.shape[-1] ** 0.5, *rest)),
     Fault("attend.padding", "padding is read", (model.attend,), lambda f: lambda q, k, v, keep: f(q, k, v, keep | True)),
     Fault("join.alone", "what came in is lost", (model.join,), lambda f: lambda x, mix: f(0 * x, mix)),
     Fault("layer.queries_turned", "the last token asks for the first", (layer["mix"],), turned(".q")),
