@@ -33,9 +33,10 @@ from stageparity.store import CaseRef
 from stageparity.tolerance import BASELINES, read_baselines
 
 __all__ = [
-    "Basis", "budgets", "code", "code_of", "commit", "digest", "goldens", "measured_on", "read", "render", "stale", "write",
+    "ASIDE", "Basis", "budgets", "code", "code_of", "commit", "digest", "goldens", "measured_on", "read", "render", "stale", "write",
 ]  # fmt: skip
 
+ASIDE = ("stageparity/evidence.py", "stageparity/atomic.py")  #: writes a result down, and computes none of it
 LINE = 500  #: characters up to which a value stays on one line of a stored file
 NAMED = 8  #: changed files that a line names
 LIBRARIES = ("torch", "numpy", "h5py", "safetensors", "triton", "flash_attn")
@@ -91,8 +92,11 @@ def code(entries: Iterable[str], root: Path, without: Iterable[str] = ()) -> dic
     """File -> hash of its code, of the ``entries`` (paths from ``root``) and of every file of the checkout that they import, at
     whatever place. without: patterns of files that this result never enters.
 
-    Raises ValueError for an entry that is not there.
+    An installed package is known by its version: nothing where ``root`` is no checkout. Raises ValueError for an entry that is
+    not there.
     """
+    if not (root / "pyproject.toml").is_file():
+        return {}
     found: dict[str, str] = {}
     named, waiting = set[str](), list(entries)
     while waiting:

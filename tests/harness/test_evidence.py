@@ -62,6 +62,7 @@ def f(x, y=None):
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     files = {
+        "pyproject.toml": "",
         "pkg/__init__.py": "",
         "pkg/entry.py": SOURCE,
         "pkg/inner/__init__.py": "from pkg.inner.deep import deep\n",
@@ -85,6 +86,8 @@ def test_code_is_what_an_entry_imports_or_names(tree: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(ValueError, match=r"pkg/gone\.py: no such file"):
         evidence.code(["pkg/gone.py"], tree)
+    (tree / "pyproject.toml").unlink()
+    assert evidence.code(["pkg/entry.py"], tree) == {}, "an installed package is known by its version"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +129,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "*.py"], capture_output=True, text=True, check=True
     )
+    shutil.copy(ROOT / "pyproject.toml", root)
     for name in filter(lambda name: (ROOT / name).is_file(), asked.stdout.split()):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)

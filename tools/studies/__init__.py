@@ -23,7 +23,7 @@ NAMES = ("baselines", "noise", "faults", "alarms", "mutants")
 GATE = NAMES[:3]  #: measured in minutes: stale ones fail the gate, the others `tox -e evidence`
 LEDGER = {name: f"measured/{name}.json" for name in NAMES}
 LONG = ("official/longvideo", "official/verylong")  #: half a minute a run
-FRAME = ("tools/studies/__init__.py", "stageparity/evidence.py")  #: what writes a result down, and computes none of it
+FRAME = ("tools/studies/__init__.py", "tools/studies/gpu.py", *evidence.ASIDE)  #: what writes a result down
 CPU = (*FRAME, "vidi/fast/*", "vidi/attention/flash.py", "vidi/attention/flex.py")  #: what a study on a CPU never enters
 
 

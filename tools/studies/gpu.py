@@ -44,8 +44,8 @@ RESULTS: Mapping[str, Result] = {
     **{
         f"probe-{name}.json": Result(PROBE, f"python bench/probe_fast.py --only {parts} --json {PLACE}/probe-{name}.json")
         for name, parts in (
-            ("kernels", "step,attend"),
-            ("stream-sustained", "stream"),
+            ("kernels", "step,attend,stream,vision"),
+            ("stream-sustained", "stream,vision"),
             ("tower", "tower"),
             ("vision", "vision"),
         )
