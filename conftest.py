@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing a test does may reach a network, also not through a library's idea of a cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-pytest_plugins = ["pytester", "tests.plugin.tiers", "tests.plugin.seed"]
+pytest_plugins = ["pytester", "tests.plugin.tiers", "tests.plugin.evidence", "tests.plugin.seed"]
 
 MARKERS = {
     "slow": "takes more than its share of the CPU tier's two minutes; `tox -e py` runs it",

@@ -322,3 +322,24 @@ def test_two_cases_measured_with_two_oracles_do_not_stand_in_one_file() -> None:
     with pytest.raises(store.GoldenError, match=r"their goldens are others now \(s/b\)"):
         baselines._refuse_mixture(old, now, ["s/a"])
     baselines._refuse_mixture(old, now, ["s/b"])
+
+
+# ---- the end of every run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("missing: AGAIN", 1, ["STALE alarms: missing: AGAIN", "FAILED: alarms: missing: AGAIN"]),
+        ("other code: AGAIN", 0, ["STALE alarms: other code: AGAIN"]),
+    ],
+)
+def test_every_run_names_what_is_stale_and_fails_where_a_file_is_missing(
+    line: str, code: int, said: list[str], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "stale", lambda goldens: {"alarms": [line]})
+    pytester.makepyfile("def test_good(): pass")
+    result = pytester.runpytest_inprocess("-p", "tests.plugin.evidence")
+    assert result.ret == code
+    result.stdout.fnmatch_lines(said)
+    assert ("FAILED" in result.stdout.str()) is bool(code)

@@ -3,9 +3,6 @@
 A test belongs to one tier by its markers: `cpu` has none. A run that names no tier (`pytest`) selects cpu. What a test
 cannot run is reported through `tests.not_run`, listed by name; every other skip or expected failure fails the run, and
 so does a run in which no test ran at all, or a GPU run (`-m gpu`) on a machine without a GPU.
-
-Beside them stands what was measured and stored: a line STALE for each result that is not of today's code, goldens or budgets,
-by name, with the command that measures it anew. One whose file is missing fails the run.
 """
 
 from __future__ import annotations
@@ -18,14 +15,12 @@ from pathlib import Path
 import pytest
 from _pytest.junitxml import xml_key
 
-from stageparity.golden import GoldenError
 from tests.not_run import NotRun, not_run
 
 __all__ = ["DEFAULT", "TIERS", "Tier", "tier_of"]
 
 #: In the order of the summary. The first marker a test has, read from the right, is its tier.
 TIERS = ("cpu", "slow", "gpu", "full", "bench")
-ROOT = Path(__file__).resolve().parents[2]
 DEFAULT = "not slow and not gpu and not full and not bench"
 
 
@@ -66,15 +61,6 @@ class Tier:
         return f"{self.name}: {self.verdict} ({', '.join(counts)})"
 
 
-def _stale() -> dict[str, list[str]]:
-    from tools import studies
-
-    try:
-        return studies.stale(ROOT / "goldens")
-    except (ValueError, OSError, GoldenError) as error:
-        return {"evidence": [f"missing or unreadable: {error}"]}
-
-
 def has_cuda() -> bool:
     import torch
 
@@ -102,7 +88,6 @@ class _Tiers:
         self.tiers = {name: Tier(name) for name in TIERS}
         self.of: dict[str, str] = {}
         self.problems: list[str] = []
-        self.stale: dict[str, list[str]] = {}  #: stored result -> why it is not today's
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_itemcollected(self, item: pytest.Item) -> None:
@@ -158,10 +143,6 @@ class _Tiers:
                 self.problems.append("no test ran")
             elif asked_gpu and not has_cuda():
                 self.problems.append("only a rehearsal: no test ran on a GPU")
-            if self.config.rootpath == ROOT:
-                self.stale = _stale()
-            missing = [f"{name}: {lines[0]}" for name, lines in self.stale.items() if lines[0].startswith("missing")]
-            self.problems += missing
             if self.problems and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
                 session.exitstatus = pytest.ExitCode.TESTS_FAILED
         xml = self.config.stash.get(xml_key, None)
@@ -174,10 +155,6 @@ class _Tiers:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.config.option.collectonly:
             return
-        if self.stale:
-            terminalreporter.section("evidence")
-        for line in self.stale_lines():
-            terminalreporter.line(line)
         terminalreporter.section("tiers")
         for reason, tests in self.by_reason().items():
             terminalreporter.line(f"NOT RUN, {reason}:")
@@ -187,9 +164,6 @@ class _Tiers:
             terminalreporter.line(tier.line())
         for problem in self.problems:
             terminalreporter.line(f"FAILED: {problem}")
-
-    def stale_lines(self) -> list[str]:
-        return [f"STALE {name}: {line}" for name, lines in self.stale.items() for line in lines]
 
     def by_reason(self) -> dict[str, list[str]]:
         """Tests that were NOT RUN, by reason."""
@@ -206,7 +180,6 @@ class _Tiers:
             lines.append(f"| {tier.name} | {result} | {tier.passed} | {tier.failed} | {len(tier.not_run)} |")
         for reason, tests in self.by_reason().items():
             lines += ["", f"NOT RUN, {reason}:", "", *(f"- `{test}`" for test in tests)]
-        lines += ["", *(f"- {line}" for line in self.stale_lines())] if self.stale else []
         lines += [f"\n**FAILED: {problem}**" for problem in self.problems]
         return "\n".join(lines) + "\n"
 
