@@ -34,4 +34,6 @@ def ceilings(device: torch.device) -> Ceilings:
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
     """The file says in the project's words what it was measured on."""
-    output_json["measured_on"] = gpu.measured_on("kernels.json", torch.cuda.get_device_name() if torch.cuda.is_available() else "")
+    output_json["measured_on"] = gpu.measured_on(
+        "kernels.json", torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    )

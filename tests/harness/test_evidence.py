@@ -30,7 +30,9 @@ def test_what_the_gate_needs_is_of_today(name: str) -> None:
     assert studies.stale_of(name, GOLDENS) == []
 
 
-@pytest.mark.parametrize("path", [*(GOLDENS / file for file in studies.LEDGER.values()), *sorted(gpu.FOLDER.iterdir())], ids=str)
+@pytest.mark.parametrize(
+    "path", [*(GOLDENS / file for file in studies.LEDGER.values()), *sorted(gpu.FOLDER.iterdir())], ids=str
+)
 def test_every_stored_result_says_in_the_same_words_what_it_was_measured_on(path: Path) -> None:
     document = evidence.read(path)
     assert document is not None
@@ -66,7 +68,7 @@ def tree(tmp_path: Path) -> Path:
         "pkg/__init__.py": "",
         "pkg/entry.py": SOURCE,
         "pkg/inner/__init__.py": "from pkg.inner.deep import deep\n",
-        "pkg/inner/deep.py": 'def deep(x):\n    from . import late\n    import numpy\n    return late.NAME\n',
+        "pkg/inner/deep.py": "def deep(x):\n    from . import late\n    import numpy\n    return late.NAME\n",
         "pkg/inner/late.py": 'NAME = "pkg.named.code"\n',
         "pkg/named.py": "X = 1\n",
         "pkg/gpu.py": "X = 1\n",
@@ -92,7 +94,12 @@ def test_code_is_what_an_entry_imports_or_names(tree: Path) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("# why", "# another reason"), ("What it does.", "Other words."), ("x + deep", "x  +  deep"), ("\n    return", "\n\n    return")],
+    [
+        ("# why", "# another reason"),
+        ("What it does.", "Other words."),
+        ("x + deep", "x  +  deep"),
+        ("\n    return", "\n\n    return"),
+    ],
 )
 def test_words_and_layout_do_not_count(before: str, after: str) -> None:
     assert before in SOURCE
@@ -101,7 +108,13 @@ def test_words_and_layout_do_not_count(before: str, after: str) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("x + deep", "x - deep"), ("a b", "ab"), ("y=None", "y=0"), ("    return", "    if x:\n        return"), ("(x,", "(z,")],
+    [
+        ("x + deep", "x - deep"),
+        ("a b", "ab"),
+        ("y=None", "y=0"),
+        ("    return", "    if x:\n        return"),
+        ("(x,", "(z,"),
+    ],
 )
 def test_anything_else_does(before: str, after: str) -> None:
     assert before in SOURCE
@@ -127,7 +140,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The code of this checkout elsewhere, to be harmed."""
     root = tmp_path_factory.mktemp("checkout")
     asked = subprocess.run(
-        ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "*.py"], capture_output=True, text=True, check=True
+        ["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard", "*.py"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     shutil.copy(ROOT / "pyproject.toml", root)
     for name in filter(lambda name: (ROOT / name).is_file(), asked.stdout.split()):
@@ -141,10 +157,15 @@ def harmed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
     """harmed(FILE, TEXT): which studies and results are stale once TEXT stands at the end of FILE."""
 
     def bases() -> dict[str, Basis]:
-        return {name: studies.study(name).basis(GOLDENS) for name in studies.NAMES} | {n: gpu.basis(n) for n in gpu.RESULTS}
+        return {name: studies.study(name).basis(GOLDENS) for name in studies.NAMES} | {
+            n: gpu.basis(n) for n in gpu.RESULTS
+        }
 
     def go(file: str, text: str) -> set[str]:
-        for module in (gpu, *(sys.modules[f"tools.studies.{name}"] for name in ("baselines", "runs", "faults", "mutants"))):
+        for module in (
+            gpu,
+            *(sys.modules[f"tools.studies.{name}"] for name in ("baselines", "runs", "faults", "mutants")),
+        ):
             monkeypatch.setattr(module, "ROOT", checkout)
         before, plain = bases(), (checkout / file).read_text()
         documents = {name: {"measured_on": evidence.measured_on(basis, checkout)} for name, basis in before.items()}
@@ -229,13 +250,19 @@ def goldens(tmp_path: Path) -> Path:
 
 def _parts(then: Basis, now: Basis) -> list[str]:
     lines = evidence.stale({"measured_on": evidence.measured_on(then, ROOT)}, now, "AGAIN")
-    return [line.removeprefix("other ").replace(" than it was measured on", "").removesuffix(": AGAIN") for line in lines]
+    return [
+        line.removeprefix("other ").replace(" than it was measured on", "").removesuffix(": AGAIN") for line in lines
+    ]
 
 
 def test_a_changed_tolerance_and_a_changed_baseline(goldens: Path) -> None:
     noise, path = studies.study("noise"), goldens / "tolerances.toml"
     plain, then = path.read_text(), noise.basis(goldens)
-    path.write_text(plain.replace('why = "same mathematics', 'why = "the same mathematics').replace("schema = 1", "# words\nschema = 1"))
+    path.write_text(
+        plain.replace('why = "same mathematics', 'why = "the same mathematics').replace(
+            "schema = 1", "# words\nschema = 1"
+        )
+    )
     assert path.read_text() != plain
     assert _parts(then, noise.basis(goldens)) == []
     path.write_text(plain.replace("max = 1e-9", "max = 1e-8"))
@@ -273,7 +300,11 @@ def test_many_changes_are_counted() -> None:
 
 
 def test_a_document_comes_back_one_entry_a_line(tmp_path: Path) -> None:
-    document = {"measured_on": {"code": {}}, "rows": {f"stage.{i}": [[0.1, 2e-7], 0, None] for i in range(60)}, "é": [1] * 400}
+    document = {
+        "measured_on": {"code": {}},
+        "rows": {f"stage.{i}": [[0.1, 2e-7], 0, None] for i in range(60)},
+        "é": [1] * 400,
+    }
     evidence.write(tmp_path / "new" / "x.json", document)
     text = (tmp_path / "new" / "x.json").read_text("utf-8")
     assert json.loads(text) == evidence.read(tmp_path / "new" / "x.json") == document
@@ -317,7 +348,9 @@ def test_two_cases_measured_with_two_oracles_do_not_stand_in_one_file() -> None:
 
     now = Basis({"goldens/oracle/a.py": "2"}, {"s/a": "1", "s/b": "1"})
     with pytest.raises(store.GoldenError, match="the oracle is another now"):
-        baselines._refuse_mixture({"measured_on": {"code": {"goldens/oracle/a.py": "1"}, "goldens": now.goldens}}, now, ["s/a"])
+        baselines._refuse_mixture(
+            {"measured_on": {"code": {"goldens/oracle/a.py": "1"}, "goldens": now.goldens}}, now, ["s/a"]
+        )
     old = {"measured_on": {"code": dict(now.code), "goldens": {"s/a": "1", "s/b": "0"}}}
     with pytest.raises(store.GoldenError, match=r"their goldens are others now \(s/b\)"):
         baselines._refuse_mixture(old, now, ["s/a"])
