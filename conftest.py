@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing a test does may reach a network, also not through a library's idea of a cache.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-pytest_plugins = ["pytester", *BY_NAME, "tests.plugin.tiers", "tests.plugin.seed"]
+pytest_plugins = ["pytester", *BY_NAME, "tests.plugin.tiers", "tests.plugin.evidence", "tests.plugin.seed"]
 
 # The gate must not depend on luck; `--hypothesis-profile random` looks further and prints its seed.
 settings.register_profile("gate", derandomize=True, deadline=None, print_blob=True)

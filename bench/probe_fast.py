@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 import torch.nn.functional as nnf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stageparity import evidence
+from tools.studies import gpu
 from vidi.config import VidiConfig
 from vidi.fast import kernels, measure, plan
 from vidi.fast.kernels import attention, product, rows
@@ -245,7 +246,7 @@ def main() -> None:
     args = parser.parse_args()
     limits = measure.ceilings(CUDA)
     report: dict[str, Any] = {
-        "device": measure.device_name(CUDA),
+        "measured_on": gpu.measured_on("probe-kernels.json", measure.device_name(CUDA)),
         "product_tflops": limits.product_flops / 1e12,
         "copy_tb_s": limits.copy_bytes / 1e12,
     }
@@ -258,7 +259,7 @@ def main() -> None:
             {"step": step, "attend": attend, "vision": vision, "tower": tower}[name](found)
         report[name] = found
         if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            evidence.write(args.json, report)
 
 
 if __name__ == "__main__":

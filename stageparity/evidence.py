@@ -33,9 +33,11 @@ from stageparity.store import CaseRef
 from stageparity.tolerance import BASELINES, read_baselines
 
 __all__ = [
-    "Basis", "budgets", "code", "code_of", "commit", "digest", "goldens", "measured_on", "read", "render", "stale", "write",
+    "ASIDE", "Basis", "budgets", "code", "code_of", "commit", "digest", "goldens", "measured_on", "read", "render", "stale",
+    "write",
 ]  # fmt: skip
 
+ASIDE = ("stageparity/evidence.py", "stageparity/atomic.py")  #: writes a result down, and computes none of it
 LINE = 500  #: characters up to which a value stays on one line of a stored file
 NAMED = 8  #: changed files that a line names
 LIBRARIES = ("torch", "numpy", "h5py", "safetensors", "triton", "flash_attn")
@@ -91,8 +93,11 @@ def code(entries: Iterable[str], root: Path, without: Iterable[str] = ()) -> dic
     """File -> hash of its code, of the ``entries`` (paths from ``root``) and of every file of the checkout that they import, at
     whatever place. without: patterns of files that this result never enters.
 
-    Raises ValueError for an entry that is not there.
+    An installed package is known by its version: nothing where ``root`` is no checkout. Raises ValueError for an entry that is
+    not there.
     """
+    if not (root / "pyproject.toml").is_file():
+        return {}
     found: dict[str, str] = {}
     named, waiting = set[str](), list(entries)
     while waiting:
@@ -123,7 +128,9 @@ def _source(path: Path, age: int) -> tuple[str, frozenset[str]]:
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
             names |= {base, *(f"{base}{'.' * bool(node.module)}{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+(\.\w+)+", node.value):
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+(\.\w+)+", node.value)
+        ):
             names.add(node.value)
     return digest(_shape(tree)), frozenset(names)
 
@@ -161,7 +168,9 @@ def _shape(node: Any) -> str:
     parts = [type(node).__name__]
     for name, value in ast.iter_fields(node):
         if name == "body" and isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            value = [line for line in value if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))]
+            value = [
+                line for line in value if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
+            ]
         if name not in ("ctx", "kind", "type_comment") and (value not in (None, []) or name == "value"):
             parts.append(f"{name}={_shape(value)}")
     return f"({' '.join(parts)})"
@@ -176,7 +185,9 @@ def goldens(refs: Iterable[CaseRef]) -> dict[str, str]:
 @cache
 def _golden(path: Path, age: int) -> str:
     body = parse(path)
-    return digest(json.dumps({key: body[key] for key in ("inputs", "targets", "weights", "config", "info")}, sort_keys=True))
+    return digest(
+        json.dumps({key: body[key] for key in ("inputs", "targets", "weights", "config", "info")}, sort_keys=True)
+    )
 
 
 def budgets(folder: Path, names: Iterable[str]) -> dict[str, str]:

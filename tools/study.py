@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--goldens", type=Path, default=ROOT / "goldens", help="golden folder (default: the repository's)")
+    common.add_argument(
+        "--goldens", type=Path, default=ROOT / "goldens", help="golden folder (default: the repository's)"
+    )
     common.add_argument("--json", action="store_true", help="print JSON")
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(prog="tools/study.py", description=__doc__, parents=[common], **shape)
@@ -50,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     named = parser.add_subparsers(dest="study", metavar="NAME")
     for name in NAMES:
         module = study(name)
-        own = named.add_parser(name, description=sys.modules[f"tools.studies.{name}"].__doc__, parents=[common], **shape)
+        own = named.add_parser(
+            name, description=sys.modules[f"tools.studies.{name}"].__doc__, parents=[common], **shape
+        )
         own.add_argument("--accept", action="store_true", help="write what was measured, and enter it in the ledger")
         own.add_argument("--reason", default="", help="why; needed for writing")
         own.add_argument("--stored", action="store_true", help="show what is stored, measure nothing")
@@ -87,7 +91,9 @@ def _study(args: argparse.Namespace) -> int:
         told = {"study": args.study, "moves": moves, "problems": problems, "stale": stale}
         print(json.dumps(told | {"document": document}, allow_nan=False, ensure_ascii=False))
     else:
-        print("\n".join([*module.show(document, args.goldens), "", *(moves or ["no figure moved"] * (not args.stored))]))
+        print(
+            "\n".join([*module.show(document, args.goldens), "", *(moves or ["no figure moved"] * (not args.stored))])
+        )
         print("\n".join([*(f"PROBLEM: {line}" for line in problems), *(f"STALE: {line}" for line in stale)]))
     if args.accept:
         if problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from stageparity import fingerprint
 from stageparity.faults import judge as judges
 from stageparity.faults import plant, stored
 from stageparity.faults.plant import Fault
-from tests.not_run import not_run
-from tools import measure_faults, measure_noise
+from tools.studies import LEDGER
+from tools.studies import faults as study
+from tools.studies import noise as noises
 from vidi.commands import faults as command
 from vidi.parity import faults
 from vidi.parity.goldens import goldens_dir
@@ -41,7 +43,7 @@ def bench() -> judges.Bench:
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
     found = stored.read(GOLDENS)
-    assert found is not None, "python tools/measure_faults.py --measure"
+    assert found is not None, "python tools/study.py faults --accept"
     return found
 
 
@@ -117,25 +119,24 @@ def test_stored_result_in_lower_precision(dtype: str, document: dict[str, Any]) 
     assert len(own["invisible"]) <= (0 if dtype == "float32" else len(value) / 10)
 
 
-def test_stored_result_is_current(document: dict[str, Any]) -> None:
-    assert measure_faults.stale(document, GOLDENS) == []
-
-
-def test_a_change_makes_the_stored_result_stale(document: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    known = measure_faults.made_from(GOLDENS)
-    changed = {**known, "small/base": "0", "vidi/parity/faults/new.py": "1"}
-    monkeypatch.setattr(measure_faults, "made_from", lambda goldens: changed)
-    said = measure_faults.stale({"made_from": known}, GOLDENS)
-    assert [line.split(" has")[0] for line in said] == ["small/base", "vidi/parity/faults/new.py"]
-
-
-def test_no_tolerance_reaches_the_weakest_fault() -> None:
-    if not (GOLDENS / "measured" / "noise.json").exists():
-        not_run("goldens/noise.json is missing: python tools/measure_noise.py --measure")
-    weakest = measure_noise.faults_of(GOLDENS)
+def test_no_tolerance_reaches_the_weakest_fault(document: dict[str, Any]) -> None:
+    weakest = noises.weakest(document)
     assert weakest is not None
     assert len({template for _, template in weakest}) >= len(STAGES) - len(WITHOUT) - 1
-    assert measure_noise.overlaps(measure_noise.read(GOLDENS / "measured" / "noise.json"), weakest) == []
+    stored_noise = json.loads((GOLDENS / LEDGER["noise"]).read_text())
+    assert noises.overlaps(stored_noise, weakest) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_weakest_fault_of_a_stage_is_known_in_every_dtype(dtype: str, document: dict[str, Any]) -> None:
+    """Beside noise and budget of a stage stands a fault of wrong mathematics, not only of that dtype's casts."""
+    weakest = noises.weakest(document)
+    assert weakest is not None
+    of = {fault["name"]: fault for fault in document["faults"]}
+    gate = {template: margin for (name, template), margin in weakest.items() if name == f"{dtype}-cast"}
+    home = {STAGES.template_of(of[name]["expected_stage"]) for name in document["dtypes"][dtype]["margins"]}
+    assert home <= set(gate)
+    assert all(margin > 1 for margin, _ in gate.values())
 
 
 def test_faults_may_leave_the_noise_and_not_enter_it() -> None:
@@ -143,10 +144,10 @@ def test_faults_may_leave_the_noise_and_not_enter_it() -> None:
         return {"dtypes": {"bfloat16": {"margins": dict.fromkeys(seen, 2.0), "invisible": dict.fromkeys(unseen, 0.5)}}}
 
     old = holding(["a", "b"], ["c"])
-    assert measure_faults.grown(old, holding(["a", "b", "c"], ["new"])) == []
-    assert measure_faults.grown(old, holding(["a"], ["b", "c"])) == ["bfloat16 b"]
-    assert measure_faults.grown(old, holding(["a"], ["b", "c"]), ["bfloat16 b"]) == []
-    assert measure_faults.grown(None, holding([], ["a"])) == []
+    assert study.grown(old, holding(["a", "b", "c"], ["new"])) == []
+    assert study.grown(old, holding(["a"], ["b", "c"])) == ["bfloat16 b"]
+    assert study.grown(old, holding(["a"], ["b", "c"]), ["bfloat16 b"]) == []
+    assert study.grown(None, holding([], ["a"])) == []
 
 
 def _run(*given: str) -> int:
@@ -176,5 +177,5 @@ def test_an_invisible_fault_is_excused_by_name_alone() -> None:
 
 
 def test_goldens_stay_small() -> None:
-    assert (GOLDENS / "faults.json").stat().st_size < 120_000
+    assert (GOLDENS / LEDGER["faults"]).stat().st_size < 120_000
     assert sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()) < 25_000_000

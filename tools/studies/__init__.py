@@ -16,15 +16,34 @@ from stageparity import evidence
 from stageparity.evidence import Basis
 from stageparity.golden import GoldenError
 
-__all__ = ["CPU", "FRAME", "GATE", "LEDGER", "LONG", "NAMES", "ROOT", "Study", "again", "say", "stale", "stale_of", "study"]
+__all__ = [
+    "CPU",
+    "FRAME",
+    "GATE",
+    "LEDGER",
+    "LONG",
+    "NAMES",
+    "ROOT",
+    "Study",
+    "again",
+    "say",
+    "stale",
+    "stale_of",
+    "study",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("baselines", "noise", "faults", "alarms", "mutants")
 GATE = NAMES[:3]  #: measured in minutes: stale ones fail the gate, the others `tox -e evidence`
 LEDGER = {name: f"measured/{name}.json" for name in NAMES}
 LONG = ("official/longvideo", "official/verylong")  #: half a minute a run
-FRAME = ("tools/studies/__init__.py", "stageparity/evidence.py")  #: what writes a result down, and computes none of it
-CPU = (*FRAME, "vidi/fast/*", "vidi/attention/flash.py", "vidi/attention/flex.py")  #: what a study on a CPU never enters
+FRAME = ("tools/studies/__init__.py", "tools/studies/gpu.py", *evidence.ASIDE)  #: what writes a result down
+CPU = (
+    *FRAME,
+    "vidi/fast/*",
+    "vidi/attention/flash.py",
+    "vidi/attention/flex.py",
+)  #: what a study on a CPU never enters
 
 
 class Study(Protocol):

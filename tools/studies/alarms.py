@@ -81,7 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=RUNS, help=f"only the first so many runs (default: all {RUNS})")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default: 1)")
     parser.add_argument("--fresh", action="store_true", help="forget runs that are finished")
-    parser.add_argument("--log", type=Path, default=ROOT / "build" / "alarms.jsonl", help="where finished runs are kept")
+    parser.add_argument(
+        "--log", type=Path, default=ROOT / "build" / "alarms.jsonl", help="where finished runs are kept"
+    )
 
 
 def part(args: argparse.Namespace) -> str:
@@ -100,7 +102,9 @@ def measure(args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str
     say(f"{len(settings)} runs, {len(settings) - len(waiting)} in {args.log} already")
     for i, run in _runs(settings, waiting, args.goldens, args.jobs):
         log.add(str(i), run)
-        say(f"{len(log.done)}/{len(settings)} run {i}: {run['seconds']} s, {len(run['alarms'])} alarms {run['alarms'][:2]}")
+        say(
+            f"{len(log.done)}/{len(settings)} run {i}: {run['seconds']} s, {len(run['alarms'])} alarms {run['alarms'][:2]}"
+        )
     made = [log.done[str(i)] for i in range(len(settings))]
     gates = sorted({gate for run in made for gate in run["worst"]})
     return {

@@ -78,7 +78,9 @@ def part(args: argparse.Namespace) -> str:
 def basis(goldens: Path) -> Basis:
     """The oracle, how an error is told (with the axes that are rows and heads), and the goldens."""
     refs = list_cases(goldens)
-    cases = {f"{ref.set}/{ref.name}": Case(ref.folder, ref.name, parse(ref.folder / f"{ref.name}.json")) for ref in refs}
+    cases = {
+        f"{ref.set}/{ref.name}": Case(ref.folder, ref.name, parse(ref.folder / f"{ref.name}.json")) for ref in refs
+    }
     drawn = {name: {dtype: len(orders(case, dtype)) for dtype in dtypes_of(case)} for name, case in cases.items()}
     return Basis(
         evidence.code(["goldens/oracle/__init__.py", "stageparity/compare.py"], ROOT),
@@ -104,7 +106,9 @@ def measure(args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str
             asked = tuple(OTHERS + i for i in range(len(seeds))) if args.spread else seeds
             for kind, errors in measure_case(cases[name], dtype, asked).items():
                 stored[kind].setdefault(dtype, {})[name] = errors
-    held = {name: case for name, case in cases.items() if any(name in stored[k].get(d, {}) for k in KINDS for d in DTYPES)}
+    held = {
+        name: case for name, case in cases.items() if any(name in stored[k].get(d, {}) for k in KINDS for d in DTYPES)
+    }
     return {
         "unit": f"multiples of the golden's rms: {', '.join(METRICS)} (head: where there are heads)",
         "orders": {name: {dtype: len(orders(case, dtype)) for dtype in dtypes_of(case)} for name, case in held.items()},
@@ -229,7 +233,9 @@ def show(document: Mapping[str, Any], goldens: Path) -> Iterator[str]:
     for place, stage, own in _errors(document):
         error, at, count = worst.get(place, (0.0, "", 0))
         worst[place] = (*max((error, at), (own[0], stage)), count + 1)
-    yield from (f"{place}: {count} stages, largest rms {error:.3g} at {at}" for place, (error, at, count) in worst.items())
+    yield from (
+        f"{place}: {count} stages, largest rms {error:.3g} at {at}" for place, (error, at, count) in worst.items()
+    )
 
 
 def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:

@@ -34,18 +34,23 @@ class Result:
 
 RESULTS: Mapping[str, Result] = {
     "bench.json": Result(
-        ("vidi/commands/bench.py",), f"vidi bench --max-new-tokens 24 --plain 60 --profile 300 --json {PLACE}/bench.json"
+        ("vidi/commands/bench.py",),
+        f"vidi bench --max-new-tokens 24 --plain 60 --profile 300 --json {PLACE}/bench.json",
     ),
     "gpu_tests.json": Result(("tests/gpu/*.py", *BACKENDS), f"tests/gpu/run_all.sh {PLACE}", ("official", "small")),
     "kernels.json": Result(("tests/benchmarks/*.py", *BACKENDS), f"tests/gpu/run_all.sh {PLACE}"),
     "parity-full.json": Result(
-        ("vidi/parity/full.py",), f"vidi parity --size full --device cuda --json {PLACE}/parity-full.json", ("large/full",)
+        ("vidi/parity/full.py",),
+        f"vidi parity --size full --device cuda --json {PLACE}/parity-full.json",
+        ("large/full",),
     ),
     **{
-        f"probe-{name}.json": Result(PROBE, f"python bench/probe_fast.py --only {parts} --json {PLACE}/probe-{name}.json")
+        f"probe-{name}.json": Result(
+            PROBE, f"python bench/probe_fast.py --only {parts} --json {PLACE}/probe-{name}.json"
+        )
         for name, parts in (
-            ("kernels", "step,attend"),
-            ("stream-sustained", "stream"),
+            ("kernels", "step,attend,stream,vision"),
+            ("stream-sustained", "stream,vision"),
             ("tower", "tower"),
             ("vision", "vision"),
         )
@@ -60,7 +65,9 @@ def basis(name: str) -> Basis:
     goldens = ROOT / "goldens"
     refs = [ref for folder in result.cases for ref in list_cases(goldens / folder)]
     names = [f"{ref.set}/{ref.name}" for ref in refs]
-    return Basis(evidence.code(files, ROOT, FRAME), evidence.goldens(refs), evidence.budgets(goldens, names) if names else {})
+    return Basis(
+        evidence.code(files, ROOT, FRAME), evidence.goldens(refs), evidence.budgets(goldens, names) if names else {}
+    )
 
 
 def measured_on(name: str, device: str) -> dict[str, Any]:
@@ -70,6 +77,11 @@ def measured_on(name: str, device: str) -> dict[str, Any]:
 
 def stale(folder: Path = FOLDER) -> dict[str, list[str]]:
     """File name -> why it is no result of today's code; what nobody knows how to measure is one too."""
-    found = {name: evidence.stale(evidence.read(folder / name), basis(name), result.again) for name, result in RESULTS.items()}
+    found = {
+        name: evidence.stale(evidence.read(folder / name), basis(name), result.again)
+        for name, result in RESULTS.items()
+    }
     unknown = {path.name for path in folder.iterdir() if path.is_file()} - set(RESULTS)
-    return found | {name: ["no code of it is kept: enter it in tools/studies/gpu.py or delete it"] for name in sorted(unknown)}
+    return found | {
+        name: ["no code of it is kept: enter it in tools/studies/gpu.py or delete it"] for name in sorted(unknown)
+    }

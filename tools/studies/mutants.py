@@ -89,12 +89,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seconds = "seconds of processor time for the goldens; unit tests get four times that (default: 20)"
     parser.add_argument("--limit", type=int, default=20, help=seconds)
     parser.add_argument("--fresh", action="store_true", help="forget mutants that are finished")
-    parser.add_argument("--log", type=Path, default=ROOT / "build" / "mutants.jsonl", help="where finished mutants are kept")
+    parser.add_argument(
+        "--log", type=Path, default=ROOT / "build" / "mutants.jsonl", help="where finished mutants are kept"
+    )
 
 
 def part(args: argparse.Namespace) -> str:
     other = (args.count, args.seed) != (COUNT, SEED)
-    asked = {f"--count {args.count} --seed {args.seed}": other, f"--only {args.only}": args.only, "--no-unit": args.no_unit}
+    asked = {
+        f"--count {args.count} --seed {args.seed}": other,
+        f"--only {args.only}": args.only,
+        "--no-unit": args.no_unit,
+    }
     return " ".join(text for text, given in asked.items() if given)
 
 
@@ -188,7 +194,9 @@ def run(mutants: list[tuple[Mutant, str]], log: Log, args: argparse.Namespace) -
         list(case.variant("none").items()), case.inputs  # read and verified here, once for all children
         weights = case.weights()
         case.__dict__["weights"] = lambda weights=weights: weights
-    waiting = [(m, s) for m, s in mutants if log.done.get(m.spot, MISSED) == MISSED and (unit or m.spot not in log.done)]
+    waiting = [
+        (m, s) for m, s in mutants if log.done.get(m.spot, MISSED) == MISSED and (unit or m.spot not in log.done)
+    ]
     say(f"{len(mutants)} mutants, {len(mutants) - len(waiting)} in {log.path} already")
     if waiting and (broken := _unmutated(cases, tolerances, limit, unit)):
         raise SystemExit(f"without any edit: {broken}; mend that first, a mutant would die of it")
@@ -220,7 +228,9 @@ def _unmutated(cases: dict[str, Any], tolerances: Any, limit: int, unit: bool) -
         "vidi/decoder/mlp.py",
     ):
         source = ast.unparse(ast.parse((ROOT / file).read_text(encoding="utf-8")))
-        verdict = _ended(*_fork(Mutant(file, 0, 0, "", "", "", ""), source, cases, tolerances, 4 * limit, unit)) or "no end"
+        verdict = (
+            _ended(*_fork(Mutant(file, 0, 0, "", "", "", ""), source, cases, tolerances, 4 * limit, unit)) or "no end"
+        )
         if verdict not in ("=", "=" + MISSED):
             return f"{file}: {verdict.removeprefix('=')}"
     return ""
@@ -229,7 +239,9 @@ def _unmutated(cases: dict[str, Any], tolerances: Any, limit: int, unit: bool) -
 # ---- one mutant in a child ----------------------------------------------------------------------------------------------
 
 
-def _fork(mutant: Mutant, source: str, cases: dict[str, Any], tolerances: Any, limit: int, unit: bool) -> tuple[int, int]:
+def _fork(
+    mutant: Mutant, source: str, cases: dict[str, Any], tolerances: Any, limit: int, unit: bool
+) -> tuple[int, int]:
     """(process, where its verdict can be read). A child that ends by its limit of processor time leaves nothing to read."""
     reader, writer = os.pipe()
     pid = os.fork()

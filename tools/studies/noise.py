@@ -27,7 +27,12 @@ __all__ = ["blind", "moves", "overlaps", "settings", "table", "weakest"]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 FEW = ("small/base", "small/absent", "small/decode", "small/pervideo", "official/batch", "official/single")
-ALONE = ("small/base", "small/holes", "small/absent", "small/novideo")  # no shared token budget: neighbours may not matter
+ALONE = (
+    "small/base",
+    "small/holes",
+    "small/absent",
+    "small/novideo",
+)  # no shared token budget: neighbours may not matter
 BLIND = 0.1  # of rms
 COLUMNS = ("max", "rms", "ratio", "at", "noise", "tolerance")
 Weakest = Mapping[tuple[str, str], tuple[float, str]]
@@ -95,7 +100,13 @@ def measure(args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str
             differs = runs.changed(setting)
             counts = not differs or setting.alone or bool(moved)
             tried.append(
-                {"dtype": setting.dtype, **differs, "cases": len(setting.cases), "moved_bits": len(moved), "counts": counts}
+                {
+                    "dtype": setting.dtype,
+                    **differs,
+                    "cases": len(setting.cases),
+                    "moved_bits": len(moved),
+                    "counts": counts,
+                }
             )
             say(f"{n}/{len(todo)} {setting.dtype} {differs or 'plain'}: {len(moved)} of {len(bits)} cases moved")
             if counts:
@@ -173,7 +184,12 @@ def figures(noise: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str,
         for kind, stages in kinds.items():
             for template, own in stages.items():
                 named = dict(zip(noise["columns"], own, strict=True))
-                yield gate, kind, template, named | {"tolerance": math.inf if named["tolerance"] is None else named["tolerance"]}
+                yield (
+                    gate,
+                    kind,
+                    template,
+                    named | {"tolerance": math.inf if named["tolerance"] is None else named["tolerance"]},
+                )
 
 
 def weakest(document: Mapping[str, Any] | None) -> Weakest | None:

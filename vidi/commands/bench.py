@@ -6,7 +6,6 @@ Synthetic weights straight in device memory; on a CPU the tiny model, which show
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,11 +67,10 @@ def run(args: argparse.Namespace) -> int:
     options = {} if args.frame_batch is None else {"frame_batch": args.frame_batch}
     fused_s, fast = measure.timed(device, lambda: accelerate(model, **options))
     report: dict[str, Any] = {
-        "device": measure.device_name(device),
+        "measured_on": _measured_on(measure.device_name(device)),
         "size": size,
         "frame_batch": fast.frame_batch,
         "dtype": "bfloat16",
-        "torch": torch.__version__,
         "product_tflops": limits.product_flops / 1e12,
         "sustained_product_tflops": limits.sustained_flops / 1e12,
         "copy_tb_s": limits.copy_bytes / 1e12,
@@ -83,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         "profiles": {},
     }
     print(
-        f"device: {report['device']}, torch {torch.__version__}; model: {size}, bfloat16, synthetic weights\n"
+        f"device: {report['measured_on']['device']}, torch {torch.__version__}; model: {size}, bfloat16, synthetic weights\n"
         f"ceilings of this run: product {limits.product_flops / 1e12:.3g} TFLOP/s "
         f"({limits.sustained_flops / 1e12:.3g} over seconds), copy {limits.copy_bytes / 1e12:.3g} TB/s"
     )
@@ -167,6 +165,16 @@ def _profiles(fast: Any, batch: Any, device: Any) -> dict[str, Any]:
     return found
 
 
+def _measured_on(device: str) -> dict[str, Any]:
+    from stageparity import evidence
+
+    root = Path(__file__).resolve().parents[2]
+    basis = evidence.Basis(evidence.code(["vidi/commands/bench.py"], root, evidence.ASIDE))
+    return evidence.measured_on(basis, root, device)
+
+
 def _write(path: Path | None, report: dict[str, Any]) -> None:
+    from stageparity import evidence
+
     if path is not None:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        evidence.write(path, report)

@@ -124,11 +124,19 @@ def _context(args: argparse.Namespace, dtype: str, judged_by: Path) -> Any:
 def _full(args: argparse.Namespace, console: Any) -> int:
     import torch
 
-    from vidi.parity import full
+    from stageparity import evidence
+    from vidi.commands import outputs
+    from vidi.parity import feed, full
 
     if not torch.cuda.is_available():
         print("NOT RUN full size: no CUDA device; 9B parameters in float32 need a GPU of 80 GB")
         return NOTHING
     whole = full.run(args.goldens, device=args.device if args.device != "cpu" else "cuda")
     console.print(whole.text(), soft_wrap=True, highlight=False, markup=False)
+    if args.json:
+        text = evidence.render(whole.as_json(feed.goldens_dir(args.goldens)))
+        if args.json == "-":
+            print(text, end="")
+        else:
+            outputs.write(args.json, lambda: text)
     return whole.exit_code

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stageparity import fingerprint, sketch, store, tolerance, writer
+from stageparity import evidence, fingerprint, sketch, store, tolerance, writer
 from stageparity.golden import Golden, GoldenError, Sketched, Whole
 from stageparity.manifest import content_sha256
 from stageparity.sketch import Sketch, SketchSpec
@@ -212,16 +212,40 @@ class FullRun:
         """0 every stage is within its limits, 1 some are not, 3 nothing was compared."""
         return 3 if not self.stages else int(not all(s.ok for s in self.stages))
 
-    def text(self) -> str:
-        """Failures first, then the largest ratio."""
-        bad = [s for s in self.stages if not s.ok]
+    @property
+    def over(self) -> list[str]:
+        return [s.text() for s in self.stages if not s.ok]
+
+    @property
+    def largest(self) -> str | None:
+        """The stage with the largest ratio of rms errors, fast over plain."""
         judged = [s for s in self.stages if s.plain.get("rms")]
         worst = max(judged, key=lambda s: s.fast["rms"] / s.plain["rms"], default=None)
-        lines = [f"full size on {self.device}: {len(self.stages)} stages, {len(bad)} over"]
-        lines += ["  " + s.text() for s in bad]
-        if worst is not None:
-            lines.append("  largest ratio of rms errors, fast over plain: " + worst.text())
+        return worst and worst.text()
+
+    def text(self) -> str:
+        """Failures first, then the largest ratio."""
+        lines = [f"full size on {self.device}: {len(self.stages)} stages, {len(self.over)} over"]
+        lines += ["  " + line for line in self.over]
+        if self.largest is not None:
+            lines.append("  largest ratio of rms errors, fast over plain: " + self.largest)
         return "\n".join(lines)
+
+    def as_json(self, goldens: Path) -> dict[str, Any]:
+        """The same for `vidi parity --size full --json`, with every stage's errors, and what it was measured on."""
+        root, refs = Path(__file__).resolve().parents[2], store.list_cases(goldens / FOLDER)
+        basis = evidence.Basis(
+            evidence.code(["vidi/parity/full.py"], root, evidence.ASIDE),
+            evidence.goldens(refs),
+            evidence.budgets(goldens, [f"{ref.set}/{ref.name}" for ref in refs]),
+        )
+        return {
+            "measured_on": evidence.measured_on(basis, root, self.device),
+            "stages": len(self.stages),
+            "over": self.over,
+            "largest": self.largest,
+            "figures": {s.stage: [s.fast, s.plain] for s in self.stages},
+        }
 
 
 def judge(

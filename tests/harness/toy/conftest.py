@@ -1,10 +1,9 @@
 from pathlib import Path
 
-from toy.faults import FAULTS
-from toy.stages import STAGES, Toy
-
 from stageparity import store, tolerance
 from stageparity.plugin import Held
+from toy.faults import FAULTS
+from toy.stages import STAGES, Toy
 
 GOLDENS = Path(__file__).with_name("goldens")
 

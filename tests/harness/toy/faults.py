@@ -2,9 +2,8 @@
 
 from types import SimpleNamespace
 
-from toy.stages import layer, model, whole
-
 from stageparity.faults.plant import Fault
+from toy.stages import layer, model, whole
 
 
 def turned(end):

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-from toy import oracle
 
 from stageparity import golden, ledger, manifest, writer
+from toy import oracle
 
 GOLDENS = Path(__file__).with_name("goldens")
 MADE = {"origin": "oracle", "dtype": "float64", "libraries": {}, "device": "cpu", "seed": 3, "commit": ""}

@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from toy.faults import FAULTS
-from toy.stages import STAGES, Toy
 
 from stageparity import run, store, tolerance
 from stageparity.faults import judge
 from stageparity.report import page, terminal, verdict
+from toy.faults import FAULTS
+from toy.stages import STAGES, Toy
 
 goldens, out = Path(__file__).with_name("goldens"), Path(sys.argv[1])
 tolerances = tolerance.load(goldens, STAGES)

@@ -1,10 +1,9 @@
 """Everything there is to know of each stage, and the model as a subject."""
 
-from toy.model import Model
-
 from stageparity.bench import GoldenSubject
 from stageparity.code import code
 from stageparity.stage import Place, Stage, Stages
+from toy.model import Model
 
 model = code("toy.model")
 layer, whole = model.Layer.forward, model.Model.forward
