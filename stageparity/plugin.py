@@ -88,7 +88,9 @@ class Task:
         (case,) = self.run.cases
         row = next((row for row in case.rows if row.stage == stage), None)
         if row is None:
-            return f"{stage} of {case.name} was not judged: {dict(case.not_run).get(stage, 'the run has no such stage')}"
+            return (
+                f"{stage} of {case.name} was not judged: {dict(case.not_run).get(stage, 'the run has no such stage')}"
+            )
         if row.ok:
             return "" if any(r.count for r in row.results) else f"{stage} of {case.name}: nothing was compared"
         context = self._context()
@@ -96,7 +98,11 @@ class Task:
         for name, result in (("alone", row.alone), ("forced", row.forced), ("chained", row.chained)):
             if result is not None and not result.ok:
                 texts.setdefault(result.text(), []).append(name)
-        lines = [verdict.whose(row), verdict.split(row), *(f"{', '.join(names)}: {text}" for text, names in texts.items())]
+        lines = [
+            verdict.whose(row),
+            verdict.split(row),
+            *(f"{', '.join(names)}: {text}" for text, names in texts.items()),
+        ]
         if near := verdict.lookalikes(case, stage, context):
             lines.append(f"looks like: {verdict.some(near)}")
         lines.append(f"rerun: python -m pytest '{test}'")

@@ -310,7 +310,11 @@ class _Judge:
         if entry.machine is not None and not row.ok and (note := _machine(entry, golden, chained.get(stage))):
             excused = replace(row.shown, ok=True, problems=())
             return Row(stage, excused), note
-        if entry.ties is not None and not row.ok and (tie := _tie(row, places, entry.ties, chained, self.targets)) is not None:
+        if (
+            entry.ties is not None
+            and not row.ok
+            and (tie := _tie(row, places, entry.ties, chained, self.targets)) is not None
+        ):
             return Row(stage, tie), ""
         return row, ""
 
@@ -334,7 +338,9 @@ def _machine(entry: Stage, golden: Golden, found: Any) -> str:
     if mine.shape != golden.array.shape or not np.array_equal(mine, entry.machine(golden.array)):
         return ""
     differ = int((mine != golden.array).sum())
-    return f"{entry.template}: this machine's libraries differ in {differ} of {mine.size} entries; the stored one was used"
+    return (
+        f"{entry.template}: this machine's libraries differ in {differ} of {mine.size} entries; the stored one was used"
+    )
 
 
 def _tie(

@@ -233,7 +233,9 @@ class Stages:
 
     # ---- from an entry to its ids -------------------------------------------------------------------------------------
 
-    def expand(self, values: Mapping[str, Iterable[str]], given: Callable[[Stage, Mapping[str, str]], bool]) -> list[str]:
+    def expand(
+        self, values: Mapping[str, Iterable[str]], given: Callable[[Stage, Mapping[str, str]], bool]
+    ) -> list[str]:
         """All ids of a case, in pipeline order: every entry at every value of its places for which ``given`` is true. An
         entry with a place that ``values`` lacks has none."""
         out: list[str] = []

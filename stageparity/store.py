@@ -66,7 +66,9 @@ def list_cases(folder: Path) -> list[CaseRef]:
 
 def list_sets(goldens: Path) -> list[Path]:
     """All sets of a golden folder, those of large cases two folders down too, broken ones included."""
-    folders = [path for path in (*goldens.glob("*/"), *goldens.glob("*/*/")) if path.name[0] != "." and path.name != MEASURED]
+    folders = [
+        path for path in (*goldens.glob("*/"), *goldens.glob("*/*/")) if path.name[0] != "." and path.name != MEASURED
+    ]
     return sorted(path for path in folders if any(path.glob("*.json")) or any(path.glob("*.h5")))
 
 
@@ -80,7 +82,9 @@ def select(goldens: Path, globs: Iterable[str] = ()) -> list[CaseRef]:
     for glob in globs:
         found = [r for r in refs if any(fnmatch.fnmatchcase(n, glob) for n in (r.name, r.set, f"{r.set}/{r.name}"))]
         if not found:
-            raise GoldenError(f"no case {glob!r} in {goldens}: there are {', '.join(f'{r.set}/{r.name}' for r in refs)}")
+            raise GoldenError(
+                f"no case {glob!r} in {goldens}: there are {', '.join(f'{r.set}/{r.name}' for r in refs)}"
+            )
         chosen |= dict.fromkeys(found)
     return [ref for ref in refs if ref in chosen] if chosen else refs
 

@@ -112,7 +112,9 @@ class Tiers:
 
     def _lacking(self, item: pytest.Item) -> str | None:
         """What this machine lacks for any of an item's tiers."""
-        tiers = [tier for name, tier in self.tiers.items() if tier is self.tier_of(item) or item.get_closest_marker(name)]
+        tiers = [
+            tier for name, tier in self.tiers.items() if tier is self.tier_of(item) or item.get_closest_marker(name)
+        ]
         return next((tier.missing for tier in tiers if tier.missing), None)
 
     @pytest.hookimpl(wrapper=True)

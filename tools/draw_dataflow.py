@@ -256,9 +256,6 @@ def stage_table() -> str:
     return "\n".join(lines)
 
 
-
-
-
 def contributing(text: str) -> str:
     """The page with its table replaced. Raises ValueError where the markers are gone."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:

@@ -22,7 +22,16 @@ from stageparity.run import CaseRun, Row, Run
 __all__ = ["as_json", "diagnosis", "print_run", "table", "to_text"]
 
 # Columns in the order of the line, and how early each gives way on a narrow terminal (0 = never).
-_COLUMNS = {"stage": 0, "verdict": 0, "max|d|/rms": 3, "rms(d)/rms": 4, "of budget": 0, "alone": 1, "forced": 2, "values": 5}
+_COLUMNS = {
+    "stage": 0,
+    "verdict": 0,
+    "max|d|/rms": 3,
+    "rms(d)/rms": 4,
+    "of budget": 0,
+    "alone": 1,
+    "forced": 2,
+    "values": 5,
+}
 _ASCII = str.maketrans({"×": "x", "∞": "inf", "§": "sec. ", "…": "...", "·": "*", "≤": "<=", "²": "^2"})
 
 

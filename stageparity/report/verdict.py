@@ -134,7 +134,9 @@ def conclusion(run: Run, context: Context) -> list[str]:
     also = f" Also wrong by themselves: {some(list(dict.fromkeys(others)))}." if others else ""
     red = sum(not r.ok for c in run.cases for r in c.rows)
     convicted = sum(len(f.rows) for f in guilty)
-    rest = f"{red - convicted} of {red} rows that differ only inherit" if red > convicted else "nothing inherits from it"
+    rest = (
+        f"{red - convicted} of {red} rows that differ only inherit" if red > convicted else "nothing inherits from it"
+    )
     noise, weakest = context.references.noise.get(first.name), context.references.faults.get(first.name)
     sure = [f"noise never passed {short(noise)} of this budget"] if noise is not None else []
     sure += [f"the weakest known fault here reaches {short(weakest)}"] if weakest is not None else []

@@ -39,7 +39,9 @@ def main() -> None:
     parts = {path.stem: part(path) for path in sorted(folder.glob("*.xml"))}
     logs = {path.stem for path in folder.glob("*.log")} - {"bench"}
     found = {
-        "measured_on": gpu.measured_on("gpu_tests.json", torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"),
+        "measured_on": gpu.measured_on(
+            "gpu_tests.json", torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        ),
         "parts": parts,
         "not_finished": sorted(logs - set(parts)),  # stopped at the time limit, before it could write its file
     }

@@ -162,7 +162,9 @@ def test_every_module_says_what_it_exports():
 
 def test_no_drawer_for_everything():
     assert [
-        p.name for p in files("vidi", "stageparity", "goldens", "tests", "tools") if p.stem in ("utils", "common", "helpers")
+        p.name
+        for p in files("vidi", "stageparity", "goldens", "tests", "tools")
+        if p.stem in ("utils", "common", "helpers")
     ] == []
 
 

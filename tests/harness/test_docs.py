@@ -196,9 +196,7 @@ def test_every_stage_is_drawn_once_above_what_it_feeds(draw) -> None:
     assert len({(node.lane, node.row) for node in nodes.values()}) == len(nodes)
     for stage in draw.DRAWN:
         for name in draw.feeds(stage):
-            assert nodes[name].row < nodes[draw.drawn_as(stage.name)].row, (
-                f"{name} feeds {stage.name} from below"
-            )
+            assert nodes[name].row < nodes[draw.drawn_as(stage.name)].row, f"{name} feeds {stage.name} from below"
     text = draw.dataflow_svg()
     assert all(text.count(f">{draw.drawn_as(stage.name)}</text>") == 1 for stage in draw.DRAWN)
 

@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[2]
 
 def failure(result: pytest.RunResult, stage: str) -> list[str]:
     """What the test of a stage said."""
-    head = next(n for n, line in enumerate(result.outlines) if line.strip("_ ") == f"test_stage[base-{stage}-numpy-float64]")
+    head = next(
+        n for n, line in enumerate(result.outlines) if line.strip("_ ") == f"test_stage[base-{stage}-numpy-float64]"
+    )
     end = next(n for n, line in enumerate(result.outlines) if n > head and line.startswith("rerun: "))
     return result.outlines[head + 1 : end + 1]
 
@@ -188,7 +190,9 @@ def announced(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pyt
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stageparity-alone\nVersion: 1\n", "utf-8")
     (info / "entry_points.txt").write_text("[pytest11]\nstageparity = stageparity.plugin\n", "utf-8")
     pytester.makeini("[pytest]\nfilterwarnings = error\n")
-    pytester.makepyfile(test_it="def test_a(): pass\n@__import__('pytest').mark.skip(reason='mine')\ndef test_b(): pass\n")
+    pytester.makepyfile(
+        test_it="def test_a(): pass\n@__import__('pytest').mark.skip(reason='mine')\ndef test_b(): pass\n"
+    )
     monkeypatch.setenv("PYTHONPATH", f"{site}:{ROOT}")
     monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
     return pytester

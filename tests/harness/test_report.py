@@ -187,8 +187,12 @@ def test_the_last_three_lines_say_what_is_wrong_how_sure_that_is_and_what_to_typ
     out = io.StringIO()
     terminal.print_run(planted, Console(file=out, width=80), replace(CONTEXT, references=references), verbose=False)
     *_, wrong, sure, what_next = out.getvalue().splitlines()
-    assert wrong.startswith("WRONG: layer.{i}.t2t (layer.0.t2t of small/base, in 2 places): 3e9× its budget, its own error")
-    assert sure.startswith("how sure: noise never passed 0.01 of this budget; the weakest known fault here reaches 7e8; ")
+    assert wrong.startswith(
+        "WRONG: layer.{i}.t2t (layer.0.t2t of small/base, in 2 places): 3e9× its budget, its own error"
+    )
+    assert sure.startswith(
+        "how sure: noise never passed 0.01 of this budget; the weakest known fault here reaches 7e8; "
+    )
     assert re.search(r"\d+ of \d+ rows that differ only inherit$", sure)
     assert what_next == "next: vidi parity --case small/base --stage layer.0.t2t --dtype float64 --backend eager"
 
@@ -315,7 +319,9 @@ def test_errors_stand_between_noise_and_fault(tmp_path: Path) -> None:
     references = References.load(tmp_path, "float64", STAGES)
     assert references.noise == {"layer.{i}.t2t": 1e-4, "layer.{i}.input": 0.1}
     assert references.faults == {"layer.{i}.t2t": 100.0}
-    text = page.render(run_of(Row("layer.1.t2t", result("layer.1.t2t", 1e-10))), replace(CONTEXT, references=references))
+    text = page.render(
+        run_of(Row("layer.1.t2t", result("layer.1.t2t", 1e-10))), replace(CONTEXT, references=references)
+    )
     assert "<rect class=n width=25%" in text
     assert re.search(r"<use href=#fault x=62.5% /><use href=#chained x=43.[78]% />", text)
     assert References.load(tmp_path / "none", "float64", STAGES) == References()

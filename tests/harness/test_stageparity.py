@@ -46,7 +46,8 @@ def test_it_contains_no_word_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["# the Vidi model", "num_frames = 3", "def image_of(x): ...", '"layer.{i}.t2v"', "rope.cos", "a clip's frames"]
+    "text",
+    ["# the Vidi model", "num_frames = 3", "def image_of(x): ...", '"layer.{i}.t2v"', "rope.cos", "a clip's frames"],
 )
 def test_words_of_ours_are_seen(text: str) -> None:
     assert list(words(text))
@@ -77,7 +78,9 @@ def test_every_module_says_what_is_public() -> None:
         assert spec.origin is not None
         tree = ast.parse(Path(spec.origin).read_text("utf-8"))
         listed = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"]
-        assert listed or not [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)], f"{name} has no __all__"
+        assert listed or not [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)], (
+            f"{name} has no __all__"
+        )
 
 
 def test_torch_is_loaded_by_those_that_say_so_alone() -> None:

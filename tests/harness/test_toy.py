@@ -123,7 +123,9 @@ def test_a_stage_costs_model_entry_and_oracle(toy: Project) -> None:
     toy.edit("model.py", end, f'        x_BTD = tap("final", bend(x_BTD))\n{end}')
     toy.edit("model.py", "def logits(", "def bend(x_BTD):\n    return np.tanh(x_BTD)\n\n\ndef logits(")
     toy.edit("oracle.py", '    out["logits"]', '    x = out["final"] = np.vectorize(math.tanh)(x)\n    out["logits"]')
-    entry = 'Stage("final", "bent", inputs=("layer.1.output",), code=(model.bend,), run=lambda s: model.bend(*s.inputs)),'
+    entry = (
+        'Stage("final", "bent", inputs=("layer.1.output",), code=(model.bend,), run=lambda s: model.bend(*s.inputs)),'
+    )
     toy.edit("stages.py", '    Stage("logits"', f'    {entry}\n    Stage("logits"')
     toy.edit("stages.py", 'inputs=("layer.1.output",), code=(model.logits,)', 'inputs=("final",), code=(model.logits,)')
     toy.edit("faults.py", "\n)}", '\n    Fault("bend.not", "not bent", (model.bend,), lambda f: lambda x: x),\n)}')

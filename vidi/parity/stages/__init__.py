@@ -25,9 +25,7 @@ PLACES = {
     "g": Place(r"(?:\.\d+)?"),
     "n": Place(r".+"),
 }
-STAGES = Stages(
-    (*visual.STAGES, *audio.STAGES, *text.STAGES, *layers.STAGES, *head.STAGES), PLACES
-)
+STAGES = Stages((*visual.STAGES, *audio.STAGES, *text.STAGES, *layers.STAGES, *head.STAGES), PLACES)
 SECTIONS = {
     "§1": "Sizes of the released checkpoint",
     "§2": "Inputs",
