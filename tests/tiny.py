@@ -15,7 +15,7 @@ from vidi.config import VidiConfig
 from vidi.inputs.batch import Batch, Sample, make_batch
 from vidi.model import VidiModel
 
-__all__ = ["NOISE", "assert_close", "config", "make", "model", "sample", "whole_pass_logits"]
+__all__ = ["NOISE", "Seen", "assert_close", "config", "make", "model", "sample", "whole_pass_logits"]
 
 NOISE = 1e-9  #: of rms, in float64
 
@@ -53,6 +53,14 @@ def sample(
 
 def make(samples: Sequence[Sample]) -> Batch:
     return make_batch(samples, VidiConfig.tiny())
+
+
+class Seen(dict[str, Tensor]):
+    """A tap that keeps every stage whole, parts of one id joined along axis 0."""
+
+    def __call__(self, stage: str, x: Tensor) -> Tensor:
+        self[stage] = torch.cat([self[stage], x]) if stage in self else x
+        return x
 
 
 def assert_close(found: Tensor, wanted: Tensor, noise: float = NOISE) -> None:

@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from vidi.parity import ledger
-from vidi.parity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
-from vidi.parity.ids import axes
-from vidi.parity.manifest import parse, set_sha256
-from vidi.parity.store import position_table, verify
-from vidi.parity.writer import NewCase, replaced, write_case, write_weights
+from stageparity import ledger
+from stageparity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
+from stageparity.manifest import parse, set_sha256
+from stageparity.store import verify
+from stageparity.writer import NewCase, replaced, write_case, write_weights
+from vidi.parity.goldens import position_table
+from vidi.parity.stages import STAGES
 
 __all__ = ["import_recordings", "main", "pos_freq", "store_pos_freq", "thin"]
 
@@ -124,7 +125,7 @@ def pos_freq(width: int, stored: Path | None = None) -> np.ndarray | None:
 
 def store_pos_freq(goldens: Path, widths: Iterable[int]) -> None:
     """Add tables for widths to GOLDENS/pos_freq.safetensors; a width that is already there stays as it is."""
-    path = goldens / "pos_freq.safetensors"
+    path = dst.parent / "pos_freq.safetensors"
     tables = load_file(path) if path.exists() else {}
     for width in widths:
         table = pos_freq(width, path)
@@ -149,7 +150,6 @@ def import_recordings(
     dtypes: only these (f32, f64, bf16, f16). reason: why, for an entry in the ledger beside the set; without one none
     is made. Raises GoldenError for a recording that contradicts its json.
     """
-    dst = dst.absolute()
     wanted = None if cases is None else set(cases)
     found = []
     for path in sorted(src.glob("*.*.json")):
@@ -170,13 +170,11 @@ def import_recordings(
         raise GoldenError(f"{src}: weights.safetensors is missing; every case is judged with the recorded weights")
     _check_target(dst)
 
-    goldens = _with_ledger(dst) or dst.parent
-
     def record() -> None:
         if reason:
-            ledger.append(goldens, dst.relative_to(goldens).as_posix(), set_sha256(dst), reason)
+            ledger.append(dst.parent, dst.name, set_sha256(dst), reason)
 
-    with replaced(dst, goldens=goldens, record=record) as draft:
+    with replaced(dst, record=record) as draft:
         for old in (*draft.glob("*.h5"), *draft.glob("*.json"), *draft.glob("*.safetensors")):
             old.unlink()
         weights, _ = read_safetensors(src / "weights.safetensors")
@@ -187,15 +185,10 @@ def import_recordings(
         named = write_weights(draft, "weights.safetensors", weights)
         kind = "dattn_mistral" if CONV in weights else "dattn_gemma2"
         for name, short in found:
-            case = _Recording(src, name, short, full, goldens / "pos_freq.safetensors").case(named, tied, kind)
+            case = _Recording(src, name, short, full, dst.parent / "pos_freq.safetensors").case(named, tied, kind)
             write_case(draft, case, compress=not full)
         verify(draft)
     return [name if short == "f32" else f"{name}.{short}" for name, short in found]
-
-
-def _with_ledger(dst: Path) -> Path | None:
-    """The folder with a ledger that a set belongs to: its parent, or the one above."""
-    return next((folder for folder in dst.parents[:2] if (folder / "ledger.toml").exists()), None)
 
 
 def _check_target(dst: Path) -> None:
@@ -395,9 +388,9 @@ def thin(stage: str, golden: Golden) -> Golden:
         return golden
     if golden.array.size <= THIN_WHOLE:
         return golden
-    where = axes(stage, golden.array.ndim)
-    by_frame = golden.array.ndim == 4 and where.heads is None
-    axis = 0 if by_frame else max(where.rows, key=lambda a: golden.shape[a])
+    row_axes, heads = STAGES.axes(stage).of(golden.array.ndim)
+    by_frame = golden.array.ndim == 4 and heads is None
+    axis = 0 if by_frame else max(row_axes, key=lambda a: golden.shape[a])
     rows = golden.shape[axis]
     return _rows(golden, axis, _spread(rows, max(2, int(rows * THIN_WHOLE / golden.array.size))))
 
@@ -430,9 +423,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if args.src is None or args.dst is None:
             parser.error("SRC and DST are needed")
-        in_ledger = _with_ledger(args.dst.absolute())
+        in_ledger = (args.dst.parent / "ledger.toml").exists()
         if in_ledger and not args.reason:
-            raise GoldenError(f'{in_ledger} has a ledger: give --reason "..." for this import')
+            raise GoldenError(f'{args.dst.parent} has a ledger: give --reason "..." for this import')
         names = import_recordings(
             *(args.src, args.dst),
             full=args.full,

@@ -20,6 +20,8 @@ from safetensors.numpy import load_file
 
 from goldens.oracle import forward
 from goldens.oracle.casts import Arithmetic
+from stageparity.faults.plant import Fault, planted
+from stageparity.run import Trace
 from tests.gpu.judge import judge
 from vidi import precision
 from vidi.attention import limits
@@ -27,8 +29,8 @@ from vidi.bridge import position
 from vidi.checkpoint import names, synthetic
 from vidi.config import VidiConfig
 from vidi.model import VidiModel
-from vidi.parity import feed, ids, trace
-from vidi.parity.faults.plant import Fault, planted
+from vidi.parity import feed, trace
+from vidi.parity.stages import STAGES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -155,16 +157,17 @@ def hold(
     truth, plain = oracle(narrow, device.type, None), naive(narrow, device.type, dtype)
     runner = precision.cast_model(_copy(model(narrow, device.type), narrow, device), kind)
     runner.backend, runner.tower_backend = backends
-    tap = trace.Trace()
+    tap = Trace()
+    recorded = trace.Recorded(runner.config.decoder, tap)
     with torch.inference_mode(), planted(fault, runner) if fault else contextlib.nullcontext():
-        runner(feed.batch_of(inputs(config(narrow))), last_stream=True, tap=tap)
+        runner(feed.batch_of(inputs(config(narrow))), last_stream=True, tap=recorded)
+        recorded.beside_attention()
     found = {"pos.freq": runner.bridge.pos_t.freq_K, **tap.tensors()}
-    found |= dict(trace.cross_attention(found, runner.config.decoder.num_heads))
     failures, worst = [], 0.0
-    for stage in ids.sort_ids(truth):
+    for stage in STAGES.sort(truth):
         if stage not in found:
             failures.append(f"{stage}: missing")
-        elif ids.is_exact(stage):
+        elif STAGES.is_exact(stage):
             if not np.array_equal(found[stage].cpu().numpy(), truth[stage]):
                 failures.append(f"{stage}: differs, and is exact")
         else:

@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 
 from goldens.oracle import forward, greedy, teacher_forced
-from vidi.parity.golden import stats_of
+from stageparity.golden import stats_of
 
 __all__ = ["CONFIG", "record"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from vidi.parity import sketch
-from vidi.parity.golden import Sampled, Sketched, stats_of, whole
-from vidi.parity.manifest import parse, render
-from vidi.parity.writer import NewCase, write_case, write_weights
+from stageparity import sketch
+from stageparity.golden import Sampled, Sketched, stats_of, whole
+from stageparity.manifest import parse, render
+from stageparity.writer import NewCase, write_case, write_weights
 
 __all__ = ["make_set", "rebless", "rewrite_tensor"]
 

@@ -18,7 +18,7 @@ from vidi.bridge.fold import Group
 from vidi.config import VidiConfig
 from vidi.tap import Tap, no_tap
 
-__all__ = ["ConvPool", "corner_rows"]
+__all__ = ["ConvPool", "corner_rows", "square"]
 
 
 def corner_rows(rows: int, samples: int) -> tuple[list[int], Tensor]:
@@ -35,6 +35,15 @@ def corner_rows(rows: int, samples: int) -> tuple[list[int], Tensor]:
         weights[i, min(whole + 1, rows - 1)] += part
     touched = (weights != 0).any(0).nonzero().flatten()
     return touched.tolist(), weights[:, touched]
+
+
+def square(tower_FLC: Tensor) -> Tensor:
+    """Rows of patches (F, P·P, C) -> (F, C, P, P), row by row."""
+    frames, patches, channels = tower_FLC.shape
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"{patches} patches are no square grid; the tower's output must keep every patch")
+    return tower_FLC.transpose(1, 2).reshape(frames, channels, side, side)
 
 
 class ConvPool(nn.Module):
@@ -62,20 +71,16 @@ class ConvPool(nn.Module):
 
     def forward(self, tower_FLC: Tensor, group: Group, tap: Tap = no_tap) -> Tensor:
         """Rows of patches (F, P·P, C) -> (F, N, N, C)."""
-        frames, patches, channels = tower_FLC.shape
-        side = math.isqrt(patches)
-        if side * side != patches:
-            raise ValueError(f"{patches} patches are no square grid; the tower's output must keep every patch")
-        grid_FCPP = tower_FLC.transpose(1, 2).reshape(frames, channels, side, side)
+        grid_FCPP = square(tower_FLC)
         if self.everywhere:
-            conv_FCRR = self.conv(grid_FCPP)
-            tap("vision.conv", conv_FCRR)
-            conv_FCSS = conv_FCRR[:, :, self.rows][..., self.rows]
+            conv_FCSS = self.sampled(tap("vision.conv", self.conv(grid_FCPP)))
         else:
             conv_FCSS = self.at_samples(grid_FCPP)
-        pooled_FCNN = self.sample(conv_FCSS)
-        tap("vision.pool", pooled_FCNN)
-        return pooled_FCNN.permute(0, 2, 3, 1)
+        return tap("vision.pool", self.sample(conv_FCSS)).permute(0, 2, 3, 1)
+
+    def sampled(self, conv_FCRR: Tensor) -> Tensor:
+        """The sampled rows and columns alone, (F, C, S, S)."""
+        return conv_FCRR[:, :, self.rows][..., self.rows]
 
     def at_samples(self, grid_FCPP: Tensor) -> Tensor:
         """The convolution at the sampled rows and columns alone."""

@@ -102,11 +102,7 @@ class Fold(nn.Module):
 
     def forward(self, tower_FLC: Tensor, group: Group, tap: Tap = no_tap) -> Tensor:
         """Rows of patches (F, P·P, C) -> (F, h, w, channels)."""
-        grid = pad(tower_FLC, self.pool)
-        tap("vision.pad", grid)
+        grid = tap("vision.pad", pad(tower_FLC, self.pool))
         if grid.shape[-1] != group.side:
-            grid = resize(grid, group.side)
-            tap(f"vision.resize{group.suffix}", grid)
-        folded = space_to_depth(grid, self.pool)
-        tap(f"vision.space_to_depth{group.suffix}", folded)
-        return folded.permute(0, 2, 3, 1)
+            grid = tap(f"vision.resize{group.suffix}", resize(grid, group.side))
+        return tap(f"vision.space_to_depth{group.suffix}", space_to_depth(grid, self.pool)).permute(0, 2, 3, 1)

@@ -64,8 +64,7 @@ def _one_by_one(x_BLD: Tensor, outputs: Sequence[Tensor], norm: nn.Module) -> Te
 
 def _wide(raw_BTV: Tensor, tap: Tap) -> Tensor:
     """In at least float32 whatever the model's dtype."""
-    tap("lm_head", raw_BTV)
-    return precision.at_least_float32(raw_BTV)
+    return precision.at_least_float32(tap("lm_head", raw_BTV))
 
 
 PARTS = {
