@@ -102,7 +102,11 @@ def test_a_missing_tensor_and_a_missing_budget(toy: Project) -> None:
 
 def test_a_run_that_breaks_is_not_tried_again(toy: Project) -> None:
     toy.python("toy.make_goldens")
-    toy.edit("stages.py", "        built.forward(", "        open('ran', 'a').write('.')\n        1 / 0\n        built.forward(")
+    toy.edit(
+        "stages.py",
+        "        built.forward(",
+        "        open('ran', 'a').write('.')\n        1 / 0\n        built.forward(",
+    )
     result = toy.pytest("toy", "-q", "-W", "ignore")
     assert result.parseoutcomes() == {"failed": 24, "errors": 2}
     result.stdout.fnmatch_lines(["E*ZeroDivisionError: division by zero"])
@@ -202,13 +206,7 @@ def announced(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pyt
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stageparity-alone\nVersion: 1\n", "utf-8")
     (info / "entry_points.txt").write_text("[pytest11]\nstageparity = stageparity.plugin\n", "utf-8")
     pytester.makeini("[pytest]\nfilterwarnings = error\n")
-<<<<<<< HEAD
-    pytester.makepyfile(
-        test_it="def test_a(): pass\n@__import__('pytest').mark.skip(reason='mine')\ndef test_b(): pass\n"
-    )
-=======
     pytester.makepyfile(test_it="def test_a(): pass\n@__import__('unittest').skip('mine')\ndef test_b(): pass\n")
->>>>>>> toy
     monkeypatch.setenv("PYTHONPATH", f"{site}:{ROOT}")
     monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
     return pytester
