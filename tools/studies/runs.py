@@ -145,7 +145,7 @@ def run(setting: Setting, goldens: Path) -> Found:
         for name in setting.cases:
             folder, _, last = name.rpartition("/")
             case = open_case(goldens / folder, last)
-            model = subject.build(case)
+            model: Any = subject.build(case)
             model.tower_backend, model.frame_chunk = setting.towers, setting.frame_chunk
             judged = _alone if setting.alone else _whole
             found["rows"] += [{"case": name, **row} for row in judged(case, subject, model, tolerances, found)]
