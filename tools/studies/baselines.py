@@ -221,7 +221,7 @@ def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterato
         if then is None or now is None:
             ratios.setdefault(place, {}).setdefault("new" if then is None else "gone", []).append((1.0, stage))
         elif then != now:
-            for metric, was, is_ in zip(METRICS, then, now, strict=True):
+            for metric, was, is_ in zip(METRICS, then, now, strict=False):
                 ratio = is_ / was if was else math.inf if is_ else 1.0
                 ratios.setdefault(place, {}).setdefault(metric, []).append((ratio, stage))
     for place, found in ratios.items():
