@@ -39,7 +39,7 @@ __all__ = ["Held", "NotRun", "Task", "not_run", "test_every_stage_is_judged_once
 class Held:
     """Golden cases that a model is held against in some dtypes.
 
-    name: the model's word in test ids. subject: makes it in a dtype; called with the tests' first run, or to list stages.
+    name: the model's word in test ids. subject: makes it in a dtype, when a case first runs.
     prefix: of a case's word in test ids, where two sets have cases of one name. marks: of a case's tests, by its name.
     not_alone: a regular expression of stages that nothing feeds alone; all others must be judged alone (None: no such promise).
     faults: known ones, by name, for what a failure looks like. command, options: how a rerun without pytest begins and ends.
@@ -66,7 +66,7 @@ class Task:
     ref: CaseRef
     dtype: str
     stages: tuple[str, ...]
-    _runs: list[Run] = field(default_factory=list)
+    _made: list[Run | Exception] = field(default_factory=list)
 
     def id(self, word: str) -> str:
         """The test id of a stage, or of another word: `base-layer.1.output-numpy-float64`."""
@@ -74,11 +74,20 @@ class Task:
 
     @property
     def run(self) -> Run:
-        if not self._runs:
+        """Raises RuntimeError, to every test that asks, where the run broke."""
+        if not self._made:
             from stageparity import run as runs
 
-            self._runs.append(runs.run(self.held.subject(self.dtype), [self.ref], self.held.tolerances))
-        return self._runs[0]
+            try:
+                self._made.append(runs.run(self.held.subject(self.dtype), [self.ref], self.held.tolerances))
+            except Exception as error:  # whatever it is, the next test would meet it again
+                self._made.append(error)
+        (made,) = self._made
+        if isinstance(made, Exception):
+            raise RuntimeError(
+                f"{self.ref.set}/{self.ref.name} in {self.dtype}: {type(made).__name__}: {made}"
+            ) from made
+        return made
 
     def failure(self, stage: str, test: str) -> str:
         """What a failing test says: whose error it is, how much of it is local, forced and inherited, errors against budgets,

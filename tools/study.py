@@ -94,7 +94,8 @@ def _study(args: argparse.Namespace) -> int:
         print(
             "\n".join([*module.show(document, args.goldens), "", *(moves or ["no figure moved"] * (not args.stored))])
         )
-        print("\n".join([*(f"PROBLEM: {line}" for line in problems), *(f"STALE: {line}" for line in stale)]))
+        for kind, lines in (("PROBLEM", problems), ("STALE", stale)):
+            print("".join(f"{kind}: {line}\n" for line in lines), end="")
     if args.accept:
         if problems:
             raise GoldenError(f"not accepted: {problems[0]}")

@@ -191,7 +191,7 @@ CPU = {"noise", "faults", "alarms", "mutants"}
     [
         ("vidi/bridge/fold.py", CPU | set(gpu.RESULTS)),
         ("vidi/parity/faults/masks.py", {"faults"}),
-        ("vidi/parity/stages/alone.py", CPU | {"gpu_tests.json", "kernels.json", "parity-full.json"}),
+        ("vidi/parity/stages/alone.py", CPU | {"gpu_tests.json", "parity-full.json"}),
         ("stageparity/run.py", CPU | {"gpu_tests.json", "kernels.json", "parity-full.json"}),
         ("goldens/oracle/decoder.py", {"baselines", "gpu_tests.json"}),  # at full width the oracle is the reference
         ("tools/studies/runs.py", {"noise", "alarms"}),

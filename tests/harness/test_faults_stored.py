@@ -161,17 +161,18 @@ def test_command_excuses_what_is_named(tmp_path: Path, capsys: pytest.CaptureFix
     chosen = ("--fault", "norms.rms_eps,bridge.pad_replicate", "--dtype", "bfloat16")
     assert _run(*chosen) == 0
     assert "below the noise: norms.rms_eps (0." in capsys.readouterr().out
-    for path in GOLDENS.iterdir():
-        if path.name != "faults.json":
-            (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "measured").mkdir()
+    for path in [*GOLDENS.iterdir(), *(GOLDENS / "measured").iterdir()]:
+        if path.name not in ("measured", "faults.json"):
+            (tmp_path / path.relative_to(GOLDENS)).symlink_to(path)
     assert _run(*chosen, "--goldens", str(tmp_path)) == 1
     assert "not seen: norms.rms_eps" in capsys.readouterr().out
 
 
 def test_an_invisible_fault_is_excused_by_name_alone() -> None:
     fault = faults.FAULTS["norms.rms_eps"]
-    seen = judges.Verdict(fault, "bfloat16", True, "vision.norm", "vision.norm", 5.0)
-    missed = judges.Verdict(fault, "bfloat16", False, None, "vision.norm", 0.5)
+    seen = judges.Verdict(fault, "bfloat16", True, "vision.norm", "stage", "vision.norm", "stage", 5.0)
+    missed = judges.Verdict(fault, "bfloat16", False, None, None, "vision.norm", "stage", 0.5)
     assert judges.exit_code([seen, missed], ["norms.rms_eps"]) == 0
     assert judges.exit_code([seen, missed], ["another"]) == judges.exit_code([seen, missed]) == 1
 

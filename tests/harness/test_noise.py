@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from stageparity.evidence import Basis
-from tools.studies import alarms, noise, runs
+from tools.studies import alarms, baselines, noise, runs
 from tools.studies.log import Log
 from tools.studies.runs import Setting
 from vidi.bridge import fold
@@ -223,3 +223,14 @@ def test_moves_tell_what_grew() -> None:
     assert second.startswith("float32-cast chained: ")
     (line, _) = noise.moves(None, _noise())
     assert line == "bfloat16-cast chained: noise at most 0.4 of a budget (layer.{i}.t2{m})"
+
+
+def test_moves_of_baselines_tell_new_gone_and_moved_stages() -> None:
+    def document(**stages: list[float]) -> dict[str, Any]:
+        return {"columns": ["chained float32"], "errors": {"s/c": {stage: [own] for stage, own in stages.items()}}}
+
+    then = document(a=[1.0, 2.0, 3.0], b=[0.0, 1.0, 1.0], gone=[1.0, 1.0, 1.0])
+    assert list(baselines.moves(then, then)) == []
+    (line,) = baselines.moves(then, document(a=[1.5, 2.0, 3.0], b=[0.5, 1.0, 1.0], c=[1.0, 1.0, 1.0]))
+    assert line.startswith("s/c chained float32: over the stored: rms 1.5 to inf (b), max 1 to 1 (b), row 1 to 1 (b)")
+    assert line.endswith("new 1 to 1 (c), gone 1 to 1 (gone)")

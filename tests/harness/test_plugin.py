@@ -100,16 +100,32 @@ def test_a_missing_tensor_and_a_missing_budget(toy: Project) -> None:
     result.stdout.fnmatch_lines(["logits of small/base was not judged: no gate named 'float32-none'*"])
 
 
+def test_a_run_that_breaks_is_not_tried_again(toy: Project) -> None:
+    toy.python("toy.make_goldens")
+    toy.edit(
+        "stages.py",
+        "        built.forward(",
+        "        open('ran', 'a').write('.')\n        1 / 0\n        built.forward(",
+    )
+    result = toy.pytest("toy", "-q", "-W", "ignore")
+    assert result.parseoutcomes() == {"failed": 24, "errors": 2}
+    result.stdout.fnmatch_lines(["E*ZeroDivisionError: division by zero"])
+    result.stdout.fnmatch_lines(["E*RuntimeError: small/base in float64: ZeroDivisionError: division by zero"])
+    assert (toy.pytester.path / "ran").read_text() == ".."  # once in each dtype
+
+
 # ---- what a project may declare ----------------------------------------------------------------------------------------------
 
 
 def test_marks_and_prefix(toy: Project) -> None:
     toy.python("toy.make_goldens")
     toy.edit("conftest.py", "from pathlib", "import pytest\nfrom pathlib")
-    toy.edit("conftest.py", "faults=FAULTS", 'prefix="small.", marks={"base": [pytest.mark.skip(reason="later")]}')
-    result = toy.pytest("toy", "-rs", "-v")
-    assert result.parseoutcomes() == {"skipped": 26}
-    result.stdout.fnmatch_lines(["*test_stage?small.base-logits-numpy-float64? SKIPPED*"])
+    toy.edit("conftest.py", "faults=FAULTS", 'prefix="small.", marks={"base": [pytest.mark.long]}')
+    toy.edit("conftest.py", '["float64", "float32"]', '["float64"]')
+    result = toy.pytest("toy", "-o", "markers=long", "-m", "long", "-v")
+    assert result.parseoutcomes() == {"passed": 13}
+    result.stdout.fnmatch_lines(["*test_stage?small.base-logits-numpy-float64? PASSED*"])
+    assert toy.pytest("toy", "-o", "markers=long", "-m", "not long").parseoutcomes() == {"deselected": 13}
 
 
 def test_a_stage_that_falls_out_of_the_pass_alone_is_seen(toy: Project) -> None:
@@ -190,9 +206,7 @@ def announced(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pyt
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stageparity-alone\nVersion: 1\n", "utf-8")
     (info / "entry_points.txt").write_text("[pytest11]\nstageparity = stageparity.plugin\n", "utf-8")
     pytester.makeini("[pytest]\nfilterwarnings = error\n")
-    pytester.makepyfile(
-        test_it="def test_a(): pass\n@__import__('pytest').mark.skip(reason='mine')\ndef test_b(): pass\n"
-    )
+    pytester.makepyfile(test_it="def test_a(): pass\n@__import__('unittest').skip('mine')\ndef test_b(): pass\n")
     monkeypatch.setenv("PYTHONPATH", f"{site}:{ROOT}")
     monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
     return pytester

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stageparity import ledger, store, tolerance
+from stageparity import evidence, ledger, store, tolerance
 from tools.regen_goldens import LEDGER_FILES
 from tools.studies import LEDGER, alarms, noise
 from tools.studies.baselines import dtypes_of, reference
@@ -65,7 +65,7 @@ def test_loosening_needs_an_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ref", store.list_cases(GOLDENS), ids=lambda ref: f"{ref.set}-{ref.name}")
 def test_every_stage_of_every_case_has_a_rule_in_every_dtype(ref: store.CaseRef) -> None:
     case = store.open_case(ref.folder, ref.name)
-    variant = "recorded" if "recorded" in case.variants else "official"
+    variant = "recorded" if "recorded" in case.variants else "cast"
     stages = [stage for stage in reference(case) if not STAGES.is_exact(stage)]
     for dtype in ("float32", "bfloat16", "float16"):
         for stage in stages:
@@ -113,8 +113,8 @@ def test_budgets_of_an_exception_replace_the_gates(tmp_path: Path) -> None:
         '[[gate.float16-b.stage]]\nglob = "loss.none"\nwhy = "y"\nlike = "loss.per_token"\nc_max = 2\n'
     )
     body = {"columns": ["isolated float16", "chained float16"], "errors": {"s/c": {"loss.per_token": [0, [0.1, 0.3]]}}}
-    (tmp_path / "baselines.json").write_text(json.dumps(body))
-    tables = tolerance.load(tmp_path)
+    evidence.write(tmp_path / LEDGER["baselines"], body)
+    tables = tolerance.load(tmp_path, STAGES)
     rule = tables.rule("a", "grad.x")
     assert (rule.max, rule.rms, rule.sums, rule.why) == (1e-2, None, 1e-2, "y")
     mean = tables.rule("float16-b", "loss.none", "s/c")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,8 @@ __all__ = [
     "ROOT",
     "Study",
     "again",
+    "chosen",
+    "counts",
     "say",
     "stale",
     "stale_of",
@@ -90,6 +92,13 @@ def stale(goldens: Path) -> dict[str, list[str]]:
 
     found = {name: stale_of(name, goldens) for name in NAMES} | gpu.stale()
     return {name: lines for name, lines in found.items() if lines}
+
+
+def counts(before: Mapping[str, Any] | None, after: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]:
+    """How numbers of two documents moved."""
+    for key in keys:
+        if (old := (before or {}).get(key)) != after[key]:
+            yield f"{key}: {old} -> {after[key]}"
 
 
 def say(text: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from stageparity.evidence import Basis
 from stageparity.store import list_cases
-from tools.studies import LONG, ROOT, runs, say
+from tools.studies import LONG, ROOT, counts, runs, say
 from tools.studies.log import Log
 from tools.studies.runs import Server, Setting
 
@@ -204,21 +204,19 @@ def show(document: Mapping[str, Any], goldens: Path) -> Iterator[str]:
 
 
 def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:
-    counts, found = document["summary"], []
-    if counts["runs"] < RUNS:
-        found.append(f"{RUNS - counts['runs']} of {RUNS} runs are missing")
-    if counts["with_alarm"]:
-        found.append(f"{counts['with_alarm']} of {counts['runs']} runs raised an alarm")
-    if counts["different_results"] <= counts["runs"] / 3:
+    told, found = document["summary"], []
+    if told["runs"] < RUNS:
+        found.append(f"{RUNS - told['runs']} of {RUNS} runs are missing")
+    if told["with_alarm"]:
+        found.append(f"{told['with_alarm']} of {told['runs']} runs raised an alarm")
+    if told["different_results"] <= told["runs"] / 3:
         found.append("settings that move no bit prove nothing")
     return found
 
 
 def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterator[str]:
     then, now = ((d or {}).get("summary", {}) for d in (before, after))
-    for key in ("runs", "with_alarm", "comparisons", "not_run", "different_results"):
-        if then.get(key) != now[key]:
-            yield f"{key}: {then.get(key, 'none')} -> {now[key]}"
+    yield from counts(then, now, ("runs", "with_alarm", "comparisons", "not_run", "different_results"))
     for gate, ratio in now["worst_of_budget"].items():
         old = then.get("worst_of_budget", {}).get(gate)
         if old != ratio:

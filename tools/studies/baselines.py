@@ -205,37 +205,36 @@ def _decoding(case: Case, weights: Run, dtype: str, seed: int | None) -> Iterato
 # ---- figures ------------------------------------------------------------------------------------------------------------
 
 
-def _errors(document: Mapping[str, Any]) -> Iterator[tuple[str, str, list[list[float]]]]:
-    """(case and column, stage, errors) of everything measured."""
-    for case, stages in document.get("errors", {}).items():
+def _errors(document: Mapping[str, Any] | None) -> Iterator[tuple[str, str, list[float]]]:
+    """(case and column, stage, errors in METRICS' order) of everything measured."""
+    held = document or {"errors": {}, "columns": ()}
+    for case, stages in held["errors"].items():
         for stage, row in stages.items():
-            yield from ((f"{case} {c}", stage, own) for c, own in zip(document["columns"], row, strict=True) if own)
+            yield from ((f"{case} {c}", stage, own) for c, own in zip(held["columns"], row, strict=True) if own)
 
 
 def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterator[str]:
     """New over stored of each metric, smallest and largest, for every case, kind and dtype of which a number moved."""
-    old = {(place, stage): own for place, stage, own in _errors(before or {})}
+    old, new = ({(place, stage): own for place, stage, own in _errors(d)} for d in (before, after))
     ratios: dict[str, dict[str, list[tuple[float, str]]]] = {}
-    for place, stage, own in _errors(after):
-        if (then := old.get((place, stage))) is None:
-            ratios.setdefault(place, {}).setdefault("new stages", []).append((1.0, stage))
-        elif then != own:
-            for metric, was, now in zip(METRICS, then, own, strict=False):
-                if was:
-                    ratios.setdefault(place, {}).setdefault(metric, []).append((now / was, stage))
+    for place, stage in [*new, *(key for key in old if key not in new)]:
+        then, now = old.get((place, stage)), new.get((place, stage))
+        if then is None or now is None:
+            ratios.setdefault(place, {}).setdefault("new" if then is None else "gone", []).append((1.0, stage))
+        elif then != now:
+            for metric, was, is_ in zip(METRICS, then, now, strict=False):
+                ratio = is_ / was if was else math.inf if is_ else 1.0
+                ratios.setdefault(place, {}).setdefault(metric, []).append((ratio, stage))
     for place, found in ratios.items():
         parts = (f"{m} {min(r)[0]:.3g} to {max(r)[0]:.3g} ({max(r)[1]})" for m, r in found.items())
         yield f"{place}: over the stored: {', '.join(parts)}"
 
 
 def show(document: Mapping[str, Any], goldens: Path) -> Iterator[str]:
-    worst: dict[str, tuple[float, str, int]] = {}
+    worst: dict[str, tuple[float, str]] = {}
     for place, stage, own in _errors(document):
-        error, at, count = worst.get(place, (0.0, "", 0))
-        worst[place] = (*max((error, at), (own[0], stage)), count + 1)
-    yield from (
-        f"{place}: {count} stages, largest rms {error:.3g} at {at}" for place, (error, at, count) in worst.items()
-    )
+        worst[place] = max(worst.get(place, (0.0, "")), (own[0], stage))
+    yield from (f"{place}: largest rms {error:.3g} at {stage}" for place, (error, stage) in worst.items())
 
 
 def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:

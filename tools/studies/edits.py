@@ -29,27 +29,20 @@ SOURCES = (
 )
 
 OPERATORS: dict[type, tuple[type, ...]] = {
-    ast.Add: (ast.Sub,),
-    ast.Sub: (ast.Add,),
-    ast.Mult: (ast.Div, ast.Add),
-    ast.Div: (ast.Mult,),
-    ast.FloorDiv: (ast.Mult, ast.Mod),
-    ast.Mod: (ast.FloorDiv,),
-    ast.Pow: (ast.Mult,),
-    ast.BitAnd: (ast.BitOr,),
-    ast.BitOr: (ast.BitAnd,),
-    ast.And: (ast.Or,),
-    ast.Or: (ast.And,),
-    ast.Lt: (ast.LtE, ast.Gt),
-    ast.LtE: (ast.Lt, ast.GtE),
-    ast.Gt: (ast.GtE, ast.Lt),
-    ast.GtE: (ast.Gt, ast.LtE),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,),
+    getattr(ast, before): tuple(getattr(ast, name) for name in after.split())
+    for before, after in (
+        *(
+            ("Add", "Sub"),
+            ("Sub", "Add"),
+            ("Mult", "Div Add"),
+            ("Div", "Mult"),
+            ("FloorDiv", "Mult Mod"),
+            ("Mod", "FloorDiv"),
+        ),
+        *(("Pow", "Mult"), ("BitAnd", "BitOr"), ("BitOr", "BitAnd"), ("And", "Or"), ("Or", "And"), ("Lt", "LtE Gt")),
+        *(("LtE", "Lt GtE"), ("Gt", "GtE Lt"), ("GtE", "Gt LtE"), ("Eq", "NotEq"), ("NotEq", "Eq")),
+        *(("Is", "IsNot"), ("IsNot", "Is"), ("In", "NotIn"), ("NotIn", "In")),
+    )
 }
 TWINS = {
     a: b

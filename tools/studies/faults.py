@@ -19,7 +19,7 @@ from stageparity.evidence import Basis
 from stageparity.faults import stored
 from stageparity.golden import GoldenError
 from stageparity.store import list_cases
-from tools.studies import CPU, ROOT, say
+from tools.studies import CPU, ROOT, counts, say
 
 __all__ = ["grown", "moves"]
 
@@ -108,9 +108,7 @@ def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:
 
 def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterator[str]:
     """Counts, and margins that shrank below half of what they were."""
-    for key in ("total", "killed", "localised", "minimum_margin"):
-        if (old := (before or {}).get(key)) != after[key]:
-            yield f"{key}: {old} -> {after[key]}"
+    yield from counts(before, after, ("total", "killed", "localised", "minimum_margin"))
     then, now = (dict(_margins(document or {})) for document in (before, after))
     for name, margin in now.items():
         old = then.get(name)

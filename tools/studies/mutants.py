@@ -31,7 +31,7 @@ from typing import Any
 from stageparity import evidence
 from stageparity.evidence import Basis
 from stageparity.store import list_cases, open_case
-from tools.studies import FRAME, ROOT, say
+from tools.studies import FRAME, ROOT, counts, say
 from tools.studies.edits import Mutant, sample
 from tools.studies.log import Log
 
@@ -153,8 +153,7 @@ def show(document: Mapping[str, Any], goldens: Path) -> Iterator[str]:
     known = reasons()
     for survivor in document["survivors"]:
         yield f"{survivor['key']}  (line {survivor['line']})\n    {known.get(survivor['key'], 'UNEXPLAINED')}"
-    counts = (document[key] for key in ("killed", "total", "killed_by_unit_tests"))
-    yield "{} of {} mutants killed, {} by unit tests alone".format(*counts)
+    yield "{killed} of {total} mutants killed, {killed_by_unit_tests} by unit tests alone".format_map(document)
 
 
 def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:
@@ -166,9 +165,7 @@ def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:
 
 
 def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterator[str]:
-    for key in ("total", "killed", "killed_by_unit_tests"):
-        if (old := (before or {}).get(key)) != after[key]:
-            yield f"{key}: {old} -> {after[key]}"
+    yield from counts(before, after, ("total", "killed", "killed_by_unit_tests"))
     then, now = ({s["key"] for s in (d or {}).get("survivors", ())} for d in (before, after))
     yield from (f"survives: {key}" for key in sorted(now - then))
     yield from (f"dies now: {key}" for key in sorted(then - now))
@@ -298,7 +295,7 @@ def _verdict(mutant: Mutant, source: str, cases: dict[str, Any], tolerances: Any
         subject = VidiSubject("float64")
         for name, options in RUNS if cases else ():
             with subject.scope(), subject.setting("unpadded" if options.get("unpadded") else ""), _chunks(options):
-                model = subject.build(cases[name])
+                model: Any = subject.build(cases[name])
                 model.frame_chunk = options.get("frame_chunk", model.frame_chunk)
                 model.tower_backend = options.get("tower", model.tower_backend)
                 done, _ = run_case(subject, cases[name], model, tolerances, alone=False)

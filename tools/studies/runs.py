@@ -145,7 +145,7 @@ def run(setting: Setting, goldens: Path) -> Found:
         for name in setting.cases:
             folder, _, last = name.rpartition("/")
             case = open_case(goldens / folder, last)
-            model = subject.build(case)
+            model: Any = subject.build(case)
             model.tower_backend, model.frame_chunk = setting.towers, setting.frame_chunk
             judged = _alone if setting.alone else _whole
             found["rows"] += [{"case": name, **row} for row in judged(case, subject, model, tolerances, found)]
@@ -176,10 +176,10 @@ def _alone(case: Any, subject: Any, model: Any, tolerances: Any, found: Found) -
     from stageparity.golden import Whole
     from stageparity.run import Trace
     from stageparity.subject import reference_of
-    from vidi.parity import feed
 
     variant, gate = reference_of(case, subject.dtype)
-    targets, batch = case.variant(variant), feed.batch_of(feed.inputs_of(case))
+    targets = case.variant(variant)
+    batch = subject.bench(case, model, targets).batch
     wanted = [s for s in targets if s.endswith((".t2t", ".t2v", ".t2a", ".output", "final.norm", "logits"))]
     joined: dict[str, Any] = {}
     for b in range(len(batch.input_ids_BT)):

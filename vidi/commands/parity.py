@@ -126,7 +126,7 @@ def _full(args: argparse.Namespace, console: Any) -> int:
 
     from stageparity import evidence
     from vidi.commands import outputs
-    from vidi.parity import feed, full
+    from vidi.parity import full
 
     if not torch.cuda.is_available():
         print("NOT RUN full size: no CUDA device; 9B parameters in float32 need a GPU of 80 GB")
@@ -134,7 +134,7 @@ def _full(args: argparse.Namespace, console: Any) -> int:
     whole = full.run(args.goldens, device=args.device if args.device != "cpu" else "cuda")
     console.print(whole.text(), soft_wrap=True, highlight=False, markup=False)
     if args.json:
-        text = evidence.render(whole.as_json(feed.goldens_dir(args.goldens)))
+        text = evidence.render(whole.as_json())
         if args.json == "-":
             print(text, end="")
         else:

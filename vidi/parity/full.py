@@ -206,6 +206,7 @@ class StageRatio:
 class FullRun:
     stages: tuple[StageRatio, ...]
     device: str
+    goldens: Path = Path()  #: the folder that judged it
 
     @property
     def exit_code(self) -> int:
@@ -221,7 +222,7 @@ class FullRun:
         """The stage with the largest ratio of rms errors, fast over plain."""
         judged = [s for s in self.stages if s.plain.get("rms")]
         worst = max(judged, key=lambda s: s.fast["rms"] / s.plain["rms"], default=None)
-        return worst and worst.text()
+        return None if worst is None else worst.text()
 
     def text(self) -> str:
         """Failures first, then the largest ratio."""
@@ -231,13 +232,13 @@ class FullRun:
             lines.append("  largest ratio of rms errors, fast over plain: " + self.largest)
         return "\n".join(lines)
 
-    def as_json(self, goldens: Path) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The same for `vidi parity --size full --json`, with every stage's errors, and what it was measured on."""
-        root, refs = Path(__file__).resolve().parents[2], store.list_cases(goldens / FOLDER)
+        root, refs = Path(__file__).resolve().parents[2], store.list_cases(self.goldens / FOLDER)
         basis = evidence.Basis(
             evidence.code(["vidi/parity/full.py"], root, evidence.ASIDE),
             evidence.goldens(refs),
-            evidence.budgets(goldens, [f"{ref.set}/{ref.name}" for ref in refs]),
+            evidence.budgets(self.goldens, [f"{ref.set}/{ref.name}" for ref in refs]),
         )
         return {
             "measured_on": evidence.measured_on(basis, root, self.device),
@@ -311,4 +312,4 @@ def run(goldens: Path | str | None = None, *, device: str = "cuda", folder: Path
     gc.collect()
     fast = _sketch_run(accelerate(model, frame_batch=case.info["num_frames"]), batch, golden)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
-    return FullRun(tuple(judge(golden, plain, fast, limits)), name)
+    return FullRun(tuple(judge(golden, plain, fast, limits)), name, root)

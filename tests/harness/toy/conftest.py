@@ -9,13 +9,4 @@ GOLDENS = Path(__file__).with_name("goldens")
 
 
 def pytest_stageparity_subjects():
-    return [
-        Held(
-            "numpy",
-            Toy,
-            ["float64", "float32"],
-            store.list_cases(GOLDENS),
-            tolerance.load(GOLDENS, STAGES),
-            faults=FAULTS,
-        )
-    ]
+    return [Held("numpy", Toy, ["float64", "float32"], store.list_cases(GOLDENS), tolerance.load(GOLDENS, STAGES), faults=FAULTS)]

@@ -9,11 +9,7 @@ from toy import oracle
 
 GOLDENS = Path(__file__).with_name("goldens")
 MADE = {"origin": "oracle", "dtype": "float64", "libraries": {}, "device": "cpu", "seed": 3, "commit": ""}
-SHAPES = {f"layer.{i}.{n}": (8, 8) for i in "01" for n in "qkv"} | {
-    "layer.0.scale": 8,
-    "layer.1.scale": 8,
-    "table": (12, 8),
-}
+SHAPES = {f"layer.{i}.{n}": (8, 8) for i in "01" for n in "qkv"} | {"layer.0.scale": 8, "layer.1.scale": 8, "table": (12, 8)}
 rng = np.random.default_rng(MADE["seed"])
 weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
 ids = rng.integers(1, 12, (2, 6)) * [[1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1]]  # 0 is padding

@@ -7,9 +7,7 @@ class Layer:
     """Causal attention of kept tokens, added to what came in."""
 
     def __init__(self, weights, prefix, heads):
-        self.scale_D, self.query_DD, self.key_DD, self.value_DD = (
-            weights[f"{prefix}.{n}"] for n in ("scale", "q", "k", "v")
-        )
+        self.scale_D, self.query_DD, self.key_DD, self.value_DD = (weights[f"{prefix}.{n}"] for n in ("scale", "q", "k", "v"))
         self.heads = heads
 
     def forward(self, x_BTD, keep_BT, tap, name):
