@@ -125,7 +125,7 @@ def pos_freq(width: int, stored: Path | None = None) -> np.ndarray | None:
 
 def store_pos_freq(goldens: Path, widths: Iterable[int]) -> None:
     """Add tables for widths to GOLDENS/pos_freq.safetensors; a width that is already there stays as it is."""
-    path = dst.parent / "pos_freq.safetensors"
+    path = goldens / "pos_freq.safetensors"
     tables = load_file(path) if path.exists() else {}
     for width in widths:
         table = pos_freq(width, path)

@@ -192,8 +192,7 @@ def test_the_recordings_of_the_7b_give_their_goldens(tmp_path: Path) -> None:
     # all but one: 2.7 MB of frames that show only that nothing depends on length
     cases = recorded - {"longvideo"}
     import_official.import_recordings(_recordings_7b(), tmp_path / "official-7b", cases=cases, dtypes=["f32"])
-    assert set_sha256(tmp_path / "official-7b") == set_sha256(GOLDENS / "7b" / "official-7b")
-    assert sum(file.stat().st_size for file in (GOLDENS / "7b").rglob("*")) < 12e6
+    assert set_sha256(tmp_path / "official-7b") == set_sha256(GOLDENS / "official-7b")
 
 
 def test_what_is_the_7bs_own(tmp_path: Path) -> None:
@@ -230,17 +229,6 @@ def test_a_table_that_does_not_fit_is_named(foreign: Path, tmp_path: Path) -> No
     save_file({"pos.freq": np.ones(4, np.float32)}, foreign / "tables.safetensors")
     with pytest.raises(GoldenError, match=r"pos\.freq has shape \[4\]; hidden_size needs half of it"):
         import_official.import_recordings(foreign, tmp_path / "set")
-
-
-def test_an_import_below_a_ledger_is_entered_there(foreign: Path, tmp_path: Path) -> None:
-    """The ledger may stand one folder further up: goldens/7b/official-7b belongs to goldens/ledger.toml."""
-    (tmp_path / "goldens").mkdir()
-    (tmp_path / "goldens" / "ledger.toml").write_text("")
-    dst = tmp_path / "goldens" / "7b" / "set"
-    assert import_official.main([str(foreign), str(dst)]) == 1
-    assert import_official.main([str(foreign), str(dst), "--reason", "first"]) == 0
-    (entry,) = ledger.entries(tmp_path / "goldens")
-    assert (entry["subject"], entry["sha256"]) == ("7b/set", set_sha256(dst))
 
 
 def test_every_dtype_imports_whole(tmp_path: Path) -> None:

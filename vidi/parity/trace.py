@@ -161,16 +161,16 @@ def _training(model: feed.Runner, noise: Mapping[str, Tensor]) -> Iterator[None]
         model.position_noise = drawn
 
 
-def _means(
-    case: Case, model: VidiModel, mean: Callable[[float | None], Tensor], grads: list[str], tap: Tap
-) -> None:
+def _means(case: Case, model: VidiModel, mean: Callable[[float | None], Tensor], grads: list[str], tap: Tap) -> None:
     """Losses under every threshold of the case, and gradients named ``grad.THRESHOLD.PARAMETER`` (§8)."""
     for name, threshold in case.info.get("loss_thresholds", {"none": None}).items():
         value = mean(threshold)
         tap(f"loss.{name}", value.reshape(1) if "loss_thresholds" in case.info else value)
         wanted = {stage: stage.removeprefix(f"grad.{name}.") for stage in grads if stage.startswith(f"grad.{name}.")}
         if wanted:
-            parameters = [model.get_parameter(str(names.our_name(official, model.config))) for official in wanted.values()]
+            parameters = [
+                model.get_parameter(str(names.our_name(official, model.config))) for official in wanted.values()
+            ]
             for stage, slope in zip(wanted, _slopes(value, parameters, model.dtype), strict=True):
                 tap(stage, slope)
 

@@ -20,8 +20,8 @@ from vidi.parity.bench import Site
 
 __all__ = [
     "audio_pos_t", "audio_projector", "audio_tower", "conv", "cross_attention", "embed_text", "frequencies_here",
-    "image_projector", "layer_output", "lm_head", "loss_logits", "mean_loss", "per_token", "rope", "space_to_depth", "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t",
-    "vision_tower",
+    "image_projector", "layer_output", "lm_head", "loss_logits", "mean_loss", "per_token", "rope", "space_to_depth",
+    "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t", "vision_tower",
 ]  # fmt: skip
 
 QKV = tuple(f"xattn.{{i}}.{{m}}.{x}" for x in "qkv")

@@ -18,7 +18,8 @@ from vidi.decoder.norm import PlainNorm
 from vidi.parity.bench import Site
 
 __all__ = [
-    "added", "attended", "embedded", "final_norm", "logits", "loss_logits", "normed", "per_token", "raw_logits", "scaled", "text_to_text", "turned",
+    "added", "attended", "embedded", "final_norm", "logits", "loss_logits", "normed", "per_token", "raw_logits", "scaled",
+    "text_to_text", "turned",
 ]  # fmt: skip
 
 Array = np.ndarray
