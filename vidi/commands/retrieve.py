@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from vidi.checkpoint import load, progress
     from vidi.config import VidiConfig
     from vidi.fast import accelerate
-    from vidi.inputs import prompt, video
+    from vidi.inputs import dialect, video
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[args.dtype]
     try:
@@ -49,10 +49,13 @@ def run(args: argparse.Namespace) -> int:
         if not Path(args.video).is_file():
             raise ValueError(f"{args.video}: no such file")
         config = VidiConfig.from_file(args.checkpoint)
-        tokenizer = prompt.load_tokenizer(Path(args.checkpoint), config)
+        tokenizer = dialect.of(config).load(Path(args.checkpoint), config)
         retrieval.check_request(tokenizer, args.query, config, args.max_new_tokens)
         video.frame_step(1.0, args.fps)
-        fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None)
+        able = config.decoder.kind == "gemma2"
+        fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None and able)
+        if fast and not able:
+            raise ValueError("--path fast: it computes the layers of 1.5 9B alone; use --path plain")
         if fast and args.backend is not None:
             raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
         backend = dispatch.check(args.backend or "eager")
