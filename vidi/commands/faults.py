@@ -17,6 +17,9 @@ SEEN, MISSED, UNUSABLE = 0, 1, 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fault", metavar="GLOB", help="only faults that match, such as 'masks.*,*window*'")
+    parser.add_argument(
+        "--model", choices=("9b", "7b"), help="only the faults of Vidi 1.5 9B or of Vidi 7B (default: both)"
+    )
     parser.add_argument("--list", action="store_true", help="name the faults and what they patch, plant none")
     parser.add_argument("--goldens", metavar="DIR", help="folder with the sets small and official (default: embedded)")
     parser.add_argument(
@@ -43,13 +46,14 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"vidi faults: {error}", file=sys.stderr)
         return UNUSABLE
-    chosen = _chosen(faults.FAULTS, args.fault)
+    known = {"9b": faults.FAULTS, "7b": faults.FAULTS_7B, None: faults.FAULTS | faults.FAULTS_7B}
+    chosen = _chosen(known[args.model], args.fault)
     if not chosen:
         print(f"vidi faults: no fault matches {args.fault!r}: vidi faults --list names them", file=sys.stderr)
         return UNUSABLE
     if args.list:
         for fault in chosen:
-            print(f"{fault.name:44} {fault.dtype:9} {fault.case:14} {', '.join(map(str, fault.targets))}: {fault.what}")
+            print(f"{fault.name:44} {fault.dtype:9} {fault.case:16} {', '.join(map(str, fault.targets))}: {fault.what}")
         return SEEN
     threads, start, done = torch.get_num_threads(), time.perf_counter(), 0
 
@@ -62,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # tensors are small: threads would only wait for each other
     try:
         bench = faults.bench(goldens_dir(args.goldens))
-        known = stored.invisible(stored.read(bench.goldens), args.dtype)
+        below = stored.invisible(stored.read(bench.goldens), args.dtype)
         verdicts = judge.judge_all(chosen, bench, args.dtype, progress)
     except (GoldenError, ValueError, OSError) as error:
         print(f"vidi faults: {error}", file=sys.stderr)
@@ -72,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
     result = judge.as_json(verdicts, time.perf_counter() - start)
-    _print(verdicts, result, args.dtype, known)
+    _print(verdicts, result, args.dtype, below)
     outputs.write(args.json, lambda: json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-    return judge.exit_code(verdicts, known)
+    return judge.exit_code(verdicts, below)
 
 
 def _chosen(known: dict[str, Any], globs: str | None) -> list[Any]:

@@ -10,8 +10,7 @@ from stageparity.run import Trace
 from stageparity.stage import NotHeld
 from vidi import loss
 from vidi.attention.unpad import Rows
-from vidi.bridge import audio, fold, position
-from vidi.bridge.conv_pool import square
+from vidi.bridge import audio, conv_pool, fold, position
 from vidi.decoder.attention import repeat_heads
 from vidi.inputs import batch as batches
 from vidi.inputs import pixels
@@ -20,7 +19,7 @@ from vidi.parity.bench import Site
 
 __all__ = [
     "audio_pos_t", "audio_projector", "audio_tower", "conv", "cross_attention", "embed_text", "frequencies_here",
-    "image_projector", "layer_output", "lm_head", "loss_logits", "mean_loss", "per_token", "rope", "space_to_depth",
+    "image_projector", "layer_output", "lm_head", "logits", "loss_logits", "mean_loss", "per_token", "rope", "space_to_depth",
     "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t", "vision_tower",
 ]  # fmt: skip
 
@@ -41,7 +40,7 @@ def space_to_depth(s: Site) -> Tensor:
 
 
 def conv(s: Site) -> Tensor:
-    return s.model.bridge.image_grid.conv(square(s["vision.tower"]))
+    return s.model.bridge.image_grid.conv(conv_pool.square(s["vision.tower"]))
 
 
 def image_projector(s: Site) -> Tensor:
@@ -136,6 +135,12 @@ def lm_head(s: Site) -> Tensor:
     tap = Trace()
     s.model.decoder.logits(s["final.norm"], tap)
     return tap.tensors()["lm_head"]
+
+
+def logits(s: Site) -> Tensor:
+    if s.bench.holds("lm_head"):
+        return s.model.decoder.finished(s["lm_head"])
+    return s.model.decoder.logits(s["final.norm"])
 
 
 def loss_logits(s: Site) -> Tensor:
