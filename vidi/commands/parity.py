@@ -68,14 +68,15 @@ def run(args: argparse.Namespace) -> int:
         tolerances = tolerance.load(judged_by, STAGES)
         if args.stage:
             _check_stages(args.stage, refs)
-        dump = Dump(Path(args.dump), [ref.name for ref in refs]) if args.dump else None
+        files = _files([f"{ref.set}/{ref.name}" for ref in refs])
+        dump = Dump(Path(args.dump), list(files.values())) if args.dump else None
         subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
         with status.status(f"{len(refs)} cases") as line:
 
             def on_case(case: runs.CaseRun, tensors: Mapping[str, Any]) -> None:
                 line.update(f"{case.name} done")
                 if dump is not None:
-                    dump.write(case.case, tensors)
+                    dump.write(files[case.name], tensors)
 
             found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
     except (GoldenError, ValueError, OSError, RuntimeError, ImportError) as error:
@@ -94,6 +95,12 @@ def run(args: argparse.Namespace) -> int:
         print(f"vidi parity: {error}", file=sys.stderr)
         return UNUSABLE
     return found.exit_code
+
+
+def _files(cases: list[str]) -> dict[str, str]:
+    """SET/CASE -> what its file is called: CASE, or SET-CASE where two sets have one of that name."""
+    names = [case.rpartition("/")[2] for case in cases]
+    return {case: name if names.count(name) == 1 else case.replace("/", "-") for case, name in zip(cases, names, strict=True)}
 
 
 def _check_stages(globs: str, refs: Any) -> None:
