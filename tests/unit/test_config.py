@@ -158,7 +158,9 @@ def test_configurations_are_frozen():
 def test_the_golden_configs_are_read():
     """The recordings' configs carry the towers' sizes and the release's switches."""
     goldens = Path(__file__).parents[2] / "goldens"
-    found = [json.loads(p.read_text())["config"] for p in sorted(goldens.glob("*/*.json"))]
+    found = [
+        json.loads(p.read_text())["config"] for p in sorted(goldens.glob("*/*.json")) if p.with_suffix(".h5").exists()
+    ]
     assert len(found) >= 17
     for raw in found:
         assert VidiConfig.from_official(raw).decoder.num_layers == raw["num_hidden_layers"]
