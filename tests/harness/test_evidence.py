@@ -337,6 +337,41 @@ def test_nothing_is_accepted_within_pytest_without_a_reason_or_in_part(capsys: p
         assert f"refused: {said}" in asked.stderr
 
 
+@pytest.mark.slow
+def test_an_accepted_study_is_written_and_entered_and_moves_nothing_when_measured_again(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    for name in ("small/novideo.json", "small/novideo.h5", "small/weights.safetensors", "pos_freq.safetensors"):
+        shutil.copy(GOLDENS / name, tmp_path / name)
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "tools/study.py",
+            "baselines",
+            "--goldens",
+            str(tmp_path),
+            "--accept",
+            "--reason",
+            "first",
+            *more,
+        ]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    assert run().returncode == 0
+    path = tmp_path / studies.LEDGER["baselines"]
+    (entry,) = ledger.entries(tmp_path)
+    assert (entry["subject"], entry["why"], entry["sha256"]) == ("baselines", "first", ledger.file_sha256(path))
+    assert studies.stale_of("baselines", tmp_path) == []
+    stored, found = evidence.read(GOLDENS / studies.LEDGER["baselines"]), evidence.read(path)
+    assert stored is not None
+    assert found is not None
+    assert set(found["errors"]) == {"small/novideo"}
+    assert list(found["errors"]["small/novideo"]) == list(stored["errors"]["small/novideo"])
+    again = run()
+    assert "no figure moved" in again.stdout
+    assert len(ledger.entries(tmp_path)) == 2
+
+
 def test_check_names_what_is_missing_and_exits_1(goldens: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (goldens / studies.LEDGER["alarms"]).unlink()
     assert study.main(["--check", "--goldens", str(goldens), "--json"]) == 1
