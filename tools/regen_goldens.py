@@ -27,7 +27,7 @@ if str(ROOT) not in sys.path:
 
 from goldens import recipes  # noqa: E402
 from tools.made_from import made_from  # noqa: E402
-from tools.regen_plan import WEIGHTS, Change, plan  # noqa: E402
+from tools.regen_plan import Change, plan  # noqa: E402
 from vidi.parity import ledger  # noqa: E402
 from vidi.parity.golden import GoldenError  # noqa: E402
 from vidi.parity.manifest import set_sha256  # noqa: E402
@@ -84,7 +84,6 @@ def _stale_baselines(goldens: Path) -> list[str]:
 
 
 def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], reason: str, at: Callable) -> None:
-    weights = recipes.weights()
     lines = [change.line() for change in changes[:LISTED]]
     if len(changes) > LISTED:
         lines.append(f"and {len(changes) - LISTED} more")
@@ -97,7 +96,8 @@ def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], r
             if change.what.startswith("gone: no recipe"):
                 for suffix in (".json", ".h5"):
                     (draft / f"{change.case}{suffix}").unlink()
-        write_weights(draft, WEIGHTS, weights)
+        for file, raw in {recipe.weights_file: recipe.config for recipe in recipes.cases().values()}.items():
+            write_weights(draft, file, recipes.weights(raw))
         for case in cases.values():
             write_case(draft, case)
         verify(draft)
