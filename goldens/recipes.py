@@ -422,6 +422,7 @@ def cases() -> dict[str, Recipe]:
             decode_steps=8,
         ),
         _odd(),
+        _odd_one(),
     ]
     return {recipe.name: recipe for recipe in made}
 
@@ -460,16 +461,9 @@ def _training() -> dict[str, np.ndarray]:
     }
 
 
-def _odd() -> Recipe:
-    raw = odd_config()
-    ids = [
-        np.where(x == -200, raw["image_placeholder"], x % 80 + 6)
-        for x in (_ids("odd a124", 10, 1), _ids("odd b26", 7, 4))
-    ]
-    for row in ids:
-        row[0] = raw["bos_token_id"]
+def _odd_media() -> dict[str, np.ndarray]:
     side, bins, length = 40, 6, 28
-    media = {
+    return {
         "inputs.images_u8.0": _frames("odd a", 2, side),
         "inputs.images_u8.1": _frames("odd b", 1, side),
         # 22 positions, 7 tokens; 11 positions, 3 tokens and a window that straddles the end
@@ -477,11 +471,42 @@ def _odd() -> Recipe:
         "inputs.audios.1": _mel("odd b", 1, bins, length),
         "inputs.audio_sizes": np.array([45, 22], np.int64),
     }
+
+
+def _odd_ids(stream: str, count: int, image_at: int) -> np.ndarray:
+    """As `_ids`, of the odd vocabulary: ids from 6 to 85."""
+    ids = _ids(stream, count, image_at) % 80 + 6
+    ids[0], ids[image_at] = 5, -77
+    return ids
+
+
+def _odd() -> Recipe:
+    text = _text(_odd_ids("odd a124", 10, 1), _odd_ids("odd b26", 7, 4), pad=1)
     return Recipe(
         "odd",
         "no number of the configuration is the release's or another case's; decoding past another window to another stop",
-        raw,
-        media | _text(*ids, pad=raw["pad_token_id"]),
+        odd_config(),
+        _odd_media() | text,
         decode_steps=7,
+        weights_file="odd.safetensors",
+    )
+
+
+def _odd_one() -> Recipe:
+    """Left padding and a hole in the mask of a prompt that is decoded from, alone."""
+    media = {name: value for name, value in _odd_media().items() if not name.endswith(".1")}
+    ids = np.concatenate([np.ones(3, np.int64), _odd_ids("odd one 161", 9, 3)])
+    mask = ~np.isin(np.arange(12), [0, 1, 2, 7, 8])
+    return Recipe(
+        "oddone",
+        "the odd configuration with one sample: left padding and holes in a prompt, and the fast path's fused step",
+        odd_config(),
+        media
+        | {
+            "inputs.audio_sizes": media["inputs.audio_sizes"][:1],
+            "inputs.input_ids": ids[None],
+            "inputs.attention_mask": mask[None],
+        },
+        decode_steps=6,
         weights_file="odd.safetensors",
     )

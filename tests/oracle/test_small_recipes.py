@@ -62,6 +62,7 @@ def test_bits_are_pinned() -> None:
     assert digest(recipes.weights(recipes.odd_config())) == "ae31966363a2fa69"
     inputs = {name: {f"{name}/{k}": v for k, v in recipe.inputs.items()} for name, recipe in CASES.items()}
     assert digest(inputs.pop("odd")) == "dfed3ea265de923d"
+    assert digest(inputs.pop("oddone")) == "d7a7ab3831b35ecc"
     assert digest({k: v for own in inputs.values() for k, v in own.items()}) == "37d23711349c4247"
 
 
@@ -203,6 +204,9 @@ def test_the_odd_case_stops_at_its_own_stop() -> None:
         assert got.lengths_B.tolist() == [7, 3]
         assert got.tokens_BS[1].tolist() == [77, 33, 51, 0, 0, 0, 0]
         assert got.gap_BS.min() > 0.3
+    alone = greedy(recipe.config, tensors, CASES["oddone"].inputs, 6, pos_freq=table)
+    assert alone.tokens_BS.tolist() == [[50, 50, 46, 65, 15, 38]]
+    assert alone.gap_BS.min() > 0.3
     grids = forward(recipe.config, tensors, recipe.inputs, pos_freq=table)
     assert [grids[f"vision.space_to_depth.{b}"].shape[2:] for b in (0, 1)] == [(6, 6), (7, 7)]
 
