@@ -27,7 +27,7 @@ from stageparity.manifest import set_sha256
 from stageparity.store import list_cases, list_sets, verify
 from stageparity.writer import NewCase, locked, replaced, write_case, write_weights
 from tools import studies
-from tools.regen_plan import WEIGHTS, Change, plan
+from tools.regen_plan import Change, plan
 
 __all__ = ["check", "main"]
 
@@ -62,7 +62,6 @@ def check(goldens: Path) -> list[str]:
 
 
 def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], reason: str, at: Callable) -> None:
-    weights = recipes.weights()
     lines = [change.line() for change in changes[:LISTED]]
     if len(changes) > LISTED:
         lines.append(f"and {len(changes) - LISTED} more")
@@ -75,7 +74,8 @@ def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], r
             if change.what.startswith("gone: no recipe"):
                 for suffix in (".json", ".h5"):
                     (draft / f"{change.case}{suffix}").unlink()
-        write_weights(draft, WEIGHTS, weights)
+        for file, raw in {recipe.weights_file: recipe.config for recipe in recipes.cases().values()}.items():
+            write_weights(draft, file, recipes.weights(raw))
         for case in cases.values():
             write_case(draft, case)
         verify(draft)

@@ -24,11 +24,10 @@ from stageparity.store import Case, list_cases, open_case
 from stageparity.writer import NewCase
 from vidi.parity.stages import STAGES
 
-__all__ = ["WEIGHTS", "Change", "oracle_case", "plan"]
+__all__ = ["Change", "oracle_case", "plan"]
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = {"none": "none", "cast": "official"}  # variant -> casts of the oracle
-WEIGHTS = "weights.safetensors"
 CHANGED = 1e-10  # of rms
 
 
@@ -52,7 +51,7 @@ class Change:
 
 def oracle_case(recipe: recipes.Recipe, weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """All tensors that the oracle computes for a recipe: variant -> stage id -> array."""
-    table = recipes.POS_FREQ
+    table = recipes.pos_freq(recipe.config)
     result = {}
     for variant, casts in VARIANTS.items():
         result[variant] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
@@ -77,7 +76,7 @@ def plan(
 
     candidate: new values by stage id for the one named case and variant `none`, in place of the oracle's.
     """
-    made, weights = recipes.cases(), recipes.weights()
+    made = recipes.cases()
     stored = {ref.name for ref in list_cases(folder)}
     wanted = set(made) | stored if names is None else set(names)
     unknown = wanted - set(made) - stored
@@ -85,7 +84,6 @@ def plan(
         raise GoldenError(f"no small case named {', '.join(sorted(unknown))}: there are {', '.join(sorted(made))}")
     changes: list[Change] = []
     cases: dict[str, NewCase] = {}
-    weights_entry = {"file": WEIGHTS, "sha256": weights_sha256(weights)}
     for name in sorted(wanted):
         old = open_case(folder, name) if name in stored else None
         if old is not None and old.provenance["origin"] == "official":
@@ -93,7 +91,7 @@ def plan(
         if name not in made:
             changes.append(Change(name, "", "gone: no recipe makes this case any more"))
             continue
-        found, case = _compare_case(old, made[name], weights, weights_entry, glob, candidate)
+        found, case = _compare_case(old, made[name], glob, candidate)
         changes += found
         if found:
             cases[name] = case
@@ -103,11 +101,11 @@ def plan(
 def _compare_case(
     old: Case | None,
     recipe: recipes.Recipe,
-    weights: Mapping[str, np.ndarray],
-    weights_entry: Mapping[str, str],
     glob: str | None,
     candidate: Mapping[str, np.ndarray] | None,
 ) -> tuple[list[Change], NewCase]:
+    weights = recipes.weights(recipe.config)
+    weights_entry = {"file": recipe.weights_file, "sha256": weights_sha256(weights)}
     oracle = oracle_case(recipe, weights)
     changes: list[Change] = []
     targets: dict[str, dict[str, Golden]] = {}
