@@ -76,13 +76,13 @@ def test_a_nan(folder: Path) -> None:
 
 def test_dtype_changed(folder: Path) -> None:
     rewrite_tensor(folder, "none/text.embeds", lambda x: x.astype(np.float32))
-    said = "is float32 [1, 3, 4], manifest says float64 [1, 3, 4]"
+    said = "is float32 [1, 3, 4], not float64 [1, 3, 4]"
     _refused(folder, f"tiny: none/text.embeds {said}: {HINT.format('tiny.h5')}")
 
 
 def test_a_row_fewer(folder: Path) -> None:
     rewrite_tensor(folder, "none/text.embeds", lambda x: x[:, :2])
-    said = "is float64 [1, 2, 4], manifest says float64 [1, 3, 4]"
+    said = "is float64 [1, 2, 4], not float64 [1, 3, 4]"
     _refused(folder, f"tiny: none/text.embeds {said}: {HINT.format('tiny.h5')}")
 
 
@@ -194,7 +194,7 @@ def test_the_goldens_in_the_repository_are_whole_and_small() -> None:
     assert [folder.relative_to(GOLDENS).as_posix() for folder in sets] == ["large/full", "official", "small"]
     assert all(store.verify(folder) > 50 for folder in sets)
     size = sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.suffix != ".pyc")
-    assert size < 25e6, f"goldens take {size / 1e6:.1f} MB; 25 MB is the limit"
+    assert size < 32e6, f"goldens take {size / 1e6:.1f} MB; 32 MB is the limit"
 
 
 def test_every_id_in_the_goldens_is_known_and_classed_by_its_dtype() -> None:
