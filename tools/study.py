@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return _check(args) if args.study is None else _study(args)
-    except (GoldenError, ValueError, OSError) as error:
+    except (GoldenError, ValueError, OSError, RuntimeError) as error:
         say(f"refused: {error}")
         return 2
 
@@ -55,9 +55,10 @@ def _parser() -> argparse.ArgumentParser:
         own = named.add_parser(
             name, description=sys.modules[f"tools.studies.{name}"].__doc__, parents=[common], **shape
         )
-        own.add_argument("--accept", action="store_true", help="write what was measured, and enter it in the ledger")
+        either = own.add_mutually_exclusive_group()
+        either.add_argument("--accept", action="store_true", help="write what was measured, and enter it in the ledger")
+        either.add_argument("--stored", action="store_true", help="show what is stored, measure nothing")
         own.add_argument("--reason", default="", help="why; needed for writing")
-        own.add_argument("--stored", action="store_true", help="show what is stored, measure nothing")
         module.add_arguments(own)
     return parser
 
