@@ -22,11 +22,12 @@ from typing import NoReturn
 
 import pytest
 from _pytest.junitxml import xml_key
+from _pytest.outcomes import Skipped
 
 __all__ = ["NotRun", "Tier", "Tiers", "not_run"]
 
 
-class NotRun(pytest.skip.Exception):
+class NotRun(Skipped):
     """The only way to end a test without a verdict where a project has tiers; any other skip fails the run."""
 
 
@@ -141,7 +142,7 @@ class Tiers:
         elif report.skipped and not (call.excinfo and isinstance(call.excinfo.value, NotRun)):
             report.outcome, report.longrepr = "failed", f"skipped outside not_run: {_reason(report)}"
         # On the report itself, so that it also arrives from another process (pytest-xdist).
-        report.tier, report.lacking = self.tier_of(item).name, self._lacking(item)
+        vars(report).update(tier=self.tier_of(item).name, lacking=self._lacking(item))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -205,7 +205,7 @@ def _decoding(case: Case, weights: Run, dtype: str, seed: int | None) -> Iterato
 # ---- figures ------------------------------------------------------------------------------------------------------------
 
 
-def _errors(document: Mapping[str, Any]) -> Iterator[tuple[str, str, list[list[float]]]]:
+def _errors(document: Mapping[str, Any]) -> Iterator[tuple[str, str, list[float]]]:
     """(case and column, stage, errors) of everything measured."""
     for case, stages in document.get("errors", {}).items():
         for stage, row in stages.items():
@@ -232,7 +232,8 @@ def show(document: Mapping[str, Any], goldens: Path) -> Iterator[str]:
     worst: dict[str, tuple[float, str, int]] = {}
     for place, stage, own in _errors(document):
         error, at, count = worst.get(place, (0.0, "", 0))
-        worst[place] = (*max((error, at), (own[0], stage)), count + 1)
+        error, at = max((error, at), (own[0], stage))
+        worst[place] = (error, at, count + 1)
     yield from (
         f"{place}: {count} stages, largest rms {error:.3g} at {at}" for place, (error, at, count) in worst.items()
     )

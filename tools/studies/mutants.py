@@ -293,12 +293,14 @@ def _verdict(mutant: Mutant, source: str, cases: dict[str, Any], tolerances: Any
     _import_anew(mutant.file, source)
     try:
         from stageparity.run import run_case
+        from vidi.model import VidiModel
         from vidi.parity.subject import VidiSubject
 
         subject = VidiSubject("float64")
         for name, options in RUNS if cases else ():
             with subject.scope(), subject.setting("unpadded" if options.get("unpadded") else ""), _chunks(options):
                 model = subject.build(cases[name])
+                assert isinstance(model, VidiModel)
                 model.frame_chunk = options.get("frame_chunk", model.frame_chunk)
                 model.tower_backend = options.get("tower", model.tower_backend)
                 done, _ = run_case(subject, cases[name], model, tolerances, alone=False)

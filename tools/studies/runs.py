@@ -135,6 +135,7 @@ def run(setting: Setting, goldens: Path) -> Found:
     import torch
 
     from stageparity import tolerance
+    from vidi.model import VidiModel
     from vidi.parity.subject import VidiSubject
 
     torch.set_num_threads(setting.threads)
@@ -146,6 +147,7 @@ def run(setting: Setting, goldens: Path) -> Found:
             folder, _, last = name.rpartition("/")
             case = open_case(goldens / folder, last)
             model = subject.build(case)
+            assert isinstance(model, VidiModel)
             model.tower_backend, model.frame_chunk = setting.towers, setting.frame_chunk
             judged = _alone if setting.alone else _whole
             found["rows"] += [{"case": name, **row} for row in judged(case, subject, model, tolerances, found)]
@@ -176,10 +178,10 @@ def _alone(case: Any, subject: Any, model: Any, tolerances: Any, found: Found) -
     from stageparity.golden import Whole
     from stageparity.run import Trace
     from stageparity.subject import reference_of
-    from vidi.parity import feed
+    from vidi.parity import feed, goldens
 
     variant, gate = reference_of(case, subject.dtype)
-    targets, batch = case.variant(variant), feed.batch_of(feed.inputs_of(case))
+    targets, batch = case.variant(variant), feed.batch_of(goldens.inputs_of(case))
     wanted = [s for s in targets if s.endswith((".t2t", ".t2v", ".t2a", ".output", "final.norm", "logits"))]
     joined: dict[str, Any] = {}
     for b in range(len(batch.input_ids_BT)):

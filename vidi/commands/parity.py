@@ -113,9 +113,9 @@ def _context(args: argparse.Namespace, dtype: str, judged_by: Path) -> Any:
     from vidi.parity.faults import FAULTS
     from vidi.parity.stages import SECTIONS, STAGES
 
-    given = (("--backend", args.backend), ("--goldens", args.goldens))
-    given += (("--device", args.device if args.device != "cpu" else None),)
-    given += (("--path", args.path if args.path != "plain" else None),)
+    given = [("--backend", args.backend), ("--goldens", args.goldens)]
+    given += [("--device", args.device if args.device != "cpu" else None)]
+    given += [("--path", args.path if args.path != "plain" else None)]
     options = tuple(word for name, value in given if value for word in (name, value))
     references = References.load(judged_by / "measured", dtype, STAGES)
     return Context(STAGES, SECTIONS, FAULTS, references, ("vidi", "parity"), options)
@@ -126,7 +126,7 @@ def _full(args: argparse.Namespace, console: Any) -> int:
 
     from stageparity import evidence
     from vidi.commands import outputs
-    from vidi.parity import feed, full
+    from vidi.parity import full, goldens
 
     if not torch.cuda.is_available():
         print("NOT RUN full size: no CUDA device; 9B parameters in float32 need a GPU of 80 GB")
@@ -134,7 +134,7 @@ def _full(args: argparse.Namespace, console: Any) -> int:
     whole = full.run(args.goldens, device=args.device if args.device != "cpu" else "cuda")
     console.print(whole.text(), soft_wrap=True, highlight=False, markup=False)
     if args.json:
-        text = evidence.render(whole.as_json(feed.goldens_dir(args.goldens)))
+        text = evidence.render(whole.as_json(goldens.goldens_dir(args.goldens)))
         if args.json == "-":
             print(text, end="")
         else:

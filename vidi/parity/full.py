@@ -221,7 +221,7 @@ class FullRun:
         """The stage with the largest ratio of rms errors, fast over plain."""
         judged = [s for s in self.stages if s.plain.get("rms")]
         worst = max(judged, key=lambda s: s.fast["rms"] / s.plain["rms"], default=None)
-        return worst and worst.text()
+        return worst.text() if worst else None
 
     def text(self) -> str:
         """Failures first, then the largest ratio."""
