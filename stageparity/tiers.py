@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
 from _pytest.junitxml import xml_key
 from _pytest.outcomes import Skipped
+
+from stageparity import atomic
 
 __all__ = ["NotRun", "Tier", "Tiers", "not_run"]
 
@@ -175,7 +176,7 @@ class Tiers:
             if xml is not None:
                 xml.add_global_property(f"tier.{tier.name}", tier.line())
         if path := self.config.option.tiers_md:
-            Path(path).write_text(self.markdown(), encoding="utf-8")
+            atomic.write_text(path, self.markdown())
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.config.option.collectonly:
