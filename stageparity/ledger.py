@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from stageparity import atomic
 
 __all__ = ["append", "entries", "file_sha256", "latest", "stale"]
 
@@ -45,7 +46,7 @@ def stale(folder: Path, subject: str, sha256: str) -> str | None:
 
 
 def append(folder: Path, subject: str, sha256: str, reason: str, changes: list[str] | None = None) -> None:
-    """Append one entry, atomically: the new text is written beside the file and renamed over it.
+    """Append one entry, in one step.
 
     The caller holds the folder's lock (`writer.locked`, `writer.replaced`), or two writers lose an entry.
 
@@ -59,9 +60,4 @@ def append(folder: Path, subject: str, sha256: str, reason: str, changes: list[s
     lines.append(f"why = {json.dumps(reason.strip())}")
     if changes:
         lines += ["changes = [", *(f"  {json.dumps(change)}," for change in changes), "]"]
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "w") as out:
-        out.write(text + "\n".join(lines) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(draft, path)
+    atomic.write_text(path, text + "\n".join(lines) + "\n")

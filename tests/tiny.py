@@ -79,11 +79,9 @@ def whole_pass_logits(model: VidiModel, batch: Batch, tokens_BS: Tensor) -> Tens
     out, streams = [], model.streams(batch)
     keep_BT = torch.ones_like(batch.input_ids_BT, dtype=torch.bool) if batch.keep_BT is None else batch.keep_BT
     for step in range(tokens_BS.shape[1]):
-        longer = dataclasses.replace(
-            batch,
-            input_ids_BT=torch.cat([batch.input_ids_BT, tokens_BS[:, :step]], dim=1),
-            keep_BT=torch.cat([keep_BT, torch.ones(len(batch), step, dtype=torch.bool)], dim=1),
-        )
-        kept = longer.keep_BT & (longer.input_ids_BT != model.config.image_placeholder)
+        ids_BT = torch.cat([batch.input_ids_BT, tokens_BS[:, :step]], dim=1)
+        longer_BT = torch.cat([keep_BT, torch.ones(len(batch), step, dtype=torch.bool)], dim=1)
+        longer = dataclasses.replace(batch, input_ids_BT=ids_BT, keep_BT=longer_BT)
+        kept = longer_BT & (ids_BT != model.config.image_placeholder)
         out.append(model.decode_text(longer, streams)[torch.arange(len(batch)), kept.sum(1) - 1])
     return torch.stack(out, dim=1)

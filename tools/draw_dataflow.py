@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from stageparity import atomic
 from stageparity.stage import Stage
 from vidi.parity.stages import STAGES
 
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stale = 1
         else:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(wanted, encoding="utf-8")
+            atomic.write_text(path, wanted)
             print(f"wrote {path.relative_to(ROOT)}")
     return stale
 

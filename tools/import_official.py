@@ -244,7 +244,8 @@ class _Recording:
 
     def _read(self, hashes: Mapping[str, str]) -> dict[str, Golden]:
         """Join the parts of sampled tensors, and hold everything against the json."""
-        listed, found = self.json["tensors"], {}
+        listed: Mapping[str, Any] = self.json["tensors"]
+        found: dict[str, Golden] = {}
         for name, entry in listed.items():
             dtype = str(entry["dtype"]).removeprefix("torch.")
             if name in self.tensors:

@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(lines) or "nothing would change")
         if args.accept and (lines or ledger.stale(args.goldens, full.FOLDER.as_posix(), set_sha256(folder))):
             write(args.goldens, new, args.reason, lines)
-    except GoldenError as error:
+    except (GoldenError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     return 0

@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{folder}: {', '.join(old) or 'no case'} of format {OLD}")
             if args.accept and old:
                 _write(folder, args.ledger, args.reason)
-    except GoldenError as error:
+    except (GoldenError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     return 0

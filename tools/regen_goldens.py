@@ -21,7 +21,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from goldens import recipes
-from stageparity import ledger
+from stageparity import atomic, ledger
 from stageparity.golden import GoldenError
 from stageparity.manifest import set_sha256
 from stageparity.store import list_cases, list_sets, verify
@@ -128,8 +128,9 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
                 _write(args.goldens, changes, cases, args.reason, at)
             elif missing:
                 with locked(args.goldens):
+                    atomic.collect(args.goldens / SET)  # what a writer left that was killed before its entry
                     ledger.append(args.goldens, SET, set_sha256(args.goldens / SET), args.reason)
-    except GoldenError as error:
+    except (GoldenError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     return 0

@@ -6,6 +6,7 @@ A GPU runs all calls as one captured graph, as a step does: launched one by one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def _step(site: Site, height: int, width: int, call: Callable[[Any, Tensor], Any
     matrices = [site.randn(height, width) * width**-0.5 for _ in range(count)]
 
     def variant(operations: Any) -> Callable[[], Any]:
-        return _captured(site, [lambda w=w: call(operations, w) for w in matrices])
+        return _captured(site, [partial(call, operations, w) for w in matrices])
 
     return Kernel(
         {"plain": variant(twins), "fast": variant(ops.pick(site.device))},

@@ -163,7 +163,7 @@ def test_provenance_says_where_numbers_come_from(folder: Path) -> None:
 def test_every_set_is_found_broken_or_whole(tmp_path: Path) -> None:
     make_set(tmp_path / "small")
     make_set(tmp_path / "large" / "full")
-    make_set(tmp_path / ".small.new")
+    make_set(tmp_path / ".small.partial-1-abcdefgh")
     (tmp_path / "oracle").mkdir()
     (tmp_path / "large" / "full" / "tiny.h5").unlink()
     assert store.list_sets(tmp_path) == [tmp_path / "large" / "full", tmp_path / "small"]

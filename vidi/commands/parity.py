@@ -113,9 +113,9 @@ def _context(args: argparse.Namespace, dtype: str, judged_by: Path) -> Any:
     from vidi.parity.faults import FAULTS
     from vidi.parity.stages import SECTIONS, STAGES
 
-    given = (("--backend", args.backend), ("--goldens", args.goldens))
-    given += (("--device", args.device if args.device != "cpu" else None),)
-    given += (("--path", args.path if args.path != "plain" else None),)
+    given = [("--backend", args.backend), ("--goldens", args.goldens)]
+    given += [("--device", args.device if args.device != "cpu" else None)]
+    given += [("--path", args.path if args.path != "plain" else None)]
     options = tuple(word for name, value in given if value for word in (name, value))
     references = References.load(judged_by / "measured", dtype, STAGES)
     return Context(STAGES, SECTIONS, FAULTS, references, ("vidi", "parity"), options)
