@@ -134,11 +134,10 @@ def _is_entry(entry: Any) -> bool:
     if form == "rows":
         return type(entry.get("axis")) is int and 0 <= entry["axis"] < len(shape)
     spec = entry.get("spec")
-    counts = isinstance(spec, dict) and set(spec) == {f.name for f in fields(SketchSpec)}
-    counts = counts and all(
-        type(n) is int and n >= 0 for n in (*spec.values(), entry.get("rows"), entry.get("columns"))
-    )
-    return counts and isinstance(entry.get("sum_squares"), int | float)
+    if not isinstance(spec, dict) or set(spec) != {f.name for f in fields(SketchSpec)}:
+        return False
+    counts = (*spec.values(), entry.get("rows"), entry.get("columns"))
+    return all(type(n) is int and n >= 0 for n in counts) and isinstance(entry.get("sum_squares"), int | float)
 
 
 def set_sha256(folder: Path) -> str:

@@ -74,7 +74,8 @@ def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], r
             if change.what.startswith("gone: no recipe"):
                 for suffix in (".json", ".h5"):
                     (draft / f"{change.case}{suffix}").unlink()
-        for file, raw in {recipe.weights_file: recipe.config for recipe in recipes.cases().values()}.items():
+        made = recipes.cases()
+        for file, raw in {made[name].weights_file: made[name].config for name in cases}.items():
             write_weights(draft, file, recipes.weights(raw))
         for case in cases.values():
             write_case(draft, case)
