@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,12 @@ def harmed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
         }
 
     def go(file: str, text: str) -> set[str]:
-        for module in (
-            gpu,
-            *(sys.modules[f"tools.studies.{name}"] for name in ("baselines", "runs", "faults", "mutants")),
-        ):
-            monkeypatch.setattr(module, "ROOT", checkout)
-        before, plain = bases(), (checkout / file).read_text()
-        documents = {name: {"measured_on": evidence.measured_on(basis, checkout)} for name, basis in before.items()}
+        for name in ("gpu", "baselines", "runs", "faults", "mutants"):
+            monkeypatch.setattr(sys.modules[f"tools.studies.{name}"], "ROOT", checkout)
+        documents, plain = (
+            {name: {"measured_on": asdict(own)} for name, own in bases().items()},
+            (checkout / file).read_text(),
+        )
         try:
             (checkout / file).write_text(plain + text)
             stale = {name: evidence.stale(documents[name], basis, "AGAIN") for name, basis in bases().items()}
@@ -209,6 +209,7 @@ def test_a_comment_makes_none_stale(harmed: Any) -> None:
     assert {"baselines", *CPU} <= harmed("stageparity/compare.py", "\nPLANTED = 1\n")
 
 
+@pytest.mark.slow
 def test_a_run_enters_no_file_whose_hash_is_not_kept() -> None:
     """Follow the calls of judged runs: imports are told from text, and a file that they miss would never make anything stale."""
     entered: set[str] = set()
@@ -249,7 +250,7 @@ def goldens(tmp_path: Path) -> Path:
 
 
 def _parts(then: Basis, now: Basis) -> list[str]:
-    lines = evidence.stale({"measured_on": evidence.measured_on(then, ROOT)}, now, "AGAIN")
+    lines = evidence.stale({"measured_on": asdict(then)}, now, "AGAIN")
     return [
         line.removeprefix("other ").replace(" than it was measured on", "").removesuffix(": AGAIN") for line in lines
     ]
