@@ -15,7 +15,7 @@ from tests.parity import runs
 TASKS = list(runs.tasks())
 SLOW = {"longvideo", "verylong"}  # hundreds of frames
 # A layer's input is the output of the one before; what is decoded or differentiated is the work of all stages.
-NOT_ALONE = re.compile(r"layer\.[1-9]\d*\.input|decode\.|grad\.")
+NOT_ALONE = re.compile(r"layer\.[1-9]\d*\.input|(decode|odd|oddone)\.|grad\.")
 
 
 def marks(task: runs.Task) -> tuple[pytest.MarkDecorator, ...]:
