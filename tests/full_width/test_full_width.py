@@ -6,7 +6,7 @@ at most 0.72 of a budget in float32, 0.65 in bfloat16. *Near*, for the plain pat
 places make a run resemble that naive run more than either resembles the truth (`NEAR`); a rounding that is missing, or one too
 many, shows there although it may even lie nearer to the truth. (Not for part "window": averages over 4,097 keys forget it.)
 
-A session of this file takes 100 seconds of one core, and 6 GB.
+A session of this file takes 100 seconds of one core, and 5.9 GB.
 """
 
 from __future__ import annotations
