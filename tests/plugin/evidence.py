@@ -25,6 +25,8 @@ class Evidence:
         self.config, self.lines, self.missing = config, list[str](), list[str]()
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(self.config, "workerinput"):
+            return  # a worker of pytest-xdist
         from tools import studies
 
         try:
