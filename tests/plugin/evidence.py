@@ -27,10 +27,10 @@ class Evidence:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(self.config, "workerinput"):
             return  # a worker of pytest-xdist
-        from tools import studies
+        from tools import study
 
         try:
-            found = studies.stale(GOLDENS)
+            found = study.stale(GOLDENS)
         except (ValueError, OSError, GoldenError) as error:
             found = {"what was measured": [f"missing or unreadable: {error}"]}
         for name, lines in found.items():

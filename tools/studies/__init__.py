@@ -27,7 +27,6 @@ __all__ = [
     "Study",
     "again",
     "say",
-    "stale",
     "stale_of",
     "study",
 ]
@@ -82,14 +81,6 @@ def again(name: str) -> str:
 def stale_of(name: str, goldens: Path) -> list[str]:
     """Why a stored study is not today's; empty where it is."""
     return evidence.stale(evidence.read(goldens / LEDGER[name]), study(name).basis(goldens), again(name))
-
-
-def stale(goldens: Path) -> dict[str, list[str]]:
-    """The same of every study and every result of a GPU; what is current is left out."""
-    from tools.studies import gpu
-
-    found = {name: stale_of(name, goldens) for name in NAMES} | gpu.stale()
-    return {name: lines for name, lines in found.items() if lines}
 
 
 def say(text: str) -> None:
