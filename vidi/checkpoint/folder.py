@@ -57,7 +57,7 @@ def read_folder(folder: str | Path) -> Folder:
         raise CheckpointError(f"holds no {CONFIG_NAME}; a checkpoint folder has it beside the shards", file=path)
     config = read_json(config_path)
     index_path = safe_file(path, INDEX_NAME)
-    raw_index = {} if index_path is None else read_json(index_path)
+    raw_index = {} if index_path is None else read_json(index_path, of_tensors=True)
     index = None if index_path is None else _index(raw_index, index_path)
     names, absent = _shard_names(path, files, index)
     shards, notes = [], _notes(files, names)

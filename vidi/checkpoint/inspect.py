@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stageparity.strict import printable
 from vidi.checkpoint import explain, names
-from vidi.checkpoint.errors import CheckpointError, printable
+from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.folder import CONFIG_NAME, Folder, Problem, read_folder
 from vidi.checkpoint.headers import Entry
 from vidi.config import VidiConfig
