@@ -170,7 +170,7 @@ def _profiles(fast: Any, batch: Any, device: Any) -> dict[str, Any]:
 
 def _write(path: Path | None, report: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

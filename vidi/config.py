@@ -48,14 +48,11 @@ def _shown(value: Any) -> str:
 
 
 class _Checked:
-    """A part of the configuration that refuses fields of the wrong type; real values given as whole ones become real."""
+    """A part of the configuration that refuses fields of the wrong type."""
 
     def __post_init__(self) -> None:
         if wrong := list(_mistyped(self)):
             raise ConfigError("fields of the wrong type or range: " + "; ".join(wrong))
-        for entry in fields(self):  # type: ignore[arg-type]
-            if "float" in str(entry.type) and getattr(self, entry.name) is not None:
-                object.__setattr__(self, entry.name, float(getattr(self, entry.name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +138,9 @@ class VidiConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(
+            self, "norm_std", float(self.norm_std)
+        )  # weights start from it: a file's 1 must not make integers
         wrong = []
         if self.image_pool_size != 2:
             wrong.append(f"mm_image_pool_size {self.image_pool_size}: only 2 is specified")

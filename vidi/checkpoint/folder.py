@@ -43,6 +43,11 @@ class Folder:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
+    @property
+    def synthetic(self) -> str | None:
+        """How these weights were made up, None where nothing says that they were."""
+        return next((shard.synthetic[:100] for shard in self.shards if shard.synthetic is not None), None)
+
 
 def read_folder(folder: str | Path) -> Folder:
     """Read config.json, the index and every shard's header.

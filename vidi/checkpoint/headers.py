@@ -17,10 +17,11 @@ from typing import Any, BinaryIO, NoReturn
 from stageparity import strict
 from vidi.checkpoint.errors import CheckpointError, refusals
 
-__all__ = ["ITEM_BYTES", "MAX_JSON_BYTES", "Entry", "Shard", "read_json", "read_shard", "safe_file"]
+__all__ = ["ITEM_BYTES", "MAX_JSON_BYTES", "SYNTHETIC", "Entry", "Shard", "read_json", "read_shard", "safe_file"]
 
 MAX_JSON_BYTES = strict.MAX_JSON_BYTES  # the full-size model needs 0.2 MB in one header and 0.14 MB in its index
 MAX_AXES = 8
+SYNTHETIC = "vidi_synthetic"  # the key in __metadata__ under which made-up weights say so
 _PICKLE_STARTS = {b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}
 
 ITEM_BYTES = {
@@ -51,11 +52,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its tensors in file order."""
+    """One safetensors file: its tensors in file order; ``synthetic`` says of made-up weights how they were made."""
 
     path: Path
     tensors: Mapping[str, Entry]
     file_bytes: int
+    synthetic: str | None = None
 
 
 def safe_file(folder: Path, name: str) -> Path | None:
@@ -78,12 +80,14 @@ def read_shard(path: Path) -> Shard:
         header = _read_header(file, path, file_bytes)
     with refusals(of_tensors=True):
         fields = strict.parse_json(header, file=path)
-    _check_metadata(fields.pop("__metadata__", {}), path)
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError("__metadata__ is no map of strings", file=path)
     data_start = 8 + len(header)
     entries = [_entry(name, field, path, data_start) for name, field in fields.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     _check_coverage(entries, path, data_start, file_bytes)
-    return Shard(path, {entry.name: entry for entry in entries}, file_bytes)
+    return Shard(path, {entry.name: entry for entry in entries}, file_bytes, metadata.get(SYNTHETIC))
 
 
 def _read_header(file: BinaryIO, path: Path, file_bytes: int) -> bytes:
@@ -144,11 +148,6 @@ def _check_coverage(entries: list[Entry], path: Path, data_start: int, file_byte
         position, before = entry.stop, entry.name
     if position != file_bytes:
         raise CheckpointError(f"{file_bytes - position:,} bytes after the last tensor belong to none", file=path)
-
-
-def _check_metadata(metadata: Any, path: Path) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError("__metadata__ is no map of strings", file=path)
 
 
 def _is_count(value: Any) -> bool:

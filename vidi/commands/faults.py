@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from vidi.commands import arguments
+
 __all__ = ["add_arguments", "run"]
 
 SEEN, MISSED, UNUSABLE = 0, 1, 2
@@ -19,9 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fault", metavar="GLOB", help="only faults that match, such as 'masks.*,*window*'")
     parser.add_argument("--list", action="store_true", help="name the faults and what they patch, plant none")
     parser.add_argument("--goldens", metavar="DIR", help="folder with the sets small and official (default: embedded)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
+    arguments.add_dtype(
+        parser,
+        None,
         help="run every fault there, to see which are below its noise; those named in faults.json may be (default: each in"
         " its own dtype)",
     )

@@ -26,10 +26,10 @@ from tests.unit.checkpoint.breaking import (
     write_shard,
 )
 from vidi.checkpoint import names
-from vidi.checkpoint.commands import add_inspect_arguments, run_inspect
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.folder import INDEX_NAME
 from vidi.checkpoint.inspect import inspect_folder
+from vidi.commands import inspect as command
 from vidi.config import VidiConfig
 
 POOL = "model.mm_rand_aud_pool.weight"
@@ -42,8 +42,8 @@ NORM = "model.layers.2.pre_feedforward_layernorm.weight"
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    add_inspect_arguments(parser)
-    return run_inspect(parser.parse_args(arguments))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 def sparse_folder(
@@ -120,7 +120,7 @@ def test_inspect_loads_no_torch(tiny_folder: Path) -> None:
     code = (
         "import sys; from vidi.checkpoint.inspect import inspect_folder; "
         f"assert inspect_folder({str(tiny_folder)!r}).fits; "
-        "import vidi.checkpoint.commands; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
+        "import vidi.commands.inspect; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
