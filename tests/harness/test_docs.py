@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from vidi import cli
+from vidi.checkpoint import hub
 from vidi.parity import ids, store
 from vidi.parity.stages import STAGES, find
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "rfc-answers.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 
@@ -91,6 +92,8 @@ def check(words: list[str]) -> None:
     elif words[0] == "pip":
         extras = re.findall(r"\.\[(\w+)\]", " ".join(words))
         assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.M) for extra in extras)
+    elif words[0] == "hf":
+        assert words[1:] == ["download", hub.RELEASE]
     else:
         assert words[0] in ("python", ".", "cd"), f"unknown command {words}"
 

@@ -31,7 +31,7 @@ def resolve(given: str, *, download: bool = False) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        text = "no such folder; to use it as a public name, pip install 'vidi-parity[hub]'"
+        text = "no such folder; to use it as a public name, pip install huggingface_hub"
         raise CheckpointError(text, file=given) from None
     try:
         found = Path(

@@ -62,8 +62,8 @@ def _needs(report: Inspection, frames: int | None, memory: int | None) -> dict[s
         found |= {"frames": frames, "visual_tokens": one.visual_tokens, "audio_tokens": one.audio_tokens}
         found |= {"phase": one.phase, "terms": one.terms, "peak_bytes": one.peak}
     if memory is not None:
-        found |= {"memory_bytes": memory, "most_frames": needs.most_frames(report.config, memory)}
-        found["fits"] = one.fits(memory) if frames is not None else found["most_frames"] > 0
+        found |= {"memory_bytes": memory, "frames_that_fit": needs.room(report.config, memory)}
+        found["fits"] = one.fits(memory) if frames is not None else bool(found["frames_that_fit"])
     return found
 
 
@@ -80,8 +80,9 @@ def _rendered(needs: dict[str, Any]) -> str:
         ]
     if "memory_bytes" in needs:
         verdict = "fits" if needs["fits"] else "does not fit"
-        most = f"{needs['most_frames']:,} frames" if needs["most_frames"] else "no video at all"
-        lines.append(f"{verdict} in {_gib(needs['memory_bytes'])}, which has room for up to {most}")
+        runs = " and ".join(f"{first:,} to {last:,}" for first, last in needs["frames_that_fit"])
+        room = f"{runs} frames" if runs else "no video at all"
+        lines.append(f"{verdict} in {_gib(needs['memory_bytes'])}, which has room for {room}")
     return "\n".join(lines)
 
 

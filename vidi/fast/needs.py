@@ -9,6 +9,7 @@ Dims in comments: S stream tokens, D width, F frames a batch, L patches, C encod
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,7 +18,7 @@ from vidi.config import VidiConfig
 from vidi.fast import floors
 from vidi.fast.streams import chunk_rows
 
-__all__ = ["CONTEXT_BYTES", "Needs", "count", "most_frames"]
+__all__ = ["CONTEXT_BYTES", "Needs", "count", "room"]
 
 WIDTH = 2  # bytes of a bfloat16
 STREAM_CHUNK, FRAME_BATCH, PIECE_BATCH = 32768, 100, 16  # defaults of FastModel
@@ -90,9 +91,25 @@ def _weights(config: VidiConfig) -> int:
     return sum(math.prod(want.shape) * (4 if want.is_float32 else WIDTH) for want in wanted)
 
 
-def most_frames(config: VidiConfig, memory: int) -> int:
-    """The longest video such that it and every shorter one fit; 0 where none does.
+def room(config: VidiConfig, memory: int) -> list[tuple[int, int]]:
+    """The lengths that fit, as (first, last) of each run of frames; empty where none does.
 
-    Frames share a budget of visual tokens, so that a longer video may need less than a shorter one: no bisection.
+    More frames may need less: above the budget of visual tokens each frame gets fewer, and more chunks are smaller ones.
+    Between such steps the need grows, so each run is found by bisection.
     """
-    return next((n - 1 for n in range(1, LONGEST + 1) if not count(config, n).fits(memory)), LONGEST)
+
+    def step(num_frames: int) -> tuple[int, int]:
+        found = count(config, num_frames)
+        tokens = found.visual_tokens + found.audio_tokens
+        return -(found.visual_tokens // num_frames), -(-tokens // STREAM_CHUNK)
+
+    runs: list[tuple[int, int]] = []
+    first = 1
+    while first <= LONGEST:
+        end = first - 1 + bisect_right(range(first, LONGEST + 1), step(first), key=step)
+        last = first - 1 + bisect_right(range(first, end + 1), False, key=lambda n: not count(config, n).fits(memory))
+        if last >= first:
+            joined = bool(runs) and runs[-1][1] == first - 1
+            runs[-1:] = [(runs[-1][0], last)] if joined else [*runs[-1:], (first, last)]
+        first = end + 1
+    return runs

@@ -112,5 +112,5 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(CheckpointError, match=r"pip install 'vidi-parity\[hub\]'"):
+    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
         hub.resolve(hub.RELEASE)

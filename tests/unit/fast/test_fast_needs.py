@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import math
 from pathlib import Path
@@ -35,13 +36,15 @@ def test_every_term_counts() -> None:
     assert found.terms["keys and values"] == (58_800 + 3_000 + BENCH_TEXT) * 344_064
 
 
-def test_most_frames_is_the_edge() -> None:
-    for memory in (24 << 30, 48 << 30, 80 << 30):
-        most = needs.most_frames(FULL, memory)
-        assert all(needs.count(FULL, n).fits(memory) for n in range(1, most + 1, 7))
-        assert needs.count(FULL, most).fits(memory)
-        assert not needs.count(FULL, most + 1).fits(memory)
-    assert needs.most_frames(FULL, 20 << 30) == 0
+@pytest.mark.parametrize("gib", [20, 24, 48, 80])
+def test_room_is_what_fits(gib: int) -> None:
+    """As counting every length one by one says; at 48 GiB 1,221 frames need more than 1,800."""
+    memory, longest = gib << 30, 5000
+    runs = needs.room(FULL, memory)
+    inside = {n for first, last in runs for n in range(first, min(last, longest) + 1)}
+    assert inside == {n for n in range(1, longest + 1) if needs.count(FULL, n).fits(memory)}
+    assert (gib == 20) == (not runs)
+    assert all(after[0] > before[1] + 1 for before, after in itertools.pairwise(runs))
 
 
 def test_no_frames() -> None:
