@@ -82,9 +82,8 @@ def _run(given: list[str]) -> int:
         return importlib.import_module(f"vidi.commands.{command}")
 
     class Parser(argparse.ArgumentParser):
-        def _print_message(
-            self, message: str, file: Any = None
-        ) -> None:  # argparse's own swallows what a full disk says
+        # argparse's own swallows what a full disk says.
+        def _print_message(self, message: str, file: Any = None) -> None:
             (file or sys.stderr).write(message)
 
     parser = Parser(

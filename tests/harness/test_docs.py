@@ -50,7 +50,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def check_vidi(words: list[str]) -> None:
-    assert words[1] in cli.COMMANDS or words[1] == "--help", f"vidi has no command {words[1]}"
+    assert words[1] in cli.COMMANDS or words[1] in ("--help", "--version"), f"vidi has no command {words[1]}"
     if words[1] in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"vidi.commands.{words[1]}").add_arguments(parser)

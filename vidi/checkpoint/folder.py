@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stageparity import strict
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.headers import Entry, Shard, read_json, read_shard, safe_file
 
@@ -46,7 +47,9 @@ class Folder:
     @property
     def synthetic(self) -> str | None:
         """How these weights were made up, None where nothing says that they were."""
-        return next((shard.synthetic[:100] for shard in self.shards if shard.synthetic is not None), None)
+        return next(
+            (strict.one_line(shard.synthetic, 100) for shard in self.shards if shard.synthetic is not None), None
+        )
 
 
 def read_folder(folder: str | Path) -> Folder:

@@ -8,8 +8,9 @@ import sys
 from typing import Any
 
 from vidi.checkpoint.errors import CheckpointError
-from vidi.checkpoint.inspect import Inspection, inspect_folder
+from vidi.checkpoint.inspect import inspect_folder
 from vidi.commands import arguments
+from vidi.config import VidiConfig
 
 __all__ = ["add_arguments", "run"]
 
@@ -40,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(f"unusable: {error}", file=sys.stderr)
         return UNUSABLE
-    needs = _needs(report, args.frames, args.memory) if args.frames or args.memory else None
+    needs = None
+    if report.config is not None and report.fits and (args.frames or args.memory):
+        needs = _needs(report.config, args.frames, args.memory)
     if args.json:
         print(json.dumps(report.as_dict() | ({"needs": needs} if needs else {}), indent=1))
     else:
@@ -50,19 +53,17 @@ def run(args: argparse.Namespace) -> int:
     return FITS if report.fits and (needs is None or needs.get("fits", True)) else DOES_NOT_FIT
 
 
-def _needs(report: Inspection, frames: int | None, memory: int | None) -> dict[str, Any]:
+def _needs(config: VidiConfig, frames: int | None, memory: int | None) -> dict[str, Any]:
     """What ``--frames`` and ``--memory`` ask, ready for JSON; bytes."""
     from vidi.fast import needs
 
-    if report.config is None:
-        raise CheckpointError("holds another model; what a run of it needs is not known", file=report.path)
     found: dict[str, Any] = {"cuda_context_bytes": needs.CONTEXT_BYTES}
     if frames is not None:
-        one = needs.count(report.config, frames)
+        one = needs.count(config, frames)
         found |= {"frames": frames, "visual_tokens": one.visual_tokens, "audio_tokens": one.audio_tokens}
         found |= {"phase": one.phase, "terms": one.terms, "peak_bytes": one.peak}
     if memory is not None:
-        found |= {"memory_bytes": memory, "frames_that_fit": needs.room(report.config, memory)}
+        found |= {"memory_bytes": memory, "frames_that_fit": needs.room(config, memory)}
         found["fits"] = one.fits(memory) if frames is not None else bool(found["frames_that_fit"])
     return found
 

@@ -26,6 +26,7 @@ MEL_FRAMES_PER_SECOND = 100
 TEXT_TOKENS = 1100  # a question, and the 1,024 tokens that `vidi retrieve` leaves room for
 CONTEXT_BYTES = 600 << 20  # what CUDA takes beside torch's tensors, about
 LONGEST = 24 * 3600
+MOST_STEPS = 1000  # full size has about 110; sizes from a hostile config could make one of every frame
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def room(config: VidiConfig, memory: int) -> list[tuple[int, int]]:
 
     runs: list[tuple[int, int]] = []
     first = 1
-    while first <= LONGEST:
+    for _ in range(MOST_STEPS):
+        if first > LONGEST:
+            break
         end = first - 1 + bisect_right(range(first, LONGEST + 1), step(first), key=step)
         last = first - 1 + bisect_right(range(first, end + 1), False, key=lambda n: not count(config, n).fits(memory))
         if last >= first:
