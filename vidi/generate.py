@@ -7,29 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from vidi.config import VidiConfig
 from vidi.inputs.batch import Batch
+from vidi.model import Pipeline
 from vidi.stream import Stream
 
-__all__ = ["Decoding", "Generated", "forced_logits", "greedy"]
-
-
-class Decoding(Protocol):
-    """What decoding asks of a model: `vidi.model.VidiModel`, or `vidi.fast.model.FastModel`. The cache is the model's own."""
-
-    config: VidiConfig
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def prefill(self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None) -> tuple[Tensor, Any]: ...
-
-    def step(self, ids_B: Tensor, cache: Any) -> Tensor: ...
+__all__ = ["Generated", "forced_logits", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +28,7 @@ class Generated:
 
 @torch.inference_mode()
 def greedy(
-    model: Decoding,
+    model: Pipeline,
     batch: Batch,
     *,
     max_new_tokens: int = 1024,
@@ -76,7 +62,7 @@ def greedy(
 
 @torch.inference_mode()
 def forced_logits(
-    model: Decoding, batch: Batch, tokens_BS: Tensor, *, streams: dict[str, Stream] | None = None
+    model: Pipeline, batch: Batch, tokens_BS: Tensor, *, streams: dict[str, Stream] | None = None
 ) -> Tensor:
     """Logits (B, S, V) of cached decoding along given tokens (B, S): entry s is the logit after prompt + tokens[:s]."""
     steps = tokens_BS.shape[1]

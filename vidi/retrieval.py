@@ -150,11 +150,12 @@ def retrieve(
     )
     encoded, total = 0, len(inputs.frames.images_u8)
 
-    def count(stage_id: str, value: torch.Tensor) -> None:
+    def count(stage_id: str, value: torch.Tensor) -> torch.Tensor:
         nonlocal encoded
         if stage_id == "vision.tower":
             encoded += len(value)
             _tell(progress, "encoding", encoded, total)
+        return value
 
     with torch.inference_mode():
         streams = model.streams(inputs.batch, count)

@@ -36,7 +36,7 @@ part fast "test" test_fast.py &
 part checkpoint "test" test_gpu_checkpoint.py &
 part full "test" test_full_size.py &
 wait
-python3 tests/gpu/summary.py "$out" >"$out/gpu_tests.json"
+python3 tests/gpu/summary.py "$out"
 [[ bench =~ $only ]] || { [[ ! -e $out/failed ]]; exit; }
 timeout "${LIMIT:-300}" python3 -m pytest -q -m bench -p no:cacheprovider tests/benchmarks \
     --benchmark-json "$out/kernels.json" >"$out/bench.log" 2>&1

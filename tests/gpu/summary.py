@@ -1,20 +1,20 @@
 """What `run_all.sh` leaves in a folder, as one JSON: parts with their counts, failures, and the worst error over budget.
 
-python tests/gpu/summary.py FOLDER > gpu_tests.json
+python tests/gpu/summary.py FOLDER        writes FOLDER/gpu_tests.json
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import math
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
+
+from stageparity import evidence
+from tools.studies import gpu
 
 
 def part(path: Path) -> dict[str, Any]:
@@ -38,22 +38,14 @@ def main() -> None:
     folder = Path(sys.argv[1])
     parts = {path.stem: part(path) for path in sorted(folder.glob("*.xml"))}
     logs = {path.stem for path in folder.glob("*.log")} - {"bench"}
-    libraries = ("torch", "triton", "flash_attn", "numpy")
     found = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in libraries},
+        "measured_on": gpu.measured_on(
+            "gpu_tests.json", torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        ),
         "parts": parts,
         "not_finished": sorted(logs - set(parts)),  # stopped at the time limit, before it could write its file
     }
-    print(json.dumps(found, indent=1))
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    evidence.write(folder / "gpu_tests.json", found)
 
 
 if __name__ == "__main__":

@@ -97,10 +97,8 @@ def measure(model: Any, batch: Batch, limits: Ceilings, *, new_tokens: int, repe
     device, config = model.device, model.config
     images, audios, sizes = batch.images or (), batch.audios or (), batch.audio_sizes or ()
     capacity = batch.input_ids_BT.shape[1] + new_tokens + 1
-    work = floors.count(
-        *(config, len(images[0]), sizes[0], len(audios[0]), TEXT_TOKENS),
-        width=torch.finfo(model.dtype).bits // 8,
-    )
+    width = torch.finfo(model.dtype).bits // 8
+    work = floors.count(config, len(images[0]), sizes[0], len(audios[0]), TEXT_TOKENS, width)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from vidi import bench
+from vidi.commands import bench
 from vidi.fast import measure
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
-GREEDY, PREFILL = "vidi.generate.greedy", "vidi.model.VidiModel.prefill"
+GREEDY, PREFILL = "vidi.generate.greedy", "vidi.model.Pipeline.prefill"
 
 
 @plant("vidi.decoder.decoder.softcap")
