@@ -14,7 +14,7 @@ from vidi.commands import arguments
 
 __all__ = ["add_arguments", "run"]
 
-SEEN, MISSED, UNUSABLE = 0, 1, 2
+SEEN = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,24 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 all killed (but those known to be below the noise of --dtype) and 95 % localised, 1 not, 2 unusable."""
+    """Returns 0 all killed (but those known to be below the noise of --dtype) and 95 % localised, 1 not.
+
+    Raises what `cli.guarded` tells as 2.
+    """
     import torch
 
     from stageparity.faults import judge, stored
-    from stageparity.golden import GoldenError
     from vidi.commands import outputs
     from vidi.parity import faults
     from vidi.parity.goldens import goldens_dir
 
-    try:
-        outputs.check(args.json)
-    except ValueError as error:
-        print(f"vidi faults: {error}", file=sys.stderr)
-        return UNUSABLE
+    outputs.check(args.json)
     chosen = _chosen(faults.FAULTS, args.fault)
     if not chosen:
-        print(f"vidi faults: no fault matches {args.fault!r}: vidi faults --list names them", file=sys.stderr)
-        return UNUSABLE
+        raise ValueError(f"no fault matches {args.fault!r}: vidi faults --list names them")
     if args.list:
         for fault in chosen:
             print(f"{fault.name:44} {fault.dtype:9} {fault.case:14} {', '.join(map(str, fault.targets))}: {fault.what}")
@@ -66,9 +63,6 @@ def run(args: argparse.Namespace) -> int:
         bench = faults.bench(goldens_dir(args.goldens))
         known = stored.invisible(stored.read(bench.goldens), args.dtype)
         verdicts = judge.judge_all(chosen, bench, args.dtype, progress)
-    except (GoldenError, ValueError, OSError) as error:
-        print(f"vidi faults: {error}", file=sys.stderr)
-        return UNUSABLE
     finally:
         torch.set_num_threads(threads)
         if sys.stderr.isatty():
