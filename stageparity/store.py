@@ -176,7 +176,9 @@ class Case:
     def weights(self) -> dict[str, np.ndarray]:
         """The weights by official name, verified."""
         named = self.manifest["weights"]
-        path = self.folder / str(named.get("file", ""))
+        if not named:
+            raise GoldenError(f"{self.name}: its manifest names no weights file")
+        path = self.folder / named["file"]
         if path.parent != self.folder or not path.name:
             raise GoldenError(f"{self.name}: weights file {named.get('file')} is missing: {restore_hint(path)}")
         try:
@@ -210,14 +212,20 @@ class Case:
             part: self._array(f"{place}/{part}", entry["parts"][part]) for part in PARTS[entry["form"]]
         }
         if entry["form"] == "rows":
-            return Sampled(shape, dtype, entry["axis"], **parts)
+            return self._fitting(place, Sampled(shape, dtype, entry["axis"], **parts))
         spec = SketchSpec(**{field.name: entry["spec"][field.name] for field in fields(SketchSpec)})
         whole: dict[str, Any] = {
             "rows": entry["rows"],
             "columns": entry["columns"],
             "sum_squares": entry["sum_squares"],
         }
-        return Sketched(shape, dtype, Sketch(spec=spec, **whole, **parts))
+        return self._fitting(place, Sketched(shape, dtype, Sketch(spec=spec, **whole, **parts)))
+
+    def _fitting(self, place: str, golden: Sampled | Sketched) -> Golden:
+        """The golden, if its parts are of one tensor of its shape. What compares it trusts that."""
+        if problem := golden.problem():
+            raise GoldenError(f"{self.name}: {place}: {problem}: {restore_hint(self.folder / f'{self.name}.h5')}")
+        return golden
 
     def _array(self, place: str, entry: Mapping[str, Any]) -> np.ndarray:
         path = self.folder / f"{self.name}.h5"

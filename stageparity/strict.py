@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = ["MAX_INTEGER", "MAX_JSON_BYTES", "Missing", "Refused", "locate", "open_file", "parse_json", "parse_toml"]
-__all__ += ["printable", "read_bytes", "read_json", "read_toml", "reason"]
+__all__ += ["one_line", "printable", "read_bytes", "read_json", "read_toml", "reason"]
 
 MAX_JSON_BYTES, MAX_TOML_BYTES = 4 << 20, 1 << 20
 MAX_DEPTH, MAX_VALUES = 64, 1_000_000
@@ -29,7 +29,7 @@ class Refused(ValueError):
 
     def __init__(self, problem: str, *, file: str | Path | None = None, field: str | None = None) -> None:
         self.problem, self.file, self.field = problem, None if file is None else str(file), field
-        super().__init__(printable(": ".join(part for part in (self.file, _short(field), problem) if part)))
+        super().__init__(one_line(": ".join(part for part in (self.file, _short(field), problem) if part)))
 
 
 class Missing(Refused):
@@ -44,6 +44,11 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str, limit: int = 1200) -> str:
+    """An error's text: printable, and cut where names out of a file would make it longer than anybody reads."""
+    return printable(text if len(text) <= limit else f"{text[:limit]} …")
 
 
 # ---- opening --------------------------------------------------------------------------------------------------------

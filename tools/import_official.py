@@ -203,7 +203,7 @@ class _Recording:
 
     def __init__(self, src: Path, name: str, short: str, full: bool, table: Path) -> None:
         self.name, self.short, self.full, self.table = name, short, full, table
-        self.json = json.loads((src / f"{name}.{short}.json").read_text())
+        self.json = json.loads((src / f"{name}.{short}.json").read_text("utf-8"))
         self.tensors, hashes = read_safetensors(src / f"{name}.{short}.safetensors")
         self.left_out: dict[str, str] = {}
         self.goldens = self._read(hashes)
