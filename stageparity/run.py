@@ -27,7 +27,6 @@ from stageparity.tolerance import Tolerances
 
 __all__ = ["PASSES", "CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
 
-PASSES = ("alone", "forced", "chained")  #: in the order in which they convict
 
 
 @dataclass(frozen=True)
