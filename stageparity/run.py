@@ -25,8 +25,7 @@ from stageparity.store import Case, CaseRef, Targets
 from stageparity.subject import Bench, Subject, fed, reference_of, unfit
 from stageparity.tolerance import Tolerances
 
-__all__ = ["PASSES", "CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
-
+__all__ = ["CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
 
 
 @dataclass(frozen=True)
