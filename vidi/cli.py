@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vidi import __version__
@@ -35,10 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             _module(name).add_arguments(command)
     args = parser.parse_args(given)
     try:
-        return int(_module(args.command).run(args))
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_show, warnings.showwarning)
+            return int(_module(args.command).run(args))
     except KeyboardInterrupt:
         print(f"vidi {args.command}: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _show(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """The model's own warnings are for whoever runs a command: one line, without the place in the code."""
+    if category.__module__.startswith("vidi."):
+        print(f"warning: {message}", file=sys.stderr)
+    else:
+        others(message, category, *where)
 
 
 def _module(command: str) -> Any:
