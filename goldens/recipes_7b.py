@@ -15,29 +15,18 @@ The sizes differ from the recordings' where a mix-up would hide there:
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from .recipes import (
-    POS_FREQ,
-    TOWERS,
-    VOCABULARY,
-    WIDTH,
-    Checkpoint,
-    Recipe,
-    absent,
-    frames,
-    ids_of,
-    mel,
-    noise,
-    put_bridge,
-    put_mlp,
-    put_towers,
-    text_of,
-)
+from . import recipes
+from .recipes import Checkpoint, Recipe, absent, frames, ids_of, mel, noise, put_audio, put_vision, text_of
 
-__all__ = ["POS_FREQ", "cases", "config", "weights"]
+__all__ = ["cases", "config", "weights"]
+
+WIDTH, VOCABULARY = 24, 112
+TOWERS = {part: recipes.config()[part] for part in ("vision_config", "audio_config")}
 
 BOS, EOS = 1, 2
 
@@ -81,13 +70,14 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def weights() -> dict[str, np.ndarray]:
-    """The small checkpoint, float32, official names."""
+def weights(raw: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """The small checkpoint, float32, official names; all cases share it."""
     made = Checkpoint()
-    put_towers(made)
+    for part, put_tower in (("vision_config", put_vision), ("audio_config", put_audio)):
+        put_tower(TOWERS[part], made.put, made.linear, made.norm)
     made.put("model.mm_rand_img_pool.conv.weight", (8, 8, 4, 4), -3)
     made.put("model.mm_rand_aud_pool.weight", (8, 8, 4), -3)
-    put_bridge(made, visual=8, audio=8)
+    _put_bridge(made)
     made.put("model.embed_tokens.weight", (VOCABULARY, WIDTH), 0)
     for i in range(3):
         layer = f"model.layers.{i}."
@@ -95,12 +85,25 @@ def weights() -> dict[str, np.ndarray]:
         made.linear(layer + "self_attn.k_proj", 24, WIDTH, bias=False)
         made.linear(layer + "self_attn.v_proj", 24, WIDTH, bias=False)
         made.linear(layer + "self_attn.o_proj", WIDTH, 48, bias=False)
-        put_mlp(made, layer)
+        for part in ("gate_proj", "up_proj"):
+            made.linear(f"{layer}mlp.{part}", 32, WIDTH, bias=False)
+        made.linear(layer + "mlp.down_proj", WIDTH, 32, bias=False)
         for part in ("input", "post_attention"):
             made.put(f"{layer}{part}_layernorm.weight", (WIDTH,), -3, around=1.0)
     made.put("model.norm.weight", (WIDTH,), -3, around=1.0)
     made.put("lm_head.weight", (VOCABULARY, WIDTH), 0)
     return made.tensors
+
+
+def _put_bridge(made: Checkpoint) -> None:
+    for kind in ("img", "aud"):
+        made.linear(f"model.mm_rand_{kind}_projector.model.0", WIDTH, 8)
+        made.linear(f"model.mm_rand_{kind}_projector.model.2", WIDTH, WIDTH)
+        made.put(f"model.mm_rand_{kind}_norm.weight", (WIDTH,), -3, around=1.0)
+    made.put("model.mm_rand_llm_norm.weight", (WIDTH,), -5, around=0.25)
+    for axis in "hwt":
+        made.linear(f"model.mm_rand_pos_{axis}.mlp.0", WIDTH, WIDTH)
+        made.linear(f"model.mm_rand_pos_{axis}.mlp.2", WIDTH, WIDTH)
 
 
 def _ids(stream: str, count: int, image_at: int | None) -> np.ndarray:

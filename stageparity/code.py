@@ -48,7 +48,8 @@ class Code:
 
     def __call__(self, *given: Any, **options: Any) -> Any:
         module, path = resolve(self.name)
-        return functools.reduce(getattr, path, module)(*given, **options)
+        found: Any = functools.reduce(getattr, path, module)
+        return found(*given, **options)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Code) and (self.name, self.use) == (other.name, other.use)

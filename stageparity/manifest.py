@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from stageparity import strict
 from stageparity.golden import GoldenError
 from stageparity.sketch import SketchSpec
+from stageparity.strict import Refused
 
 __all__ = [
     "FORMAT",
@@ -76,15 +78,11 @@ def render(body: Mapping[str, Any]) -> bytes:
 def parse(path: Path, formats: tuple[int, ...] = (FORMAT,)) -> dict[str, Any]:
     """Read a manifest, whole and unaltered, or raise GoldenError that says what is wrong and what to do."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise GoldenError(
-                f"{path}: manifest of {path.stat().st_size} bytes, over {_MAX_BYTES}: {restore_hint(path)}"
-            )
-        raw = path.read_bytes()
-    except OSError as error:
-        raise GoldenError(f"{path}: manifest cannot be read ({error.strerror}): {restore_hint(path)}") from None
+        raw = strict.read_bytes(path, limit=_MAX_BYTES)
+    except Refused as error:
+        raise GoldenError(f"{path}: manifest cannot be read ({error.problem}): {restore_hint(path)}") from None
     try:
-        body = json.loads(raw)
+        body = strict.parse_json(raw)
         if not isinstance(body, dict):
             raise ValueError("not an object")
         same = render(body) == raw
@@ -95,14 +93,27 @@ def parse(path: Path, formats: tuple[int, ...] = (FORMAT,)) -> dict[str, Any]:
     if not same:
         raise GoldenError(f"{path}: manifest is altered, its own sha256 does not match: {restore_hint(path)}")
     lacking = [key for key, kind in _KEYS.items() if not isinstance(body.get(key), kind)]
-    if not lacking and not all(_is_entry(entry) for entry in _entries(body)):
-        lacking = ["a tensor's entry"]
+    if not lacking:
+        container = body["container"]
+        lacking += ["container"] * (
+            type(container.get("bytes")) is not int or not isinstance(container.get("sha256"), str)
+        )
+        lacking += ["provenance"] * (not isinstance(body["provenance"].get("dtype"), str))
+        lacking += ["targets"] * (not body["targets"])
+        lacking += ["left_out"] * (not all(isinstance(why, str) for why in body["left_out"].values()))
+        lacking += ["weights"] * (not _are_weights(body["weights"]))
+        lacking += ["a tensor's entry"] * (not all(_is_entry(entry) for entry in _entries(body)))
     if lacking and body.get("format") in formats:
         raise GoldenError(f"{path}: manifest lacks {', '.join(lacking)} or has it malformed: {restore_hint(path)}")
     if (found := body.get("format")) not in formats:
         remedy = MIGRATE if isinstance(found, int) and found < FORMAT else "update the package"
         raise GoldenError(f"{path}: manifest format {found!r}, this reader knows {FORMAT}: {remedy}")
     return body
+
+
+def _are_weights(entry: dict[str, Any]) -> bool:
+    """Nothing (generated weights), or a file beside the manifest and its content hash."""
+    return not entry or (isinstance(entry.get("file"), str) and isinstance(entry.get("sha256"), str))
 
 
 def _entries(body: Mapping[str, Any]) -> Iterator[Any]:
@@ -119,18 +130,21 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape, form = entry.get("shape"), entry.get("form", "whole")
-    if not isinstance(shape, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        return False
+    if not isinstance(entry.get("as", ""), str) or not isinstance(form, str):
         return False
     if form == "whole":
         return isinstance(entry.get("sha256"), str)
     if form not in PARTS or not isinstance(entry.get("parts"), dict) or set(entry["parts"]) != set(PARTS[form]):
         return False
     if form == "rows":
-        return isinstance(entry.get("axis"), int) and 0 <= entry["axis"] < len(shape)
-    numbers = all(isinstance(entry.get(key), int | float) for key in ("rows", "columns", "sum_squares"))
-    return (
-        numbers and isinstance(entry.get("spec"), dict) and set(entry["spec"]) == {f.name for f in fields(SketchSpec)}
-    )
+        return type(entry.get("axis")) is int and 0 <= entry["axis"] < len(shape)
+    spec = entry.get("spec")
+    if not isinstance(spec, dict) or set(spec) != {f.name for f in fields(SketchSpec)}:
+        return False
+    counts = (*spec.values(), entry.get("rows"), entry.get("columns"))
+    return all(type(n) is int and n >= 0 for n in counts) and isinstance(entry.get("sum_squares"), int | float)
 
 
 def set_sha256(folder: Path) -> str:

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
+from stageparity import strict
 from stageparity.golden import Golden, GoldenError, Sampled, Sketched, Whole
 from stageparity.manifest import PARTS, content_sha256, parse, restore_hint, weights_sha256
 from stageparity.sketch import Sketch, SketchSpec
+from stageparity.strict import Missing, Refused
+from stageparity.strict_hdf5 import H5File, open_h5
 
 __all__ = [
     "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "list_sets", "open_case", "select", "verify",
@@ -29,6 +33,7 @@ __all__ = [
 
 ORIGINS = ("official", "oracle", "self")
 MEASURED = "measured"  # the folder of a golden folder that holds what was measured, no goldens
+MAX_WEIGHTS = 8 << 30  # bytes of a weights file
 PROVENANCE = ("origin", "dtype", "libraries", "device", "seed", "commit")
 
 
@@ -55,10 +60,16 @@ def goldens_dir(*places: str | Path) -> Path:
 
 
 def list_cases(folder: Path) -> list[CaseRef]:
-    """All cases of a golden folder, sorted by set and name; none where there is no such folder."""
+    """All cases of a golden folder, sorted by set and name; none where there is no such folder.
+
+    Raises GoldenError for a set that is a link out of the folder.
+    """
     if not folder.is_dir():
         return []
     sets = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    for path in sets[1:]:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise GoldenError(f"{path} is a link to a place outside {folder}; refused: give that folder itself")
     return [
         CaseRef(at, path.stem) for at in sets for path in sorted(at.glob("*.json")) if path.with_suffix(".h5").exists()
     ]
@@ -171,14 +182,19 @@ class Case:
     def weights(self) -> dict[str, np.ndarray]:
         """The weights by official name, verified."""
         named = self.manifest["weights"]
-        path = self.folder / str(named.get("file", ""))
-        if not path.is_file() or path.parent != self.folder:
+        if not named:
+            raise GoldenError(f"{self.name}: its manifest names no weights file")
+        path = self.folder / named["file"]
+        if path.parent != self.folder or not path.name:
             raise GoldenError(f"{self.name}: weights file {named.get('file')} is missing: {restore_hint(path)}")
         try:
-            tensors = load_file(path)
+            tensors = load(strict.read_bytes(path, limit=MAX_WEIGHTS))
+        except Missing:
+            raise GoldenError(f"{self.name}: weights file {path.name} is missing: {restore_hint(path)}") from None
         except Exception as error:  # the reader's errors share no base class
+            reason = strict.reason(error)
             raise GoldenError(
-                f"{self.name}: weights file {path.name} is unreadable ({error}): {restore_hint(path)}"
+                f"{self.name}: weights file {path.name} is unreadable ({reason}): {restore_hint(path)}"
             ) from None
         if weights_sha256(tensors) != named.get("sha256"):
             raise GoldenError(f"{self.name}: weights file {path.name} is altered: {restore_hint(path)}")
@@ -202,14 +218,20 @@ class Case:
             part: self._array(f"{place}/{part}", entry["parts"][part]) for part in PARTS[entry["form"]]
         }
         if entry["form"] == "rows":
-            return Sampled(shape, dtype, entry["axis"], **parts)
+            return self._fitting(place, Sampled(shape, dtype, entry["axis"], **parts))
         spec = SketchSpec(**{field.name: entry["spec"][field.name] for field in fields(SketchSpec)})
         whole: dict[str, Any] = {
             "rows": entry["rows"],
             "columns": entry["columns"],
             "sum_squares": entry["sum_squares"],
         }
-        return Sketched(shape, dtype, Sketch(spec=spec, **whole, **parts))
+        return self._fitting(place, Sketched(shape, dtype, Sketch(spec=spec, **whole, **parts)))
+
+    def _fitting(self, place: str, golden: Sampled | Sketched) -> Golden:
+        """The golden, if its parts are of one tensor of its shape. What compares it trusts that."""
+        if problem := golden.problem():
+            raise GoldenError(f"{self.name}: {place}: {problem}: {restore_hint(self.folder / f'{self.name}.h5')}")
+        return golden
 
     def _array(self, place: str, entry: Mapping[str, Any]) -> np.ndarray:
         path = self.folder / f"{self.name}.h5"
@@ -228,27 +250,29 @@ class Case:
     def _read(self, path: Path, group: str) -> None:
         """Every array of `inputs` or of a variant, with one opening of the file; what cannot be read as its error."""
         tables = self.manifest["inputs"] if group == "inputs" else self.manifest["targets"][group]
-        try:
-            with h5py.File(path, "r") as file:
-                for stage, entry in tables.items():
-                    parts = PARTS.get(entry.get("form", "whole"))
-                    for part in parts or ("",):
-                        place = f"{group}/{stage}/{part}".rstrip("/")
-                        self._opened[place] = self._take(file, path, place, entry["parts"][part] if parts else entry)
-        except OSError as error:
-            raise GoldenError(f"{self.name}: {group} cannot be read ({error}): {restore_hint(path)}") from None
+        with _opened(self.name, path) as file:
+            for stage, entry in tables.items():
+                parts = PARTS.get(entry.get("form", "whole"))
+                for part in parts or ("",):
+                    place = f"{group}/{stage}/{part}".rstrip("/")
+                    self._opened[place] = self._take(file, path, place, entry["parts"][part] if parts else entry)
 
-    def _take(self, file: h5py.File, path: Path, place: str, entry: Mapping[str, Any]) -> np.ndarray | GoldenError:
+    def _take(self, file: H5File, path: Path, place: str, entry: Mapping[str, Any]) -> np.ndarray | GoldenError:
         try:
-            data = file.get(place)
-            if not isinstance(data, h5py.Dataset):
-                return GoldenError(f"{self.name}: {place} is missing from {path.name}: {restore_hint(path)}")
-            if data.dtype.name != entry["dtype"] or list(data.shape) != entry["shape"]:
-                found, wanted = f"{data.dtype.name} {list(data.shape)}", f"{entry['dtype']} {entry['shape']}"
-                return GoldenError(f"{self.name}: {place} is {found}, manifest says {wanted}: {restore_hint(path)}")
-            return np.asarray(data[()])
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            return GoldenError(f"{self.name}: {place} cannot be read ({error}): {restore_hint(path)}")
+            return file.read(place, dtype=entry["dtype"], shape=entry["shape"])
+        except Missing:
+            return GoldenError(f"{self.name}: {place} is missing from {path.name}: {restore_hint(path)}")
+        except Refused as error:
+            return GoldenError(f"{self.name}: {place} {error.problem}: {restore_hint(path)}")
+
+
+@contextmanager
+def _opened(case: str, path: Path) -> Iterator[H5File]:
+    try:
+        with open_h5(path) as file:
+            yield file
+    except Refused as error:
+        raise GoldenError(f"{case}: data file {path.name} {error.problem}: {restore_hint(path)}") from None
 
 
 def open_case(folder: Path | str, name: str) -> Case:
@@ -258,15 +282,21 @@ def open_case(folder: Path | str, name: str) -> Case:
     if case.manifest["case"] != name:
         raise GoldenError(f"{folder / name}.json: manifest of another case ({case.manifest['case']}): rename it back")
     path, container = folder / f"{name}.h5", case.manifest["container"]
-    if not path.is_file():
-        raise GoldenError(f"{name}: data file {path.name} is missing: {restore_hint(path)}")
-    size = path.stat().st_size
-    if size != container.get("bytes"):
-        state = "truncated" if size < int(container.get("bytes", 0)) else "longer than it was"
+    try:
+        with strict.open_file(path) as file:
+            size, sha256 = os.fstat(file.fileno()).st_size, None
+            if size == container["bytes"]:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    except Missing:
+        raise GoldenError(f"{name}: data file {path.name} is missing: {restore_hint(path)}") from None
+    except Refused as error:
+        raise GoldenError(f"{name}: data file {path.name} {error.problem}: {restore_hint(path)}") from None
+    if size != container["bytes"]:
+        state = "truncated" if size < container["bytes"] else "longer than it was"
         raise GoldenError(
-            f"{name}: data file {path.name} is {state} ({size} of {container.get('bytes')} bytes): {restore_hint(path)}"
+            f"{name}: data file {path.name} is {state} ({size} of {container['bytes']} bytes): {restore_hint(path)}"
         )
-    if _file_sha256(path) != container.get("sha256"):
+    if sha256 != container["sha256"]:
         raise GoldenError(f"{name}: data file {path.name} is altered: {restore_hint(path)}")
     _check_keys(case, path)
     return case
@@ -296,11 +326,6 @@ def verify(folder: Path | str) -> int:
     return count
 
 
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _check_provenance(case: Case) -> None:
     lacking = [key for key in PROVENANCE if key not in case.provenance]
     if lacking or case.provenance["origin"] not in ORIGINS:
@@ -314,23 +339,9 @@ def _check_keys(case: Case, path: Path) -> None:
         for stage, entry in entries.items():
             parts = PARTS.get(entry["form"])
             wanted |= {f"{variant}/{stage}/{part}" for part in parts} if parts else {f"{variant}/{stage}"}
-    found: set[str] = set()
-    try:
-        with h5py.File(path, "r") as file:
-            # visititems reports a hard link once only, and links are how equal tensors share their content.
-            _walk(file, "", found)
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise GoldenError(f"{case.name}: data file {path.name} is unreadable ({error}): {restore_hint(path)}") from None
+    with _opened(case.name, path) as file:
+        found = file.places()
     for kind, places in (("missing from", wanted - found), ("not in the manifest of", found - wanted)):
         if places:
             some = ", ".join(sorted(places)[:3]) + (", ..." if len(places) > 3 else "")
             raise GoldenError(f"{case.name}: {some} {kind} {path.name}: {restore_hint(path)}")
-
-
-def _walk(group: h5py.Group, prefix: str, found: set[str], depth: int = 0) -> None:
-    for key in group:
-        item = group.get(key)
-        if isinstance(item, h5py.Group) and depth < 3:
-            _walk(item, f"{prefix}{key}/", found, depth + 1)
-        else:
-            found.add(f"{prefix}{key}")

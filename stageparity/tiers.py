@@ -17,16 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
 from _pytest.junitxml import xml_key
+from _pytest.outcomes import Skipped
+
+from stageparity import atomic
 
 __all__ = ["NotRun", "Tier", "Tiers", "not_run"]
 
 
-class NotRun(pytest.skip.Exception):
+class NotRun(Skipped):
     """The only way to end a test without a verdict where a project has tiers; any other skip fails the run."""
 
 
@@ -141,7 +143,7 @@ class Tiers:
         elif report.skipped and not (call.excinfo and isinstance(call.excinfo.value, NotRun)):
             report.outcome, report.longrepr = "failed", f"skipped outside not_run: {_reason(report)}"
         # On the report itself, so that it also arrives from another process (pytest-xdist).
-        report.tier, report.lacking = self.tier_of(item).name, self._lacking(item)
+        vars(report).update(tier=self.tier_of(item).name, lacking=self._lacking(item))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -174,7 +176,7 @@ class Tiers:
             if xml is not None:
                 xml.add_global_property(f"tier.{tier.name}", tier.line())
         if path := self.config.option.tiers_md:
-            Path(path).write_text(self.markdown(), encoding="utf-8")
+            atomic.write_text(path, self.markdown())
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.config.option.collectonly:

@@ -1,19 +1,16 @@
 """Writing golden cases, for the tools: bytes that depend on content alone, and sets replaced in one step.
 
-HDF5 without times and with a fixed format version gives the same bytes twice. A set is replaced by exchanging two
-folders, which the kernel does atomically: whatever kills the process, either the old set or the new one is there,
-whole.
+HDF5 without times and with a fixed format version gives the same bytes twice. Whatever kills the process, either the old set
+or the new one is there, whole (`stageparity.atomic`).
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
 import hashlib
 import os
 import shutil
-import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,6 +21,7 @@ import h5py
 import numpy as np
 from safetensors.numpy import save
 
+from stageparity import atomic
 from stageparity.golden import Golden, GoldenError, Sampled, Whole
 from stageparity.manifest import FORMAT, PARTS, content_sha256, describe, render, weights_sha256
 
@@ -48,7 +46,7 @@ class NewCase:
 
 def write_weights(folder: Path, name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, str]:
     """Write a safetensors file (sorted names, no metadata) and return what a manifest says about it."""
-    _put(folder / name, save({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}))
+    atomic.write_bytes(folder / name, save({key: np.ascontiguousarray(tensors[key]) for key in sorted(tensors)}))
     return {"file": name, "sha256": weights_sha256(tensors)}
 
 
@@ -58,19 +56,19 @@ def write_case(folder: Path, case: NewCase, *, compress: bool = True) -> None:
     Raises GoldenError for a tensor that is empty or not finite.
     """
     path = folder / f"{case.name}.h5"
-    draft = path.with_suffix(".h5.tmp")
     written: dict[str, str] = {}
-    with h5py.File(draft, "w", libver=("v110", "v110"), track_order=False) as file:
+    with tempfile.TemporaryDirectory() as scratch:  # HDF5 in memory would be laid out in other bytes
+        with h5py.File(Path(scratch, path.name), "w", libver=("v110", "v110"), track_order=False) as file:
 
-        def put(place: str, array: np.ndarray) -> dict[str, Any]:
-            return _dataset(file, place, array, written, compress, f"{case.name}: {place}")
+            def put(place: str, array: np.ndarray) -> dict[str, Any]:
+                return _dataset(file, place, array, written, compress, f"{case.name}: {place}")
 
-        inputs = {stage: put(f"inputs/{stage}", case.inputs[stage]) for stage in sorted(case.inputs)}
-        targets = {
-            variant: {stage: _entry(put, f"{variant}/{stage}", stages[stage]) for stage in sorted(stages)}
-            for variant, stages in sorted(case.targets.items())
-        }
-    raw = draft.read_bytes()
+            inputs = {stage: put(f"inputs/{stage}", case.inputs[stage]) for stage in sorted(case.inputs)}
+            targets = {
+                variant: {stage: _entry(put, f"{variant}/{stage}", stages[stage]) for stage in sorted(stages)}
+                for variant, stages in sorted(case.targets.items())
+            }
+        raw = Path(scratch, path.name).read_bytes()
     body = {
         "format": FORMAT,
         "case": case.name,
@@ -83,10 +81,8 @@ def write_case(folder: Path, case: NewCase, *, compress: bool = True) -> None:
         "targets": targets,
         "left_out": dict(case.left_out),
     }
-    with open(draft, "rb") as file_:
-        os.fsync(file_.fileno())
-    os.replace(draft, path)
-    _put(path.with_suffix(".json"), render(body))
+    atomic.write_bytes(path, raw)
+    atomic.write_bytes(path.with_suffix(".json"), render(body))
 
 
 def _entry(put: Callable[[str, np.ndarray], dict[str, Any]], place: str, golden: Golden) -> dict[str, Any]:
@@ -138,34 +134,21 @@ def replaced(
     """Replace a golden set as a whole: yields a copy of it to change, and exchanges the two folders at the end.
 
     Holds the lock of the golden folder (default: the set's parent) for the whole time; a second writer gets GoldenError.
-    An exception leaves the set as it was. record: called with the new set in place and the lock still held, for the
-    ledger. at: called with the name of each point passed (tests kill the process there).
+    An exception leaves the set as it was; so does OSError where the file system cannot exchange folders. record: called with
+    the new set in place and the lock still held, for the ledger. at: called with the name of each point passed (tests kill
+    the process there).
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with locked(goldens or target.parent):
-        draft = target.parent / f".{target.name}.new"
-        shutil.rmtree(draft, ignore_errors=True)
-        if target.exists():
-            shutil.copytree(target, draft)
-        else:
-            draft.mkdir()
-        at("copied")
-        try:
+        with atomic.replacing(target, lambda old: None if old == target.absolute() else at("exchanged")) as draft:
+            if target.exists():
+                shutil.copytree(target, draft, dirs_exist_ok=True)
+            at("copied")
             yield draft
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
-        at("written")
-        for path in (*draft.iterdir(), draft):
-            _sync(path)
-        at("synced")
-        if target.exists():
-            _exchange(draft, target)
-            at("exchanged")
-            shutil.rmtree(draft)
-        else:
-            os.rename(draft, target)
-        _sync(target.parent)
+            at("written")
+            for path in draft.iterdir():
+                atomic.sync(path)
+            at("synced")
         at("cleaned")
         if record is not None:
             record()
@@ -187,39 +170,5 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
                 f"{folder}: another process is writing goldens here: wait for it, then run again"
             ) from None
         yield
-    finally:
-        os.close(handle)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two folders in one step (renameat2 on Linux, renamex_np on macOS)."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if sys.platform == "darwin":
-        failed = libc.renamex_np(os.fsencode(one), os.fsencode(other), 2)
-    elif hasattr(libc, "renameat2"):
-        failed = libc.renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2)
-    else:
-        raise GoldenError("this system cannot exchange two folders in one step: regenerate on Linux or macOS")
-    if failed:
-        code = ctypes.get_errno()
-        name = errno.errorcode.get(code, str(code))
-        raise GoldenError(
-            f"{other}: exchanging folders failed ({name}): use a file system that can, such as ext4 or xfs"
-        )
-
-
-def _put(path: Path, data: bytes) -> None:
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(draft, path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
     finally:
         os.close(handle)

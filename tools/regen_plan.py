@@ -24,13 +24,12 @@ from stageparity.store import Case, list_cases, open_case
 from stageparity.writer import NewCase
 from vidi.parity.stages import STAGES
 
-__all__ = ["RECIPES", "WEIGHTS", "Change", "oracle_case", "plan"]
+__all__ = ["RECIPES", "Change", "oracle_case", "plan"]
 
 ROOT = Path(__file__).resolve().parents[1]
-# The sets made by the oracle, and the recipes of each: cases(), weights().
+# The sets made by the oracle, and the recipes of each: cases(), weights(config).
 RECIPES = {"small": recipes, "small-7b": recipes_7b}
 VARIANTS = {"none": "none", "cast": "official"}  # variant -> casts of the oracle
-WEIGHTS = "weights.safetensors"
 CHANGED = 1e-10  # of rms
 
 
@@ -54,7 +53,7 @@ class Change:
 
 def oracle_case(recipe: recipes.Recipe, weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """All tensors that the oracle computes for a recipe: variant -> stage id -> array."""
-    table = recipes.POS_FREQ  # both models' small cases are 24 wide
+    table = recipes.pos_freq(recipe.config)
     result = {}
     for variant, casts in VARIANTS.items():
         result[variant] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
@@ -80,7 +79,7 @@ def plan(
     candidate: new values by stage id for the one named case and variant `none`, in place of the oracle's.
     """
     source = RECIPES[folder.name]
-    made, weights = source.cases(), source.weights()
+    made = source.cases()
     stored = {ref.name for ref in list_cases(folder)}
     wanted = set(made) | stored if names is None else set(names)
     unknown = wanted - set(made) - stored
@@ -88,7 +87,6 @@ def plan(
         raise GoldenError(f"no small case named {', '.join(sorted(unknown))}: there are {', '.join(sorted(made))}")
     changes: list[Change] = []
     cases: dict[str, NewCase] = {}
-    weights_entry = {"file": WEIGHTS, "sha256": weights_sha256(weights)}
     for name in sorted(wanted):
         old = open_case(folder, name) if name in stored else None
         if old is not None and old.provenance["origin"] == "official":
@@ -96,7 +94,7 @@ def plan(
         if name not in made:
             changes.append(Change(name, "", "gone: no recipe makes this case any more"))
             continue
-        found, case = _compare_case(old, made[name], weights, weights_entry, glob, candidate)
+        found, case = _compare_case(old, made[name], source.weights(made[name].config), glob, candidate)
         changes += found
         if found:
             cases[name] = case
@@ -107,10 +105,10 @@ def _compare_case(
     old: Case | None,
     recipe: recipes.Recipe,
     weights: Mapping[str, np.ndarray],
-    weights_entry: Mapping[str, str],
     glob: str | None,
     candidate: Mapping[str, np.ndarray] | None,
 ) -> tuple[list[Change], NewCase]:
+    weights_entry = {"file": recipe.weights_file, "sha256": weights_sha256(weights)}
     oracle = oracle_case(recipe, weights)
     changes: list[Change] = []
     targets: dict[str, dict[str, Golden]] = {}

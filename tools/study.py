@@ -23,21 +23,22 @@ from stageparity import evidence, ledger
 from stageparity.golden import GoldenError
 from stageparity.writer import locked
 from tools import studies
-from tools.studies import LEDGER, NAMES, ROOT, again, say, study
+from tools.studies import LEDGER, NAMES, ROOT, again, gpu, say, study
+from vidi.cli import guarded
 
-__all__ = ["main"]
+__all__ = ["main", "stale"]
 
 LISTED = 40  # moves written out in one ledger entry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
+    return guarded(_run, arguments, name="study.py")
+
+
+def _run(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
-    try:
-        return _check(args) if args.study is None else _study(args)
-    except (GoldenError, ValueError, OSError) as error:
-        say(f"refused: {error}")
-        return 2
+    return _check(args) if args.study is None else _study(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,17 +56,24 @@ def _parser() -> argparse.ArgumentParser:
         own = named.add_parser(
             name, description=sys.modules[f"tools.studies.{name}"].__doc__, parents=[common], **shape
         )
-        own.add_argument("--accept", action="store_true", help="write what was measured, and enter it in the ledger")
+        either = own.add_mutually_exclusive_group()
+        either.add_argument("--accept", action="store_true", help="write what was measured, and enter it in the ledger")
+        either.add_argument("--stored", action="store_true", help="show what is stored, measure nothing")
         own.add_argument("--reason", default="", help="why; needed for writing")
-        own.add_argument("--stored", action="store_true", help="show what is stored, measure nothing")
         module.add_arguments(own)
     return parser
+
+
+def stale(goldens: Path) -> dict[str, list[str]]:
+    """Study, or result of a GPU -> why it is not today's; what is current is left out."""
+    found = {name: studies.stale_of(name, goldens) for name in NAMES} | gpu.stale()
+    return {name: lines for name, lines in found.items() if lines}
 
 
 def _check(args: argparse.Namespace) -> int:
     if not args.check:
         raise ValueError(f"name a study ({', '.join(NAMES)}), or --check")
-    found = studies.stale(args.goldens)
+    found = stale(args.goldens)
     if args.json:
         print(json.dumps(found, indent=1))
     else:
@@ -130,4 +138,4 @@ def _refuse_where_unsafe(part: str, reason: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -2,41 +2,55 @@
 
 The official file describes the decoder and the bridge; the towers are two public models that it only names, so
 their sizes default to those models and may be given as ``vision_config`` / ``audio_config`` beside the other fields.
+Defaults are the release's, read from `release.toml`.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from stageparity import strict
 from vidi import official, official_7b
+from vidi.release import RELEASE, ReleaseWarning, contradictions
 
 __all__ = ["AudioConfig", "ConfigError", "DecoderConfig", "VidiConfig", "VisionConfig"]
 
 
 class ConfigError(ValueError):
-    """A configuration that this model cannot honour; the text names the fields."""
+    """A configuration that this model cannot honour; the text names the fields, in one line of bounded length."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(strict.one_line(problem))
 
 
+_VISION, _AUDIO, _BRIDGE, _TOKENS = (RELEASE[table] for table in ("vision", "audio", "bridge", "tokens"))
 _MAY_BE_NEGATIVE = {"image_placeholder"}
 _MAY_BE_ZERO = {"pad_id", "bos_id", "end_of_turn_id"}
+# Sizes and positions are counted in 32 bits; real values beyond these would overflow the dtypes that they are cast to.
+_LARGEST, _SMALLEST_REAL, _LARGEST_REAL = 2**31 - 1, 1e-12, 1e9
 
 
 def _mistyped(part: Any) -> Iterator[str]:
-    """What is no number where one is declared, or has the wrong sign: counts are at least 1, real values above 0."""
+    """What is no number where one is declared, or out of its range: counts are at least 1, real values above 0."""
     for entry in fields(part):
         value, declared = getattr(part, entry.name), str(entry.type)
-        least = -math.inf if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
         if value is None and "None" in declared:
             continue
-        if declared.startswith("int") and not (type(value) is int and value >= least):
-            yield f"{entry.name} = {value!r:.80} (a whole number{f' of at least {least}' if least > -math.inf else ''})"
-        if "float" in declared and not (type(value) in (int, float) and 0 < value < math.inf):
-            yield f"{entry.name} = {value!r:.80} (a positive number)"
+        least = -_LARGEST if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
+        if declared.startswith("int") and not (type(value) is int and least <= value <= _LARGEST):
+            yield f"{entry.name} = {_shown(value)} (a whole number from {least} to {_LARGEST:,})"
+        real = type(value) in (int, float) and _SMALLEST_REAL <= value <= _LARGEST_REAL
+        if "float" in declared and not real:
+            yield f"{entry.name} = {_shown(value)} (a number from {_SMALLEST_REAL} to {_LARGEST_REAL:,.0f})"
+
+
+def _shown(value: Any) -> str:
+    text = "an integer of many digits" if type(value) is int and abs(value) > 10**30 else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 class _Checked:
@@ -51,14 +65,14 @@ class _Checked:
 class VisionConfig(_Checked):
     """SigLIP2 tower. Defaults: so400m patch14-384."""
 
-    image_size: int = 384
-    patch_size: int = 14
-    num_channels: int = 3
-    hidden_size: int = 1152
-    num_layers: int = 27
-    num_heads: int = 16
-    intermediate_size: int = 4304
-    layer_norm_eps: float = 1e-6
+    image_size: int = _VISION["image_size"]
+    patch_size: int = _VISION["patch_size"]
+    num_channels: int = _VISION["num_channels"]
+    hidden_size: int = _VISION["hidden_size"]
+    num_layers: int = _VISION["num_layers"]
+    num_heads: int = _VISION["num_heads"]
+    intermediate_size: int = _VISION["intermediate_size"]
+    layer_norm_eps: float = _VISION["layer_norm_eps"]
 
     @property
     def patches_per_side(self) -> int:
@@ -69,13 +83,13 @@ class VisionConfig(_Checked):
 class AudioConfig(_Checked):
     """Whisper encoder. Defaults: large-v3."""
 
-    num_mel_bins: int = 128
-    hidden_size: int = 1280
-    num_layers: int = 32
-    num_heads: int = 20
-    intermediate_size: int = 5120
-    max_source_positions: int = 1500
-    layer_norm_eps: float = 1e-5
+    num_mel_bins: int = _AUDIO["num_mel_bins"]
+    hidden_size: int = _AUDIO["hidden_size"]
+    num_layers: int = _AUDIO["num_layers"]
+    num_heads: int = _AUDIO["num_heads"]
+    intermediate_size: int = _AUDIO["intermediate_size"]
+    max_source_positions: int = _AUDIO["max_source_positions"]
+    layer_norm_eps: float = _AUDIO["layer_norm_eps"]
 
     @property
     def mel_frames(self) -> int:
@@ -120,18 +134,18 @@ class VidiConfig(_Checked):
     vision: VisionConfig
     audio: AudioConfig
     decoder: DecoderConfig
-    image_pool_size: int = 2
-    audio_pool_size: int = 5
-    time_interval: int = 10000
-    norm_std: float = 0.028976401314139366
-    visual_token_budget: int = 60000
-    budget_scope: Literal["batch", "video"] = "batch"
+    image_pool_size: int = _BRIDGE["image_pool_size"]
+    audio_pool_size: int = _BRIDGE["audio_pool_size"]
+    time_interval: int = _BRIDGE["time_interval"]
+    norm_std: float = _BRIDGE["norm_std"]
+    visual_token_budget: int = _BRIDGE["visual_token_budget"]
+    budget_scope: Literal["batch", "video"] = _BRIDGE["budget_scope"]
     loss_threshold: float | None = None
-    bos_id: int = 2
-    pad_id: int = 0
-    end_of_turn_id: int = 107
-    image_placeholder: int = -200
-    max_positions: int = 8192
+    bos_id: int = _TOKENS["bos_id"]
+    pad_id: int = _TOKENS["pad_id"]
+    end_of_turn_id: int = _TOKENS["end_of_turn_id"]
+    image_placeholder: int = _TOKENS["image_placeholder"]
+    max_positions: int = _TOKENS["max_positions"]
     # Which parts the bridge has: how patches become tokens, which step gives sound the decoder's width, and whether the
     # position MLPs' weights pass through the model's dtype on their way to float32.
     image_grid: Literal["fold", "conv"] = "fold"
@@ -145,6 +159,9 @@ class VidiConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(
+            self, "norm_std", float(self.norm_std)
+        )  # weights start from it: a file's 1 must not make integers
         wrong = []
         if self.image_grid == "fold" and self.image_pool_size != 2:
             wrong.append(f"mm_image_pool_size {self.image_pool_size}: only 2 is specified")
@@ -153,7 +170,7 @@ class VidiConfig(_Checked):
                 f"mm_image_pool_size {self.image_pool_size}: the grid has {self.vision.patches_per_side} patches a side"
             )
         if self.budget_scope not in ("batch", "video"):
-            wrong.append(f"budget_scope {self.budget_scope!r}: 'batch' or 'video'")
+            wrong.append(f"budget_scope {_shown(self.budget_scope)}: 'batch' or 'video'")
         if self.visual_token_budget < 1:
             wrong.append(f"visual_token_budget {self.visual_token_budget}: at least 1")
         d = self.decoder
@@ -164,6 +181,8 @@ class VidiConfig(_Checked):
         for name, tower in (("vision", self.vision), ("audio", self.audio)):
             if tower.hidden_size % tower.num_heads:
                 wrong.append(f"{name} width {tower.hidden_size} is no multiple of its {tower.num_heads} heads")
+        if self.vision.patch_size > self.vision.image_size:
+            wrong.append(f"patches of {self.vision.patch_size} pixels in images of {self.vision.image_size}")
         if self.vision.num_layers < 2:
             wrong.append("the vision tower is read at the layer before its last: it needs at least 2 layers")
         if wrong:
@@ -184,13 +203,15 @@ class VidiConfig(_Checked):
         ``vision`` and ``audio`` give the towers' sizes (ours, or a Hugging Face tower config as a mapping); without
         them ``raw["vision_config"]`` / ``raw["audio_config"]`` count, and without those the two public models.
 
-        Raises ConfigError naming every unknown, missing or contradictory field.
+        Raises ConfigError naming every unknown, missing or contradictory field. Warns (`ReleaseWarning`), naming the
+        fields, where a model of the released widths has other numbers than the release: weights that fit them may be
+        the released ones, and would give wrong answers.
         """
         known = official_7b.SEVEN if _is_7b(raw) else official.NINE
         wrong = []
         for name, allowed in known.values.items():
             if name in raw and raw[name] not in allowed:
-                wrong.append(f"{name} = {raw[name]!r} (this model computes {' or '.join(map(repr, allowed))})")
+                wrong.append(f"{name} = {_shown(raw[name])} (this model computes {' or '.join(map(repr, allowed))})")
         if wrong:
             raise ConfigError("fields that this model cannot honour: " + "; ".join(wrong))
         needed = known.needed if vision or "vision_config" in raw else (*known.needed, *known.tower)
@@ -200,7 +221,7 @@ class VidiConfig(_Checked):
             raise ConfigError(
                 f"unknown fields: {', '.join(unknown)}; remove them, or teach vidi/config.py their meaning"
             )
-        return cls(
+        config = cls(
             vision=_tower(
                 VisionConfig,
                 official.VISION_FIELDS,
@@ -216,6 +237,14 @@ class VidiConfig(_Checked):
             **known.bridge_parts,
             **{ours: raw[name] for name, ours in known.bridge.items() if name in raw and not _absent(raw, name)},
         )
+        if found := contradictions(config):
+            warnings.warn(
+                f"a model of the released widths whose config.json contradicts the release: {'; '.join(found)}. Where its "
+                "weights are the released ones, answers will be wrong: correct config.json",
+                ReleaseWarning,
+                stacklevel=2,
+            )
+        return config
 
     @classmethod
     def from_file(cls, path: str | Path) -> VidiConfig:
@@ -223,27 +252,22 @@ class VidiConfig(_Checked):
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{path}: no such file; a checkpoint folder holds config.json beside its shards"
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: a JSON object is expected, found {type(raw).__name__}")
-        try:
-            return cls.from_official(raw)
+            return cls.from_official(strict.read_json(path, hub_cache=True))
+        except strict.Missing:
+            text = "no such file; a checkpoint folder holds config.json beside its shards"
+            raise ConfigError(f"{path}: {text}") from None
+        except strict.Refused as error:
+            raise ConfigError(str(error)) from None
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
     def to_official(self) -> dict[str, Any]:
         """The official fields, with the towers' sizes beside them where they are not the public models'."""
         known = official_7b.SEVEN if self.decoder.kind == "mistral" else official.NINE
-        raw: dict[str, Any] = {"architectures": [known.architecture]}
+        raw: dict[str, Any] = {"model_type": known.values["model_type"][0], "architectures": [known.architecture]}
         raw |= {name: getattr(self.decoder, ours) for name, ours in known.decoder.items()}
         raw |= {name: getattr(self, ours) for name, ours in known.bridge.items()}
-        raw |= {name: allowed[0] for name, allowed in known.values.items()}
+        raw |= {name: allowed[0] for name, allowed in known.values.items() if name != "model_type"}
         raw["torch_dtype"] = "bfloat16"
         if self.vision != VisionConfig():
             raw["vision_config"] = {name: getattr(self.vision, ours) for name, ours in official.VISION_FIELDS.items()}
@@ -256,25 +280,7 @@ class VidiConfig(_Checked):
     @classmethod
     def full(cls) -> VidiConfig:
         """The released 9B checkpoint (spec §1)."""
-        return cls(
-            vision=VisionConfig(),
-            audio=AudioConfig(),
-            decoder=DecoderConfig(
-                vocab_size=256000,
-                hidden_size=3584,
-                intermediate_size=14336,
-                num_layers=42,
-                num_heads=16,
-                num_kv_heads=8,
-                head_dim=256,
-                sliding_window=4096,
-                query_pre_attn_scalar=256,
-                attn_softcap=50.0,
-                final_softcap=30.0,
-                rms_norm_eps=1e-6,
-                rope_theta=10000.0,
-            ),
-        )
+        return cls(vision=VisionConfig(), audio=AudioConfig(), decoder=DecoderConfig(**RELEASE["decoder"]))
 
     @classmethod
     def tiny(cls) -> VidiConfig:
@@ -343,11 +349,11 @@ def _tower(
         raise ConfigError(f"unknown fields in {name}_config: {', '.join(unknown)}")
     for field_name, value in required.items():
         if field_name in raw and raw[field_name] != value:
-            raise ConfigError(f"{name}_config.{field_name} = {raw[field_name]!r} (this model computes {value!r})")
+            raise ConfigError(f"{name}_config.{field_name} = {_shown(raw[field_name])} (this model computes {value!r})")
     config = kind(**{ours: raw[theirs] for theirs, ours in fields.items() if theirs in raw})
     if isinstance(config, AudioConfig) and raw.get("nb_max_frames", config.mel_frames) != config.mel_frames:
         raise ConfigError(
-            f"audio_config.nb_max_frames {raw['nb_max_frames']} is not twice max_source_positions "
+            f"audio_config.nb_max_frames {_shown(raw['nb_max_frames'])} is not twice max_source_positions "
             f"{config.max_source_positions}"
         )
     return config

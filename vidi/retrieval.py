@@ -87,7 +87,7 @@ class Answer:
         ]
         fields = {"video": self.video, "query": self.query, "duration_sec": self.duration_sec, "times": self.times}
         fields |= {"ranges": ranges, "text": self.text, "tokens": list(self.tokens)}
-        return json.dumps(fields, ensure_ascii=False, indent=2)
+        return json.dumps(fields, indent=2)
 
 
 @dataclass(frozen=True)

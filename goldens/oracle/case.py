@@ -60,10 +60,11 @@ class Sizes:
     audio_layers: int
     audio_heads: int
     audio_positions: int
+    audio_eps: float
     stop_id: int
+    placeholder: int
     parts: Parts
     rounded_positions: bool = False  # position MLPs' weights, to the model's dtype, before they are widened
-    pad_id: int = 0
     final_softcap: float | None = None
     token_budget: int | None = None
     budget_scope: str = "batch"

@@ -5,6 +5,7 @@ from typing import Any
 
 from . import nine, seven
 from .case import Sizes
+from .text import IMAGE_PLACEHOLDER
 
 __all__ = ["read"]
 
@@ -30,6 +31,8 @@ def read(config: Mapping[str, Any]) -> Sizes:
         audio_layers=audio["encoder_layers"],
         audio_heads=audio["encoder_attention_heads"],
         audio_positions=audio["max_source_positions"],
+        audio_eps=audio.get("layer_norm_eps", 1e-5),
+        placeholder=config.get("image_placeholder", IMAGE_PLACEHOLDER),
         parts=MODELS[kind].PARTS,
         **MODELS[kind].numbers(config),
     )

@@ -42,7 +42,7 @@ def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
         "time_interval": config.get("mm_time_interval", 10000),
         "token_budget": config.get("visual_token_budget", 60000),
         "budget_scope": scope,
-        "stop_id": 107,
+        "stop_id": config.get("end_of_turn_id", 107),
     }
 
 

@@ -102,7 +102,9 @@ def forward(
     trace = Trace(keep, anchor, Arithmetic(casts, round_to).store)
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, trace)
     labels_BS = inputs.get("inputs.labels")
-    ids_BT, keep_BT, labels_BT = pack(inputs["inputs.input_ids"], inputs.get("inputs.attention_mask"), labels_BS)
+    ids_BT, keep_BT, labels_BT = pack(
+        inputs["inputs.input_ids"], inputs.get("inputs.attention_mask"), labels_BS, placeholder=run.sizes.placeholder
+    )
     n_BTD = run.text(ids_BT, keep_BT, trace)
     if labels_BT is None:
         run.logits(n_BTD, trace)
@@ -130,13 +132,13 @@ def greedy(
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, Trace([]))
     prompt, mask = inputs["inputs.input_ids"], inputs.get("inputs.attention_mask")
     batch, vocabulary = len(prompt), len(weights["model.embed_tokens.weight"])
-    tokens_BS = np.full((batch, steps), run.sizes.pad_id, np.int64)
+    tokens_BS = np.zeros((batch, steps), np.int64)
     lengths_B = np.full(batch, steps, np.int64)
     logits_BSK = np.zeros((batch, steps, vocabulary), run.ar.work)
     gap_BS = np.full((batch, steps), np.inf)
     running_B = np.ones(batch, bool)
     for step in range(steps):
-        ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=tokens_BS[:, :step])
+        ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=tokens_BS[:, :step], placeholder=run.sizes.placeholder)
         logits_BTK = run.logits(run.text(ids_BT, keep_BT, Trace([])), Trace([]))
         last_BK = logits_BTK[np.arange(batch), keep_BT.sum(axis=1) - 1]
         for b in np.flatnonzero(running_B):
@@ -165,7 +167,7 @@ def teacher_forced(
     pass over prompt and tokens[:-1] holds them all, because the text is causal."""
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, Trace([]))
     prompt, mask = inputs["inputs.input_ids"], inputs.get("inputs.attention_mask")
-    ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=np.asarray(tokens_BS)[:, :-1])
+    ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=np.asarray(tokens_BS)[:, :-1], placeholder=run.sizes.placeholder)
     all_BTK = run.logits(run.text(ids_BT, keep_BT, Trace([])), Trace([]))
     steps = np.asarray(tokens_BS).shape[1]
     first_B = keep_BT.sum(axis=1) - steps  # the prompt's last token: T_b = prompt + steps - 1

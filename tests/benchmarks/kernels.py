@@ -48,7 +48,7 @@ def attention(
     options: dict[str, Any] = {"scale": head_dim**-0.5, "softcap": softcap, "window": window}
     if causal:
         options["q_pos_BT"] = torch.arange(queries, device=site.device).expand(samples, queries)
-    asked = {"dtype": HALF, "device": site.device, "head_dim": head_dim, "softcap": softcap}
+    asked: dict[str, Any] = {"dtype": HALF, "device": site.device, "head_dim": head_dim, "softcap": softcap}
     able = [b for b in backends if limits.why_not(b, **asked) is None]
 
     def call(backend: str) -> Callable[[], Tensor]:
@@ -170,7 +170,7 @@ def stream_update(site: Site) -> Kernel:
     """All tokens of a video of 300 frames through one decoder layer: keys and values, value as attention, MLP."""
     sizes = site.config.decoder
     tokens = 128 if site.small else 61_800
-    layer: Any = site.module(DecoderLayer(sizes, 1))
+    layer = site.module(DecoderLayer(sizes, 1))
     fused = weights.decoder_layer(layer)
     x = site.randn(1, tokens, sizes.hidden_size)
     used = x[0].clone()
@@ -181,7 +181,7 @@ def stream_update(site: Site) -> Kernel:
         return decoder.update_in_chunks(layer, x, v)
 
     def fast() -> None:
-        streams.run(used, [fused], held, chunk=decoder.STREAM_CHUNK, last_stream=True)
+        streams.run(used, [fused], [held[0]], chunk=decoder.STREAM_CHUNK, last_stream=True)
 
     heads = sizes.num_heads + 2 * sizes.num_kv_heads
     products = sizes.hidden_size * (heads * sizes.head_dim + 3 * sizes.intermediate_size)

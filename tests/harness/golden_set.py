@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 
 from stageparity import sketch
-from stageparity.golden import Sampled, Sketched, stats_of, whole
+from stageparity.golden import Golden, Sampled, Sketched, stats_of, whole
 from stageparity.manifest import parse, render
 from stageparity.writer import NewCase, write_case, write_weights
 
@@ -36,7 +36,7 @@ def make_set(folder: Path) -> Path:
         np.arange(40),
     )
     sketched = Sketched(stream.shape, "float32", sketch.make(stream.reshape(40, 4), sketch.SketchSpec(block_rows=16)))
-    targets = {
+    targets: dict[str, Golden] = {
         "text.embeds": whole(embeds),
         "text.mask": whole(mask),
         "layer.0.input": whole(embeds),

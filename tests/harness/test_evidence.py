@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,12 @@ def harmed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
         }
 
     def go(file: str, text: str) -> set[str]:
-        for module in (
-            gpu,
-            *(sys.modules[f"tools.studies.{name}"] for name in ("baselines", "runs", "faults", "mutants")),
-        ):
-            monkeypatch.setattr(module, "ROOT", checkout)
-        before, plain = bases(), (checkout / file).read_text()
-        documents = {name: {"measured_on": evidence.measured_on(basis, checkout)} for name, basis in before.items()}
+        for name in ("gpu", "baselines", "runs", "faults", "mutants"):
+            monkeypatch.setattr(sys.modules[f"tools.studies.{name}"], "ROOT", checkout)
+        documents, plain = (
+            {name: {"measured_on": asdict(own)} for name, own in bases().items()},
+            (checkout / file).read_text(),
+        )
         try:
             (checkout / file).write_text(plain + text)
             stale = {name: evidence.stale(documents[name], basis, "AGAIN") for name, basis in bases().items()}
@@ -209,6 +209,7 @@ def test_a_comment_makes_none_stale(harmed: Any) -> None:
     assert {"baselines", *CPU} <= harmed("stageparity/compare.py", "\nPLANTED = 1\n")
 
 
+@pytest.mark.slow
 def test_a_run_enters_no_file_whose_hash_is_not_kept() -> None:
     """Follow the calls of judged runs: imports are told from text, and a file that they miss would never make anything stale."""
     entered: set[str] = set()
@@ -249,7 +250,7 @@ def goldens(tmp_path: Path) -> Path:
 
 
 def _parts(then: Basis, now: Basis) -> list[str]:
-    lines = evidence.stale({"measured_on": evidence.measured_on(then, ROOT)}, now, "AGAIN")
+    lines = evidence.stale({"measured_on": asdict(then)}, now, "AGAIN")
     return [
         line.removeprefix("other ").replace(" than it was measured on", "").removesuffix(": AGAIN") for line in lines
     ]
@@ -327,6 +328,7 @@ def test_nothing_is_accepted_within_pytest_without_a_reason_or_in_part(capsys: p
     assert (GOLDENS / studies.LEDGER["noise"]).read_bytes() == before
     for arguments, said in (
         (["noise", "--accept"], '--accept needs --reason "..."'),
+        (["noise", "--accept", "--stored", "--reason", "x"], "argument --stored: not allowed with argument --accept"),
         (["noise", "--dtype", "float64", "--accept", "--reason", "x"], "--dtype float64 is a part of the study"),
         (["alarms", "--count", "3", "--accept", "--reason", "x"], "--count 3 is a part of the study"),
         (["mutants", "--only", "*", "--accept", "--reason", "x"], "--only * is a part of the study"),
@@ -334,7 +336,42 @@ def test_nothing_is_accepted_within_pytest_without_a_reason_or_in_part(capsys: p
     ):
         asked = subprocess.run([sys.executable, "tools/study.py", *arguments], cwd=ROOT, capture_output=True, text=True)
         assert asked.returncode == 2
-        assert f"refused: {said}" in asked.stderr
+        assert said in asked.stderr
+
+
+@pytest.mark.slow
+def test_an_accepted_study_is_written_and_entered_and_moves_nothing_when_measured_again(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    for name in ("small/novideo.json", "small/novideo.h5", "small/weights.safetensors", "pos_freq.safetensors"):
+        shutil.copy(GOLDENS / name, tmp_path / name)
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable,
+            "tools/study.py",
+            "baselines",
+            "--goldens",
+            str(tmp_path),
+            "--accept",
+            "--reason",
+            "first",
+            *more,
+        ]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+    assert run().returncode == 0
+    path = tmp_path / studies.LEDGER["baselines"]
+    (entry,) = ledger.entries(tmp_path)
+    assert (entry["subject"], entry["why"], entry["sha256"]) == ("baselines", "first", ledger.file_sha256(path))
+    assert studies.stale_of("baselines", tmp_path) == []
+    stored, found = evidence.read(GOLDENS / studies.LEDGER["baselines"]), evidence.read(path)
+    assert stored is not None
+    assert found is not None
+    assert set(found["errors"]) == {"small/novideo"}
+    assert list(found["errors"]["small/novideo"]) == list(stored["errors"]["small/novideo"])
+    again = run()
+    assert "no figure moved" in again.stdout
+    assert len(ledger.entries(tmp_path)) == 2
 
 
 def test_check_names_what_is_missing_and_exits_1(goldens: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +407,7 @@ def test_two_cases_measured_with_two_oracles_do_not_stand_in_one_file() -> None:
 def test_every_run_names_what_is_stale_and_fails_where_a_file_is_missing(
     line: str, code: int, said: list[str], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studies, "stale", lambda goldens: {"alarms": [line]})
+    monkeypatch.setattr(study, "stale", lambda goldens: {"alarms": [line]})
     pytester.makepyfile("def test_good(): pass")
     result = pytester.runpytest_inprocess("-p", "tests.plugin.evidence")
     assert result.ret == code

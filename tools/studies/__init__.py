@@ -17,22 +17,9 @@ from stageparity.evidence import Basis
 from stageparity.golden import GoldenError
 
 __all__ = [
-    "CPU",
-    "FRAME",
-    "GATE",
-    "LEDGER",
-    "LONG",
-    "NAMES",
-    "ROOT",
-    "Study",
-    "again",
-    "chosen",
-    "counts",
-    "say",
-    "stale",
-    "stale_of",
+    "CPU", "FRAME", "GATE", "LEDGER", "LONG", "NAMES", "ROOT", "Study", "again", "chosen", "counts", "say", "stale_of",
     "study",
-]
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("baselines", "noise", "faults", "alarms", "mutants")
@@ -40,18 +27,14 @@ GATE = NAMES[:3]  #: measured in minutes: stale ones fail the gate, the others `
 LEDGER = {name: f"measured/{name}.json" for name in NAMES}
 LONG = ("official/longvideo", "official/verylong")  #: half a minute a run
 FRAME = ("tools/studies/__init__.py", "tools/studies/gpu.py", *evidence.ASIDE)  #: what writes a result down
-CPU = (
-    *FRAME,
-    "vidi/fast/*",
-    "vidi/attention/flash.py",
-    "vidi/attention/flex.py",
-)  #: what a study on a CPU never enters
+CPU = (*FRAME, "vidi/fast/*", "vidi/attention/fl*.py")  #: what a study on a CPU never enters
 
 
 class Study(Protocol):
     """What `tools/study.py` asks of a module. A document is what its file holds, without ``measured_on``."""
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Its own options, beside --goldens, --accept, --reason, --stored and --json."""
 
     def basis(self, goldens: Path) -> Basis:
         """What the whole study depends on today."""
@@ -84,14 +67,6 @@ def again(name: str) -> str:
 def stale_of(name: str, goldens: Path) -> list[str]:
     """Why a stored study is not today's; empty where it is."""
     return evidence.stale(evidence.read(goldens / LEDGER[name]), study(name).basis(goldens), again(name))
-
-
-def stale(goldens: Path) -> dict[str, list[str]]:
-    """The same of every study and every result of a GPU; what is current is left out."""
-    from tools.studies import gpu
-
-    found = {name: stale_of(name, goldens) for name in NAMES} | gpu.stale()
-    return {name: lines for name, lines in found.items() if lines}
 
 
 def counts(before: Mapping[str, Any] | None, after: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]:

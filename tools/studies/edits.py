@@ -11,6 +11,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tools.studies import ROOT
@@ -177,17 +178,29 @@ def _put(tree: ast.AST, path: Path_, new: ast.AST) -> None:
         getattr(owner, name)[index] = new
 
 
+def _to(name: str, value: Any) -> Edit:
+    return lambda n: _set(n, name, value)
+
+
+def _one_later(n: Any, bound: str) -> ast.AST:
+    return _set(n, bound, ast.BinOp(getattr(n, bound), ast.Add(), ast.Constant(1)))
+
+
+def _without_keyword(n: Any, index: int) -> ast.AST:
+    return _set(n, "keywords", n.keywords[:index] + n.keywords[index + 1 :])
+
+
 def edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
     if isinstance(node, ast.BinOp | ast.BoolOp | ast.AugAssign):
         for new in OPERATORS.get(type(node.op), ()):
-            yield "operator", lambda n, new=new: _set(n, "op", new())
+            yield "operator", _to("op", new())
         if isinstance(node, ast.BinOp):
             yield "operand", lambda n: n.left
             if isinstance(node.op, ast.Sub | ast.Div | ast.FloorDiv | ast.Pow | ast.Mod):
                 yield "swap", lambda n: _set(_set(n, "left", n.right, keep=True), "right", n.left)
     elif isinstance(node, ast.Compare) and len(node.ops) == 1:
         for new in OPERATORS.get(type(node.ops[0]), ()):
-            yield "comparison", lambda n, new=new: _set(n, "ops", [new()])
+            yield "comparison", _to("ops", [new()])
     elif isinstance(node, ast.UnaryOp):
         yield "operator", lambda n: n.operand
     elif isinstance(node, ast.Constant):
@@ -206,11 +219,8 @@ def edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
         for bound in ("lower", "upper"):
             value = getattr(node, bound)
             if value is not None:
-                yield "slice", lambda n, bound=bound: _set(n, bound, None)
-                yield (
-                    "slice",
-                    lambda n, bound=bound: _set(n, bound, ast.BinOp(getattr(n, bound), ast.Add(), ast.Constant(1))),
-                )
+                yield "slice", _to(bound, None)
+                yield "slice", partial(_one_later, bound=bound)
     elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple) and len(node.value.elts) > 1:
         yield "return", lambda n: _set(n, "value", _set(n.value, "elts", n.value.elts[::-1]))
     elif isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Store) and len(node.elts) > 1:
@@ -222,7 +232,7 @@ def edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
 def _call_edits(node: ast.Call) -> Iterator[tuple[str, Edit]]:
     for index, keyword in enumerate(node.keywords):
         if keyword.arg:
-            yield "argument", lambda n, i=index: _set(n, "keywords", n.keywords[:i] + n.keywords[i + 1 :])
+            yield "argument", partial(_without_keyword, index=index)
     if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args):
         yield "argument", lambda n: _set(n, "args", n.args[:-1])
         yield "swap", lambda n: _set(n, "args", [n.args[1], n.args[0], *n.args[2:]])

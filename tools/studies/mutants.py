@@ -30,6 +30,7 @@ from typing import Any
 
 from stageparity import evidence
 from stageparity.evidence import Basis
+from stageparity.golden import GoldenError
 from stageparity.store import list_cases, open_case
 from tools.studies import FRAME, ROOT, counts, say
 from tools.studies.edits import Mutant, sample
@@ -175,7 +176,7 @@ def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterato
 
 
 def run(mutants: list[tuple[Mutant, str]], log: Log, args: argparse.Namespace) -> dict[str, str]:
-    """Verdict by mutant: what kills it, nothing where it lives. Raises SystemExit where sources without any edit die too."""
+    """Verdict by mutant: what kills it, nothing where it lives. Raises GoldenError where sources without any edit die too."""
     import pytest  # noqa: F401  (children inherit it)
     import torch
 
@@ -196,7 +197,7 @@ def run(mutants: list[tuple[Mutant, str]], log: Log, args: argparse.Namespace) -
     ]
     say(f"{len(mutants)} mutants, {len(mutants) - len(waiting)} in {log.path} already")
     if waiting and (broken := _unmutated(cases, tolerances, limit, unit)):
-        raise SystemExit(f"without any edit: {broken}; mend that first, a mutant would die of it")
+        raise GoldenError(f"without any edit: {broken}; mend that first, a mutant would die of it")
     running: dict[int, tuple[Mutant, int]] = {}
     start = time.monotonic()
     while waiting or running:

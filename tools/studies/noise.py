@@ -220,10 +220,11 @@ def weakest(document: Mapping[str, Any] | None) -> Weakest | None:
 
 
 def table(noise: Mapping[str, Any], faults: Weakest | None) -> Iterator[str]:
-    """A line per gate, kind and stage: noise | budget | weakest fault, in multiples of rms at one place."""
+    """A line per gate, kind and stage: noise | budget, in multiples of rms at one place | the weakest fault, as a multiple of the
+    budget in the pass that shows it most clearly."""
     title = None
     for gate, kind, template, own in figures(noise):
-        if title != (title := f"\n{gate}, {kind}: noise | budget | weakest fault (of rms)"):
+        if title != (title := f"\n{gate}, {kind}: noise | budget | weakest fault"):
             yield title
         margin, name = (faults or {}).get((gate, template), (None, ""))
         if faults is None:
@@ -231,7 +232,7 @@ def table(noise: Mapping[str, Any], faults: Weakest | None) -> Iterator[str]:
         elif margin is None:
             fault = "none planted"
         else:
-            fault = "exact" if math.isinf(margin) else f"{margin * own['tolerance']:.1e} ({name}, {margin:.3g}x)"
+            fault = "exact" if math.isinf(margin) else f"{margin:.3g}x ({name})"
         yield f"  {template:34} {own['noise']:.1e} | {own['tolerance']:.1e} | {fault}"
 
 

@@ -6,19 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-__all__ = ["add_arguments", "run"]
+from stageparity.strict import printable
+from vidi.commands import arguments
 
-UNUSABLE = 2
+__all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="mp4, mkv or webm file")
     parser.add_argument("query", metavar="QUERY", help="what to look for, such as 'an onion being sliced'")
-    parser.add_argument(
-        "--checkpoint", metavar="DIR", required=True, help="folder with config.json, shards, tokenizer.json"
-    )
+    arguments.add_checkpoint(parser, "--checkpoint", required=True)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "float32"), default="bf16")
+    arguments.add_dtype(parser, "bfloat16", "bfloat16", "float16", "float32")
     parser.add_argument("--backend", help="attention of the plain path: eager (default), flash, flex")
     parser.add_argument(
         "--path",
@@ -32,54 +31,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints time ranges and the raw answer; progress goes to stderr. Returns 0, or 2 for input that cannot be used."""
+    """Prints time ranges and the raw answer; progress goes to stderr. Raises ValueError for input that cannot be used."""
     import torch
 
     from vidi import device, retrieval
     from vidi.attention import dispatch, limits
     from vidi.checkpoint import load, progress
+    from vidi.checkpoint.folder import read_folder
     from vidi.config import VidiConfig
     from vidi.fast import accelerate
     from vidi.inputs import dialect, video
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[args.dtype]
-    try:
-        # What is wrong with a word on the command line is said before 20 GB are read.
-        where = device.check(args.device)
-        if not Path(args.video).is_file():
-            raise ValueError(f"{args.video}: no such file")
-        config = VidiConfig.from_file(args.checkpoint)
-        tokenizer = dialect.of(config).load(Path(args.checkpoint), config)
-        retrieval.check_request(tokenizer, args.query, config, args.max_new_tokens)
-        video.frame_step(1.0, args.fps)
-        able = config.decoder.kind == "gemma2"
-        fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None and able)
-        if fast and not able:
-            raise ValueError("--path fast: it computes the layers of 1.5 9B alone; use --path plain")
-        if fast and args.backend is not None:
-            raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
-        backend = dispatch.check(args.backend or "eager")
-        decoder = config.decoder
-        limits.check(backend, dtype=dtype, device=where, head_dim=decoder.head_dim, softcap=decoder.attn_softcap)
-        with progress.bar("loading") as report:
-            model = load.load(args.checkpoint, device=args.device, dtype=dtype, progress=report)
-        model.backend = backend
-        with retrieval.progress_on_stderr() as report:
-            answer = retrieval.retrieve(
-                accelerate(model) if fast else model,
-                tokenizer,
-                args.video,
-                args.query,
-                fps=args.fps,
-                max_new_tokens=args.max_new_tokens,
-                progress=report,
-            )
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"vidi retrieve: {error}", file=sys.stderr)
-        return UNUSABLE
+    dtype, args.query = getattr(torch, args.dtype), arguments.text(args.query)
+    # What is wrong with a word on the command line is said before 20 GB are read.
+    where = device.check(args.device)
+    if not Path(args.video).is_file():
+        raise ValueError(f"{args.video}: no such file")
+    folder = arguments.checkpoint(args.checkpoint, args)
+    config = VidiConfig.from_file(folder)
+    tokenizer = dialect.of(config).load(folder, config)
+    retrieval.check_request(tokenizer, args.query, config, args.max_new_tokens)
+    video.frame_step(1.0, args.fps)
+    if not 1e-6 <= args.fps <= 1e6:
+        raise ValueError(f"--fps {args.fps}: from 0.000001 to 1,000,000 frames a second")
+    able = config.decoder.kind == "gemma2"
+    fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None and able)
+    if fast and not able:
+        raise ValueError("--path fast: it computes the layers of 1.5 9B alone; use --path plain")
+    if fast and args.backend is not None:
+        raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
+    backend = dispatch.check(args.backend or "eager")
+    decoder = config.decoder
+    limits.check(backend, dtype=dtype, device=where, head_dim=decoder.head_dim, softcap=decoder.attn_softcap)
+    if made := read_folder(folder).synthetic:
+        print(f"NOTE: synthetic weights ({made}): this model speaks nonsense", file=sys.stderr)
+    with progress.bar("loading") as report:
+        model = load.load(folder, device=args.device, dtype=dtype, progress=report)
+    model.backend = backend
+    with retrieval.progress_on_stderr() as report:
+        answer = retrieval.retrieve(
+            accelerate(model) if fast else model,
+            tokenizer,
+            args.video,
+            args.query,
+            fps=args.fps,
+            max_new_tokens=args.max_new_tokens,
+            progress=report,
+        )
     if args.json:
         print(answer.to_json())
     else:
         print(answer.times or "no time ranges in the answer")
-        print(answer.text)
+        print(printable(answer.text, keep="\n"))
     return 0

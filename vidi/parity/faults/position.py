@@ -297,7 +297,7 @@ def width_added_before_height(original: Any) -> Any:
 
         order = iter(("pos_w", "pos_h", "pos_t"))
         add = position.add
-        position.add = lambda x, embedding: add(x, embeddings[next(order)])
+        position.add = lambda x, embed: add(x, embeddings[next(order)])
         try:
             return original(bridge, tower, group, embeddings, tap)
         finally:
