@@ -26,7 +26,12 @@ def _run(arguments: list[str]) -> None:
     print("| goldens | dtype | cases | stages | different | worst max\\|d\\| / rms | at |")
     print("|---|---|---|---|---|---|---|")
     low = ("float32", "bfloat16", "float16")
-    sets = {"official": low[:1], "small": ("float64", *low), "official-7b": low[::2], "small-7b": ("float64", *low[::2])}
+    sets = {
+        "official": low[:1],
+        "small": ("float64", *low),
+        "official-7b": low[::2],
+        "small-7b": ("float64", *low[::2]),
+    }
     for name, dtypes in sets.items():
         refs = store.select(goldens, [name])
         for dtype in dtypes:

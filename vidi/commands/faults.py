@@ -19,7 +19,9 @@ SEEN = 0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fault", metavar="GLOB", help="only faults that match, such as 'masks.*,*window*'")
-    parser.add_argument("--model", choices=("9b", "7b"), help="only faults of Vidi 1.5 9B or of Vidi 7B (default: both)")
+    parser.add_argument(
+        "--model", choices=("9b", "7b"), help="only faults of Vidi 1.5 9B or of Vidi 7B (default: both)"
+    )
     parser.add_argument("--list", action="store_true", help="name the faults and what they patch, plant none")
     parser.add_argument("--goldens", metavar="DIR", help="folder with the sets small and official (default: embedded)")
     arguments.add_dtype(

@@ -93,7 +93,10 @@ def run(args: argparse.Namespace) -> int:
 def _files(cases: list[str]) -> dict[str, str]:
     """SET/CASE -> what its file is called: CASE, or SET-CASE where two sets have one of that name."""
     names = [case.rpartition("/")[2] for case in cases]
-    return {case: name if names.count(name) == 1 else case.replace("/", "-") for case, name in zip(cases, names, strict=True)}
+    return {
+        case: name if names.count(name) == 1 else case.replace("/", "-")
+        for case, name in zip(cases, names, strict=True)
+    }
 
 
 def _check_stages(globs: str, refs: Any) -> None:

@@ -1,7 +1,7 @@
 """The question as Vidi 7B takes it (its spec §2): another text, the checkpoint's own chat template, other tokens around it.
 
 The video's length stands in the question, so the ids are known only when the file is open. Each side of the placeholder is
-tokenised with special tokens, and the second side's bos dropped.
+tokenised on its own; the one bos stands in front.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from stageparity import strict
 from vidi.config import VidiConfig
 from vidi.inputs.prompt import PLACEHOLDER_WORD, PromptError, load_tokenizer
 
@@ -63,10 +64,8 @@ class Chat:
             raise PromptError(
                 f"the chat template gives {PLACEHOLDER_WORD} {len(sides) - 1} times, not once: {text!r:.200}"
             )
-        before, after = (self.tokenizer.encode(side).ids for side in sides)
-        if before[:1] != [config.bos_id]:
-            raise PromptError(f"the tokenizer puts no {self.bos} ({config.bos_id}) in front; use the checkpoint's own")
-        return [*before, config.image_placeholder, *after[after[:1] == [config.bos_id] :]]
+        before, after = (self.tokenizer.encode(side, add_special_tokens=False).ids for side in sides)
+        return [config.bos_id, *before, config.image_placeholder, *after]
 
     def render(self, user: str) -> str:
         turn = [{"role": "user", "content": user}]
@@ -97,7 +96,7 @@ def load(folder: str | Path, config: VidiConfig) -> Chat:
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if t.get("name") == "default"), None)
     if template is None and (folder / TEMPLATE_NAME).is_file():
-        template = _text(folder / TEMPLATE_NAME)
+        template = (folder / TEMPLATE_NAME).read_text("utf-8", errors="replace")[:MAX_BYTES]
     words = {name: _word(said.get(f"{name}_token")) for name in ("bos", "eos")}
     if not isinstance(template, str) or None in words.values():
         raise PromptError(f"{file}: chat_template, bos_token and eos_token are needed; copy the checkpoint's own")
@@ -119,22 +118,13 @@ def _word(token: Any) -> str | None:
     return token if isinstance(token, str) and token else None
 
 
-def _text(file: Path) -> str:
-    try:
-        if file.stat().st_size > MAX_BYTES:
-            raise PromptError(f"{file}: more than {MAX_BYTES:,} bytes; that is no tokenizer's configuration")
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: cannot be read ({error}); the checkpoint's chat template stands there") from None
-
-
 def _json(file: Path) -> dict[str, Any]:
     try:
-        said = json.loads(_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise PromptError(f"{file}: not readable as JSON ({error}); copy it again") from None
-    if not isinstance(said, dict):
-        raise PromptError(f"{file}: a JSON object is expected, found {type(said).__name__}")
+        said = strict.read_json(file, limit=MAX_BYTES, hub_cache=True)
+    except strict.Missing:
+        raise PromptError(f"{file}: no such file; the checkpoint's chat template stands there") from None
+    except strict.Refused as error:
+        raise PromptError(str(error)) from None
     return said
 
 
@@ -150,7 +140,6 @@ def tiny_files(vocab_size: int = 512) -> dict[str, str]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _TINY_SPECIAL])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }}[/INST]{% endfor %}"
     said = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
     return {"tokenizer.json": tokenizer.to_str(pretty=True), CONFIG_NAME: json.dumps(said, indent=1) + "\n"}
