@@ -85,9 +85,12 @@ def test_a_window_w_keeps_w_plus_1_keys() -> None:
         assert mask.sees(torch.tensor([[9]]), torch.arange(12), window).sum() == window + 1
 
 
-def test_half_precision_softmax_is_float32() -> None:
-    """300 equal scores: a bf16 sum of weights would stick at 256 and give 300/256."""
-    q, k = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 300, 1, 8, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keys", [300, 5000, 20000])
+def test_half_precision_softmax_is_float32(keys: int, dtype: torch.dtype) -> None:
+    """As many equal scores: in bf16 a sum of weights would stick at 256 and give keys/256, in fp16 beyond 2,048. 20,000 keys
+    pass in three chunks."""
+    q, k = torch.zeros(1, 1, 1, 8, dtype=dtype), torch.zeros(1, keys, 1, 8, dtype=dtype)
     assert torch.equal(dispatch.attend(AttentionCall(q, k, torch.ones_like(k), scale=1.0)), torch.ones_like(q))
 
 
