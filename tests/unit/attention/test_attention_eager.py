@@ -87,11 +87,16 @@ def test_a_window_w_keeps_w_plus_1_keys() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("keys", [300, 5000, 20000])
-def test_half_precision_softmax_is_float32(keys: int, dtype: torch.dtype) -> None:
-    """As many equal scores: in bf16 a sum of weights would stick at 256 and give keys/256, in fp16 beyond 2,048. 20,000 keys
-    pass in three chunks."""
-    q, k = torch.zeros(1, 1, 1, 8, dtype=dtype), torch.zeros(1, keys, 1, 8, dtype=dtype)
-    assert torch.equal(dispatch.attend(AttentionCall(q, k, torch.ones_like(k), scale=1.0)), torch.ones_like(q))
+def test_half_precision_rounds_at_its_end_alone(keys: int, dtype: torch.dtype) -> None:
+    """However many keys: one rounding of the output. 20,000 keys pass in three chunks."""
+    draw = torch.Generator().manual_seed(keys)
+    q, k, v = (torch.randn(1, length, 2, 8, generator=draw).to(dtype) for length in (3, keys, keys))
+    out, truth = (
+        dispatch.attend(AttentionCall(*(x.to(kind) for x in (q, k, v)), 0.5, 50.0)).double()
+        for kind in (dtype, torch.float64)
+    )
+    half_a_unit = torch.finfo(dtype).eps / 2 * truth.abs()
+    assert ((out - truth).abs() <= half_a_unit + 1e-6).all()
 
 
 def test_gradients_against_finite_differences() -> None:
