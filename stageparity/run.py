@@ -183,7 +183,9 @@ def _named(case: Case) -> Iterator[None]:
     """An exception of the model's own code is told with the case: nobody but a person can tell whose fault it is."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         said = strict.one_line(f"{case.set}/{case.name}: the model ends in {type(error).__name__}: {error}", 600)
