@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench_cudagraph
 
 from stageparity import evidence
 from tools.studies import gpu
@@ -26,24 +27,14 @@ CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 
 
-def graph_ms(calls: list, repeats: int = 12) -> float:
-    """Median milliseconds of one call, from a replayed graph of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def graph_ms(calls: list, rep_ms: int = 20) -> float:
+    """Median milliseconds of one call, from a graph of all of them that is replayed for ten times ``rep_ms``."""
+
+    def run() -> None:
         for call in calls:
             call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
-    return sorted(times)[len(times) // 2]
+
+    return do_bench_cudagraph(run, rep=rep_ms, return_mode="median") / len(calls)
 
 
 def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -147,10 +138,10 @@ def stream(report: dict[str, Any], limit: float) -> None:
             "down": lambda: torch.mm(acted, w_down.T, out=y[0]),
             "norm2": lambda: kernels.add_gemma_norm(Residual(x, y, norm, norm), n),
         }
-        times = {name: graph_ms([call] * 3, 8) for name, call in parts.items()}
-        times["o unfolded"] = graph_ms([lambda: torch.mm(heads, w_full.T, out=y[0])] * 3, 8)
+        times = {name: graph_ms([call]) for name, call in parts.items()}
+        times["o unfolded"] = graph_ms([lambda: torch.mm(heads, w_full.T, out=y[0])])
         # Long enough for the power limit to act, as in a prefill.
-        whole = graph_ms(list(parts.values()) * 3, int(60 * 32768 / count)) * len(parts)
+        whole = graph_ms(list(parts.values()), 300) * len(parts)
         floor = 1e3 * count * 2 * (width * kv * 2 + 3 * width * inner) / limit
         print(f"stream {count}: layer {whole:.3f} ms, floor {floor:.3f}, {whole / floor:.3f}x;",
               {name: round(value, 3) for name, value in times.items()})  # fmt: skip
@@ -207,7 +198,7 @@ def vision(report: dict[str, Any]) -> None:
         times = {}
         for name, part in parts.items():
             try:
-                times[name] = round(graph_ms([part] * 3, 8), 4)
+                times[name] = round(graph_ms([part]), 4)
             except Exception as error:
                 times[name] = type(error).__name__
         print(f"vision {frames}:", times)

@@ -110,7 +110,7 @@ def collect(target: str | Path) -> list[Path]:
 
 def exchange(one: Path, other: Path) -> None:
     """Swap two folders in one step (renameat2 on Linux, renamex_np on macOS). Raises OSError where that cannot be done."""
-    import ctypes  # which the pytest plugin must not load
+    import ctypes  # costs more than the rest of this module
 
     libc = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin":

@@ -23,10 +23,10 @@ from stageparity import evidence, ledger
 from stageparity.golden import GoldenError
 from stageparity.writer import locked
 from tools import studies
-from tools.studies import LEDGER, NAMES, ROOT, again, say, study
+from tools.studies import LEDGER, NAMES, ROOT, again, gpu, say, study
 from vidi.cli import guarded
 
-__all__ = ["main"]
+__all__ = ["main", "stale"]
 
 LISTED = 40  # moves written out in one ledger entry
 
@@ -64,10 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def stale(goldens: Path) -> dict[str, list[str]]:
+    """Study, or result of a GPU -> why it is not today's; what is current is left out."""
+    found = {name: studies.stale_of(name, goldens) for name in NAMES} | gpu.stale()
+    return {name: lines for name, lines in found.items() if lines}
+
+
 def _check(args: argparse.Namespace) -> int:
     if not args.check:
         raise ValueError(f"name a study ({', '.join(NAMES)}), or --check")
-    found = studies.stale(args.goldens)
+    found = stale(args.goldens)
     if args.json:
         print(json.dumps(found, indent=1))
     else:

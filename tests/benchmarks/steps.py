@@ -1,12 +1,11 @@
 """The kernels of one decoding step, each bound by reading its weights; the twins are the plain variant.
 
-A GPU runs all calls as one captured graph, as a step does: launched one by one they would wait for the host.
+They are timed as one captured graph, as a step runs them: launched one by one they would wait for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +27,11 @@ def _step(site: Site, height: int, width: int, call: Callable[[Any, Tensor], Any
     matrices = [site.randn(height, width) * width**-0.5 for _ in range(count)]
 
     def variant(operations: Any) -> Callable[[], Any]:
-        return _captured(site, [partial(call, operations, w) for w in matrices])
+        def run() -> None:
+            for w in matrices:
+                call(operations, w)
+
+        return run
 
     return Kernel(
         {"plain": variant(twins), "fast": variant(ops.pick(site.device))},
@@ -36,25 +39,6 @@ def _step(site: Site, height: int, width: int, call: Callable[[Any, Tensor], Any
         nbytes=matrices[0].nbytes,
         calls=count,
     )
-
-
-@torch.inference_mode()
-def _captured(site: Site, calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    if site.device.type == "cpu":
-        return run
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def qkv(site: Site) -> Kernel:

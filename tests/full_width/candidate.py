@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from vidi.fast.towers import FastAudioTower, FastVisionTower
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
 from vidi.stream import Stream
+from vidi.tap import Tap
 
 __all__ = ["DTYPES", "FAST", "PARTS", "Model", "build", "forget", "released", "run", "window_of"]
 
@@ -45,19 +47,27 @@ def released() -> VidiConfig:
 
 
 @cache
-def _weights(part: str, dtype: str) -> Mapping[str, Tensor]:
+def _cast(dtype: str) -> Mapping[str, Tensor]:
     """The oracle's own tensors under the model's names; position MLPs stay float32 (§5)."""
-    if part and part != "decoder":
-        return _weights("", dtype)
-    found = dict(_weights("", dtype)) if part else {}
-    known = truth.held() if part else {}
-    for official, array in truth.held(part).items():
-        if array is known.get(official):
-            continue
-        ours, value = names.our_name(official), torch.from_numpy(array)
-        assert ours is not None, official
-        found[ours] = value if ours.startswith("bridge.pos_") else value.to(DTYPES[dtype])
-    return found
+    return {_ours(name): _in(name, array, dtype) for name, array in truth.held("all").items()}
+
+
+@cache
+def _weights(part: str, dtype: str) -> Mapping[str, Tensor]:
+    """As `_cast`, with what is another tensor in this part."""
+    known, own = truth.held("all"), truth.held(part)
+    return {**_cast(dtype), **{_ours(n): _in(n, own[n], dtype) for n in own if own[n] is not known[n]}}
+
+
+def _ours(official: str) -> str:
+    name = names.our_name(official)
+    assert name is not None, official
+    return name
+
+
+def _in(official: str, array: np.ndarray, dtype: str) -> Tensor:
+    value = torch.from_numpy(array)
+    return value if "mm_rand_pos_" in official else value.to(DTYPES[dtype])
 
 
 def build(part: str, dtype: str, config: VidiConfig | None = None) -> VidiModel:
@@ -73,11 +83,16 @@ def build(part: str, dtype: str, config: VidiConfig | None = None) -> VidiModel:
 
 def forget() -> None:
     """Gives the memory back."""
+    _cast.cache_clear()
     _weights.cache_clear()
 
 
-def _collect(found: dict[str, list[Tensor]]) -> Callable[[str, Tensor], None]:
-    return lambda stage, value: found.setdefault(stage, []).append(value.detach().clone())
+def _collect(found: dict[str, list[Tensor]]) -> Tap:
+    def tap(stage: str, value: Tensor) -> Tensor:
+        found.setdefault(stage, []).append(value.detach().clone())
+        return value
+
+    return tap
 
 
 def _joined(found: Mapping[str, list[Tensor]]) -> Found:

@@ -37,18 +37,23 @@ Run = dict[str, np.ndarray]
 
 
 @cache
-def held(part: str = "") -> Mapping[str, np.ndarray]:
-    """The weights, float32, by official name. In part "decoder" some are four times as large, so that scores and logits come
-    as near to their caps as trained ones do."""
+def _made() -> Mapping[str, np.ndarray]:
+    return {name: weights.tensor(name, SEED) for name in weights.SHAPES}
+
+
+@cache
+def held(part: str) -> Mapping[str, np.ndarray]:
+    """The weights of a part, float32, by official name. In part "decoder" some are four times as large, so that scores and
+    logits come as near to their caps as trained ones do."""
     if part != "decoder":
-        return {name: weights.tensor(name, SEED) for name in weights.SHAPES} if not part else held()
-    large = [name for name in held() if name == "model.norm.weight" or name.endswith("self_attn.q_proj.weight")]
-    return {**held(), **{name: 4 * held()[name] for name in large if not name.startswith("model.mm_")}}
+        return _made()
+    large = ("model.norm.weight", *(f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)))
+    return {**_made(), **{name: 4 * _made()[name] for name in large}}
 
 
 def forget() -> None:
     """Gives the memory back: some gigabytes."""
-    for kept in (held, fed, truth, naive):
+    for kept in (_made, held, fed, truth, naive):
         kept.cache_clear()
 
 

@@ -35,6 +35,7 @@ from vidi.parity.stages import STAGES
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.xdist_group("width"),  # they share what the oracle gives
     pytest.mark.timeout(1200),  # the oracle at full width, in five arithmetics
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # dynamo looks at it

@@ -407,7 +407,7 @@ def test_two_cases_measured_with_two_oracles_do_not_stand_in_one_file() -> None:
 def test_every_run_names_what_is_stale_and_fails_where_a_file_is_missing(
     line: str, code: int, said: list[str], pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studies, "stale", lambda goldens: {"alarms": [line]})
+    monkeypatch.setattr(study, "stale", lambda goldens: {"alarms": [line]})
     pytester.makepyfile("def test_good(): pass")
     result = pytester.runpytest_inprocess("-p", "tests.plugin.evidence")
     assert result.ret == code

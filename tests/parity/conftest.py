@@ -13,7 +13,7 @@ from vidi.parity.subject import VidiSubject
 
 SLOW = {case: [pytest.mark.slow] for case in ("longvideo", "verylong")}  # hundreds of frames
 # A layer's input is the output of the one before; what is decoded or differentiated is the work of all stages.
-NOT_ALONE = r"layer\.[1-9]\d*\.input|decode\.|grad\."
+NOT_ALONE = r"layer\.[1-9]\d*\.input|(decode|odd|oddone)\.|grad\."
 
 
 def pytest_stageparity_subjects() -> list[Held]:

@@ -25,10 +25,12 @@ class Evidence:
         self.config, self.lines, self.missing = config, list[str](), list[str]()
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        from tools import studies
+        if hasattr(self.config, "workerinput"):
+            return  # a worker of pytest-xdist
+        from tools import study
 
         try:
-            found = studies.stale(GOLDENS)
+            found = study.stale(GOLDENS)
         except (ValueError, OSError, GoldenError) as error:
             found = {"what was measured": [f"missing or unreadable: {error}"]}
         for name, lines in found.items():

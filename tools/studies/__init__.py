@@ -17,7 +17,7 @@ from stageparity.evidence import Basis
 from stageparity.golden import GoldenError
 
 __all__ = [
-    "CPU", "FRAME", "GATE", "LEDGER", "LONG", "NAMES", "ROOT", "Study", "again", "chosen", "counts", "say", "stale", "stale_of",
+    "CPU", "FRAME", "GATE", "LEDGER", "LONG", "NAMES", "ROOT", "Study", "again", "chosen", "counts", "say", "stale_of",
     "study",
 ]  # fmt: skip
 
@@ -67,14 +67,6 @@ def again(name: str) -> str:
 def stale_of(name: str, goldens: Path) -> list[str]:
     """Why a stored study is not today's; empty where it is."""
     return evidence.stale(evidence.read(goldens / LEDGER[name]), study(name).basis(goldens), again(name))
-
-
-def stale(goldens: Path) -> dict[str, list[str]]:
-    """The same of every study and every result of a GPU; what is current is left out."""
-    from tools.studies import gpu
-
-    found = {name: stale_of(name, goldens) for name in NAMES} | gpu.stale()
-    return {name: lines for name, lines in found.items() if lines}
 
 
 def counts(before: Mapping[str, Any] | None, after: Mapping[str, Any], keys: Iterable[str]) -> Iterator[str]:
