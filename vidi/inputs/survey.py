@@ -1,0 +1,178 @@
+"""A first pass over a file that decodes nothing: how many frames, which are wanted, where decoding can be cut.
+
+Frames are numbered in the order they are shown. A cut stands before a packet from which decoding can start, and which
+parts the frames in time as well: all before it are shown before all behind it. Between two cuts lies a Segment, which
+a decoder of its own can turn into the same frames as a decoder that came all the way.
+
+    packets    I0 P3 B1 B2 | I4 P6 B5 | …     (decoding order, shown numbers)      step 2: 0, 2, 4, 6 are wanted
+    needed     I0 P3    B2 | I4 P6    | …     B1 and B5 are needed by nobody
+
+Where the first frame of a segment is a CRA picture of HEVC, frames that come behind it and are shown before it belong
+to the segment in front, which is given that picture, too.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.container import InputContainer
+
+from vidi.inputs import codecs
+from vidi.inputs.codecs import Odd, Start
+from vidi.inputs.container import Ends
+
+__all__ = ["Segment", "Survey", "survey"]
+
+#: A segment is decoded by one thread, its packets and its pictures are held until it is their turn.
+MAX_SEGMENT_BYTES = 64 << 20
+MAX_SEGMENT_WANTED = 512
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Packets that one decoder is given, numbered in the order of the file, and the times of frames that are kept."""
+
+    packets: tuple[int, ...]
+    times: tuple[int, ...]  #: of all frames that must come out, ascending, in the stream's time base
+    wanted: tuple[bool, ...]  #: which of them are kept
+
+
+@dataclass(frozen=True)
+class Survey:
+    """num_frames and the span in seconds are those of the frames that are shown."""
+
+    num_frames: int
+    start_sec: Fraction
+    end_sec: Fraction
+    segments: tuple[Segment, ...]
+
+
+def survey(
+    container: InputContainer,
+    stream: Any,
+    path: str | Path,
+    step: int,
+    *,
+    check_count: Callable[[int], None],
+) -> Survey:
+    """Demux the whole file, and plan how every ``step``-th frame of ``stream`` is decoded.
+
+    ``check_count`` is told how many frames there are so far, and may raise.
+
+    Raises Odd where the file must be decoded in sequence, MediaError where it is cut short.
+    """
+    looks = codecs.looker(
+        stream.codec_context.codec.canonical_name, stream.codec_context.extradata, stream.codec_context.pix_fmt
+    )
+    rows = _Rows()
+    ends = Ends()
+    try:
+        for packet in container.demux():
+            ends.note(packet)
+            if packet.stream.index != stream.index:
+                continue
+            if packet.size == 0:
+                if packet.dts is not None:
+                    raise Odd("an empty packet")
+                continue  # the demuxer's sign that the file has ended
+            rows.add(packet, looks(bytes(packet), packet.is_keyframe))
+            check_count(rows.num_shown)
+    except (av.FFmpegError, OSError):
+        raise Odd("its packets cannot be read to the end (damage)") from None
+    ends.refuse_truncated(container, path)
+    return rows.planned(step, stream)
+
+
+class _Rows:
+    """One entry a packet of the video stream, in the order of the file."""
+
+    def __init__(self) -> None:
+        self.pts, self.sizes = array("q"), array("q")
+        self.starts, self.disposable, self.shown = bytearray(), bytearray(), bytearray()
+        self.num_shown, self.last_shown = 0, (-(1 << 63), 0)
+
+    def add(self, packet: Any, look: codecs.Look) -> None:
+        if packet.pts is None:
+            raise Odd("packets without a time")
+        if packet.is_corrupt:
+            raise Odd("packets that are marked as damaged")
+        if packet.has_sidedata("new_extradata") or packet.has_sidedata("param_change"):
+            raise Odd("the codec's parameters change midway")
+        shown = look.shown and not packet.is_discard
+        self.pts.append(packet.pts)
+        self.sizes.append(packet.size)
+        self.starts.append(look.start.value)
+        self.disposable.append(look.disposable)
+        self.shown.append(shown)
+        self.num_shown += shown
+        if shown and packet.pts > self.last_shown[0]:
+            self.last_shown = packet.pts, packet.duration or 0
+
+    def planned(self, step: int, stream: Any) -> Survey:
+        pts_P, sizes_P = np.frombuffer(self.pts, np.int64), np.frombuffer(self.sizes, np.int64)
+        starts_P = np.frombuffer(self.starts, np.uint8)
+        disposable_P, shown_P = (np.frombuffer(x, np.bool_) for x in (self.disposable, self.shown))
+        if not self.num_shown:
+            raise Odd("no frame that is shown")
+        times_F = np.sort(pts_P[shown_P])
+        if len(np.unique(pts_P)) != len(pts_P):
+            raise Odd("two packets of one time")
+        cuts = _cuts(pts_P, starts_P)
+        if not len(cuts) or cuts[0] != 0:
+            raise Odd("it does not begin with a frame from which decoding can start")
+        frame_P = np.searchsorted(times_F, pts_P)
+        wanted_P = shown_P & (frame_P % step == 0)
+        segments = []
+        for first, stop in zip(cuts, [*cuts[1:], len(pts_P)], strict=True):
+            # Leading frames of an open start belong to the segment in front; it sees them behind its own packets.
+            own = np.arange(first, stop)
+            own = own[pts_P[own] >= pts_P[first]] if starts_P[first] == Start.OPEN.value else own
+            tail = np.arange(stop, stop)
+            if stop < len(pts_P) and starts_P[stop] == Start.OPEN.value:
+                leading = stop + 1 + np.flatnonzero(pts_P[stop + 1 : _next(cuts, stop, len(pts_P))] < pts_P[stop])
+                tail = np.concatenate([[stop], leading]) if wanted_P[leading].any() else tail
+            fed = np.concatenate([own, tail])
+            wanted = wanted_P[fed] & (fed != stop)
+            if not wanted.any():
+                continue
+            last = np.flatnonzero(wanted)[-1]
+            fed, wanted = fed[: last + 1], wanted[: last + 1]
+            needed = wanted | ~disposable_P[fed]
+            fed, wanted = fed[needed], wanted[needed]
+            if sizes_P[fed].sum() > MAX_SEGMENT_BYTES or wanted.sum() > MAX_SEGMENT_WANTED:
+                raise Odd("key frames too far apart")
+            order = np.argsort(pts_P[fed])
+            order = order[shown_P[fed][order]]
+            times, flags = pts_P[fed][order], wanted[order]
+            segments.append(Segment(tuple(fed.tolist()), tuple(times.tolist()), tuple(flags.tolist())))
+        base = stream.time_base
+        return Survey(
+            num_frames=self.num_shown,
+            start_sec=int(times_F[0]) * base,
+            end_sec=(self.last_shown[0] + (self.last_shown[1] or 0)) * base
+            if self.last_shown[1]
+            else self.last_shown[0] * base + 1 / stream.average_rate,
+            segments=tuple(segments),
+        )
+
+
+def _cuts(pts_P: np.ndarray, starts_P: np.ndarray) -> list[int]:
+    """Packets before which the stream can be cut."""
+    before_P = np.concatenate([[np.iinfo(np.int64).min], np.maximum.accumulate(pts_P)[:-1]])
+    behind_P = np.minimum.accumulate(pts_P[::-1])[::-1]
+    closed_P = (starts_P == Start.CLOSED.value) & (before_P < behind_P)
+    # An open start parts the frames behind its leading ones; those are shown before it, and behind all before it.
+    open_P = (starts_P == Start.OPEN.value) & (before_P < behind_P)
+    return np.flatnonzero(closed_P | open_P).tolist()
+
+
+def _next(cuts: list[int], cut: int, end: int) -> int:
+    following = np.searchsorted(cuts, cut, side="right")
+    return cuts[following] if following < len(cuts) else end
