@@ -41,7 +41,8 @@ def frames(
         workers = media.num_decoders(stream.codec_context)
         if listener is not None:
             listener.begin(container)
-        decoders = _Decoders(path)
+        # Where there are fewer segments than cores, each is decoded by several.
+        decoders = _Decoders(path, max(1, workers // max(1, len(survey.segments))))
         pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         in_flight: deque[tuple[Future[list[np.ndarray]], int, int]] = deque()
         try:
@@ -102,10 +103,10 @@ def _span(segment: Segment) -> range:
 
 
 class _Decoders:
-    """Codec contexts as the container makes them, one a thread, used again from segment to segment."""
+    """Codec contexts as the container makes them, used again from segment to segment."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, threads_each: int) -> None:
+        self._path, self._threads_each = path, threads_each
         self._free: list[Any] = []
 
     def decode(self, packets: Sequence[Any], segment: Segment, shrink: Shrink) -> list[np.ndarray]:
@@ -135,5 +136,5 @@ class _Decoders:
             assert stream is not None
             codec = stream.codec_context
             codec.options = media.DECODER_OPTIONS
-            codec.thread_count, codec.thread_type = 1, "NONE"
+            codec.thread_count, codec.thread_type = self._threads_each, "AUTO"
             return codec

@@ -22,7 +22,7 @@ from typing import Any
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.container import Flags, InputContainer
 
 from vidi.inputs import codecs
 from vidi.inputs.codecs import Odd, Start
@@ -71,6 +71,8 @@ def survey(
     looks = codecs.looker(
         stream.codec_context.codec.canonical_name, stream.codec_context.extradata, stream.codec_context.pix_fmt
     )
+    # Times that PyAV has FFmpeg make up where a container states none (avi) tell nothing.
+    container.flags &= ~Flags.gen_pts.value
     rows = _Rows()
     ends = Ends()
     try:
