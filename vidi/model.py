@@ -5,7 +5,7 @@ Dims: B samples, F frames, P audio pieces, T text tokens, D decoder width, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,14 @@ class VidiModel(nn.Module):
         )
         signal_B = mask.has_signal(images)
         return self.fold_features(features, [len(x) for x in images], signal_B, tap)
+
+    def encode_frames(self, pieces: Iterable[Tensor], num_frames: int, tap: Tap = no_tap) -> Stream:
+        """As `encode_images` for one video, whose uint8 frames arrive in ``pieces`` (f, 3, S, S) while it is being read."""
+        features = (
+            self.vision_tower(pixels.normalize(chunk, self.dtype, self.device), self.tower_backend)
+            for chunk in frame_chunks(pieces, self.frame_chunk)
+        )
+        return self.fold_features(features, [num_frames], torch.ones(1, dtype=torch.bool), tap)
 
     def fold_features(
         self, features: Iterator[Tensor], num_frames_B: Sequence[int], signal_B: Tensor, tap: Tap = no_tap
@@ -150,10 +158,14 @@ class VidiModel(nn.Module):
         threshold = self.config.loss_threshold if threshold is None else threshold
         return loss.mean_above(loss.per_token(logits_BTV, labels_BT), labels_BT, threshold)
 
-    def prefill(self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None) -> tuple[Tensor, Cache]:
+    def prefill(
+        self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None, *, reuse: Cache | None = None
+    ) -> tuple[Tensor, Cache]:
         """Logits (B, V) after each row's own last kept token, and the cache to decode from.
 
-        ``capacity``: text tokens that the cache can hold, the prompt included. Raises ValueError naming rows without text.
+        ``capacity``: text tokens that the cache can hold, the prompt included. ``reuse``: the cache of an earlier question
+        about the same videos, whose stream keys and values are shared instead of computed. Raises ValueError naming rows
+        without text.
         """
         embeds_BTD, rows, _ = self.embed_text(batch)
         lengths_B = rows.lengths_B.long()
@@ -161,8 +173,11 @@ class VidiModel(nn.Module):
             raise ValueError(f"rows {empty} keep no text token; decoding has nothing to continue from")
         capacity = max(capacity, embeds_BTD.shape[1])
         cache = Cache.empty(self.config.decoder, lengths_B, capacity, self.dtype, self.device)
-        streams = self.streams(batch) if streams is None else streams
-        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, cache=cache)
+        if reuse is not None:
+            streams = {}
+        elif streams is None:
+            streams = self.streams(batch)
+        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, cache=cache, reuse=reuse)
         last_BD = x_BTD[torch.arange(len(x_BTD), device=self.device), lengths_B - 1]
         return self.decoder.logits(last_BD), cache
 
@@ -171,7 +186,7 @@ class VidiModel(nn.Module):
         return self.decoder.step(ids_B, cache, backend=self.backend)
 
 
-def frame_chunks(images: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+def frame_chunks(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Consecutive frames of all videos joined, at most ``size`` at a time; chunks may straddle videos."""
     pending: list[Tensor] = []
     count = 0

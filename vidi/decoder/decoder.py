@@ -61,12 +61,14 @@ class Decoder(nn.Module):
         *,
         backend: str = "eager",
         cache: Cache | None = None,
+        reuse: Cache | None = None,
         last_stream: bool = False,
         tap: Tap = no_tap,
     ) -> Tensor:
         """Text embeddings (B, T, D) and streams by modality ("v", "a") -> the text after the last layer and final norm.
 
-        ``cache`` is filled for decoding. ``last_stream``: also compute the last layer's stream update, which feeds
+        ``cache`` is filled for decoding. ``reuse``: an earlier text's cache over the same streams, whose keys and values
+        are read instead of ``streams``. ``last_stream``: also compute the last layer's stream update, which feeds
         nothing; the recordings hold it.
         """
         samples, length = embeds_BTD.shape[:2]
@@ -83,9 +85,12 @@ class Decoder(nn.Module):
 
         for layer in cast("Sequence[DecoderLayer]", self.layers):
             tap(f"layer.{layer.layer_idx}.input", x_BTD)
-            cross = {m: CrossKeys(*layer.stream_keys_values(s_BLD), keep[m]) for m, s_BLD in state.items()}
-            for m in cross:
-                tap(f"layer.{layer.layer_idx}.t2{m}.gate", keep[m].keep_BL.any(-1))
+            if reuse is None:
+                cross = {m: CrossKeys(*layer.stream_keys_values(s_BLD), keep[m]) for m, s_BLD in state.items()}
+            else:
+                cross = dict(reuse.cross[layer.layer_idx])
+            for m, keys in cross.items():
+                tap(f"layer.{layer.layer_idx}.t2{m}.gate", keys.rows.keep_BL.any(-1))
             x_BTD = layer(x_BTD, text, cross, cache.text[layer.layer_idx] if cache else None, tap)
             if cache is not None:
                 cache.cross.append(cross)

@@ -5,7 +5,7 @@ Dims: B samples, T text tokens, R text rows in one line, L layers, S tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -91,6 +91,13 @@ class FastModel:
             found["a"] = self._audio(batch.audios, sizes_B, tap)
         return found
 
+    @torch.no_grad()
+    def encode_frames(self, pieces: Iterable[Tensor], num_frames: int, tap: Tap = no_tap) -> Stream:
+        """As `VidiModel.encode_frames`."""
+        size = next(even_chunks(num_frames, self.frame_batch)).stop
+        features = map(self.vision_tower, frame_chunks(pieces, size))
+        return self.fold_features(features, [num_frames], torch.ones(1, dtype=torch.bool), tap)
+
     def fold_features(
         self, features: Iterator[Tensor], num_frames_B: Sequence[int], signal_B: Tensor, tap: Tap = no_tap
     ) -> Stream:
@@ -127,13 +134,21 @@ class FastModel:
 
     @torch.no_grad()
     def prefill(
-        self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None
+        self,
+        batch: Batch,
+        capacity: int,
+        streams: dict[str, Stream] | None = None,
+        *,
+        reuse: FastCache | None = None,
     ) -> tuple[Tensor, FastCache]:
         """As `VidiModel.prefill`: logits (B, V) after each row's last kept token, and the cache to decode from."""
         embeds_BTD, rows, _ = self.plain.embed_text(batch)
-        streams = self.streams(batch) if streams is None else streams
+        if reuse is not None:
+            streams = {}
+        elif streams is None:
+            streams = self.streams(batch)
         padded = taps.Padded(rows, streams, no_tap)
-        normed_RD, cache = self._prefill(embeds_BTD, rows, streams, capacity, padded, False)
+        normed_RD, cache = self._prefill(embeds_BTD, rows, streams, capacity, padded, False, reuse)
         return self.plain.decoder.logits(normed_RD[rows.cu_seqlens[1:].long() - 1]), cache
 
     @torch.no_grad()
@@ -165,12 +180,20 @@ class FastModel:
         capacity: int,
         padded: taps.Padded,
         last_stream: bool,
+        reuse: FastCache | None = None,
     ) -> tuple[Tensor, FastCache]:
-        """Streams first, then the text against their keys: normed text rows (R, D), and the cache."""
+        """Streams first, then the text against their keys: normed text rows (R, D), and the cache.
+
+        ``reuse``: a cache whose stream keys are shared; there is no stream pass then.
+        """
         config, length = self.config.decoder, embeds_BTD.shape[1]
         x_SD, spans = stream_pass.flatten(streams, embeds_BTD)
-        shape = (len(x_SD), 2 * config.num_kv_heads * config.head_dim)
-        cross_SX = [x_SD.new_empty(shape) for _ in range(config.num_layers)]
+        cross_SX: Sequence[Tensor]
+        if reuse is None:
+            shape = (len(x_SD), 2 * config.num_kv_heads * config.head_dim)
+            cross_SX = [x_SD.new_empty(shape) for _ in range(config.num_layers)]
+        else:
+            cross_SX, spans = reuse.cross_SX, reuse.spans
         # All that the host must ask or tell the device comes before the long pass: the text's launches then wait behind it,
         # not the device for them.
         lengths = rows.lengths_B.tolist()
@@ -184,14 +207,15 @@ class FastModel:
             plans=[plan.make(n, p.visual, p.audio, self.device) for n, p in zip(lengths, cache.plans, strict=True)],
         )
         x_RD = self.plain.decoder.scaled(embeds_BTD.flatten(0, 1)[rows.indices])
-        x_SD *= precision.sqrt_in(config.hidden_size, self.dtype)
-        padded.stream_inputs(x_SD, spans)
-        record = padded.recorder(len(x_SD))
-        stream_pass.run(
-            *(x_SD, self.layers, config.rms_norm_eps, cross_SX),
-            chunk=self.stream_chunk,
-            last_stream=last_stream,
-            record=record,
-        )
+        if reuse is None:
+            x_SD *= precision.sqrt_in(config.hidden_size, self.dtype)
+            padded.stream_inputs(x_SD, spans)
+            record = padded.recorder(len(x_SD))
+            stream_pass.run(
+                *(x_SD, self.layers, config.rms_norm_eps, cross_SX),
+                chunk=self.stream_chunk,
+                last_stream=last_stream,
+                record=record,
+            )
         tap = padded.text_taps(cache)
         return text.run(x_RD, self.layers, self.final_norm_D, config, cache, line, tap), cache
