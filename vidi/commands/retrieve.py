@@ -1,4 +1,4 @@
-"""`vidi retrieve`: a video and a query in, time ranges out. Loads torch only when it runs."""
+"""`vidi retrieve`: a video and one or more queries in, time ranges out. Loads torch only when it runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from pathlib import Path
 __all__ = ["add_arguments", "run"]
 
 UNUSABLE = 2
+MAX_QUERIES_BYTES = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", metavar="VIDEO", help="mp4, mkv or webm file")
-    parser.add_argument("query", metavar="QUERY", help="what to look for, such as 'an onion being sliced'")
+    parser.add_argument("video", metavar="VIDEO", help="mp4, mkv, webm, ts, avi, … file")
+    parser.add_argument("query", metavar="QUERY", nargs="*", help="what to look for, such as 'an onion being sliced'")
+    parser.add_argument("--queries", metavar="FILE", type=Path, help="a text file of further queries, one a line")
     parser.add_argument(
         "--checkpoint", metavar="DIR", required=True, help="folder with config.json, shards, tokenizer.json"
     )
@@ -28,29 +30,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second to look at (default 1, as trained)")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    parser.add_argument(
+        "--max-frames", type=int, help="most frames to look at (default 14400: four hours at one a second)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="decode every frame of the file, so that damage anywhere in it is noticed"
+    )
+    parser.add_argument("--json", action="store_true", help="print each answer as JSON, one object a line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints time ranges and the raw answer; progress goes to stderr. Returns 0, or 2 for input that cannot be used."""
+    """Prints time ranges and the raw answer of each query as it comes; progress and costs go to stderr.
+
+    The file is read while weights are loaded, and encoded while it is read. Returns 0, or 2 for input that cannot be used.
+    """
     import torch
 
     from vidi import device, retrieval
     from vidi.attention import dispatch, limits
-    from vidi.checkpoint import load, progress
+    from vidi.checkpoint import load
     from vidi.config import VidiConfig
+    from vidi.costs import Costs
     from vidi.fast import accelerate
     from vidi.inputs import prompt, video
+    from vidi.inputs.reader import Reader
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[args.dtype]
     try:
         # What is wrong with a word on the command line is said before 20 GB are read.
         where = device.check(args.device)
-        if not Path(args.video).is_file():
-            raise ValueError(f"{args.video}: no such file")
+        queries = [*args.query, *(_queries(args.queries) if args.queries else ())]
+        if not queries:
+            raise ValueError("no query; say what to look for: vidi retrieve VIDEO 'a red car'")
         config = VidiConfig.from_file(args.checkpoint)
         tokenizer = prompt.load_tokenizer(Path(args.checkpoint), config)
-        retrieval.check_request(tokenizer, args.query, config, args.max_new_tokens)
+        for query in queries:
+            retrieval.check_request(tokenizer, query, config, args.max_new_tokens)
         video.frame_step(1.0, args.fps)
         fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None)
         if fast and args.backend is not None:
@@ -58,25 +73,51 @@ def run(args: argparse.Namespace) -> int:
         backend = dispatch.check(args.backend or "eager")
         decoder = config.decoder
         limits.check(backend, dtype=dtype, device=where, head_dim=decoder.head_dim, softcap=decoder.attn_softcap)
-        with progress.bar("loading") as report:
-            model = load.load(args.checkpoint, device=args.device, dtype=dtype, progress=report)
-        model.backend = backend
-        with retrieval.progress_on_stderr() as report:
-            answer = retrieval.retrieve(
-                accelerate(model) if fast else model,
-                tokenizer,
+        costs = Costs()
+        with retrieval.progress_on_stderr() as display:
+            with Reader(
                 args.video,
-                args.query,
+                config,
                 fps=args.fps,
-                max_new_tokens=args.max_new_tokens,
-                progress=report,
-            )
+                max_frames=video.MAX_FRAMES if args.max_frames is None else args.max_frames,
+                check=args.check,
+                progress=retrieval.stage_progress(display, "frames"),
+            ) as reader:
+                with costs.spent("loading"):
+                    model = load.load(
+                        args.checkpoint,
+                        device=args.device,
+                        dtype=dtype,
+                        progress=lambda done, total, name: display("weights", done / 1e9, total / 1e9),
+                    )
+                    model.backend = backend
+                    runner = accelerate(model) if fast else model
+                film = retrieval.encode(runner, reader, costs, display)
+            for number, query in enumerate(queries):
+                answer = retrieval.ask(
+                    runner, tokenizer, film, query, max_new_tokens=args.max_new_tokens, costs=costs, progress=display
+                )
+                if args.json:
+                    display.say(answer.to_json())
+                    continue
+                title = f"{chr(10) if number else ''}{query}\n" if len(queries) > 1 else ""
+                display.say(f"{title}{answer.times or 'no time ranges in the answer'}\n{answer.text}")
+        print(costs.line(film.reading), file=sys.stderr)
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"vidi retrieve: {error}", file=sys.stderr)
         return UNUSABLE
-    if args.json:
-        print(answer.to_json())
-    else:
-        print(answer.times or "no time ranges in the answer")
-        print(answer.text)
     return 0
+
+
+def _queries(path: Path) -> list[str]:
+    """The lines of a text file, empty ones left out."""
+    from vidi.inputs import container
+
+    with container.open_regular(path) as file:
+        data = file.read(MAX_QUERIES_BYTES + 1)
+    if len(data) > MAX_QUERIES_BYTES:
+        raise ValueError(f"{path}: more than {MAX_QUERIES_BYTES:,} bytes of queries; split the file")
+    try:
+        return [line for line in data.decode("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is no UTF-8 text; save the queries as UTF-8") from None

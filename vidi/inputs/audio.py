@@ -65,7 +65,8 @@ class Sound:
         self.close()
         self._packets: Queue[Any] = Queue(self._AHEAD)
         self._pieces: list[Tensor] = []
-        self._num_samples, self._error = 0, None
+        self._num_samples = 0
+        self._error: Exception | None = None
         stream = media.first_stream(container, "audio")
         self._index = None if stream is None else stream.index
         if stream is not None:

@@ -24,7 +24,7 @@ from av.stream import Disposition, Stream
 
 __all__ = ["CONTAINERS", "MAX_PIXELS", "Ends", "Listener", "MediaError", "NoVideoError", "check_decodable"]
 __all__ += ["corrupt", "declared_sec", "decoded", "first_stream", "has_index", "num_decoders", "open_media"]
-__all__ += ["states_length"]
+__all__ += ["open_regular", "states_length"]
 
 #: What is opened: FFmpeg's demuxer, and how such files are called.
 CONTAINERS = {
@@ -59,7 +59,7 @@ class NoVideoError(MediaError):
 def open_media(path: str | Path) -> Iterator[InputContainer]:
     """Open ``path`` for reading. Raises MediaError for what is no readable media file."""
     path = Path(path)
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         name = _demuxer(file.read(600))
         if name is None:
             kinds = "; ".join(CONTAINERS.values())
@@ -91,7 +91,7 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
             yield container
 
 
-def _open_regular(path: Path) -> Any:
+def open_regular(path: Path) -> Any:
     """A binary handle of a regular file: neither opening nor reading it can wait for anybody."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -192,7 +192,7 @@ class Ends:
         rate = video.average_rate if video is not None else None
         slack = max(0.2, 1.5 / float(rate) if rate else 0.0)
         # A header counts from zero also where the first frame comes later.
-        seen = float(max(self.sec, 0)) - min(0, container.start_time or 0) / av.time_base
+        seen = max(float(self.sec), 0.0) - min(0, container.start_time or 0) / av.time_base
         if declared - seen > slack:
             raise MediaError(
                 f"{path}: cut short: its header states {declared:.2f} s, its data ends at {seen:.2f} s. Download it "

@@ -27,9 +27,7 @@ MAX_KEPT = 1024  #: pictures in flight
 Shrink = Callable[[Any], np.ndarray]
 
 
-def frames(
-    path: Path, survey: Survey, shrink: Shrink, listener: media.Listener | None = None
-) -> Iterator[np.ndarray]:
+def frames(path: Path, survey: Survey, shrink: Shrink, listener: media.Listener | None = None) -> Iterator[np.ndarray]:
     """Kept frames of all segments, in order, each as ``shrink`` makes it of the decoded one.
 
     ``listener`` is given the packets of the other streams as they come by. Raises Odd where what is decoded is not what

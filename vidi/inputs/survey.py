@@ -72,7 +72,7 @@ def survey(
         stream.codec_context.codec.canonical_name, stream.codec_context.extradata, stream.codec_context.pix_fmt
     )
     # Times that PyAV has FFmpeg make up where a container states none (avi) tell nothing.
-    container.flags &= ~Flags.gen_pts.value
+    container.flags &= ~int(Flags.gen_pts.value)
     rows = _Rows()
     ends = Ends()
     try:

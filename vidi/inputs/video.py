@@ -182,7 +182,7 @@ class Video:
         if turns := round(frame.rotation / 90) % 4:
             rgb_HWC = np.ascontiguousarray(np.rot90(rgb_HWC, turns))
         image = Image.fromarray(rgb_HWC).resize((self.size, self.size), Image.Resampling.BICUBIC)
-        return np.asarray(image).transpose(2, 0, 1)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
 def read_frames(
