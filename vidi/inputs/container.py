@@ -10,6 +10,7 @@ the packets of all streams together (sound may rightly outlast the pictures, or 
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -69,12 +70,13 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
                 f"ffmpeg -i {path} converted.mp4"
             )
         file.seek(0)
+        source = _Source(file)
         options = dict(DECODER_OPTIONS)
         if name == "mov":
             options |= {"enable_drefs": "0"}
         try:
             container = av.open(
-                file,
+                source,
                 "r",
                 format=name,
                 options=options,
@@ -111,6 +113,19 @@ def open_regular(path: Path) -> Any:
         os.close(handle)
         raise MediaError(f"{path}: {reason}")
     return os.fdopen(handle, "rb", buffering=0)
+
+
+class _Source:
+    """What FFmpeg reads through. A place that does not exist is an error it knows, not an exception in its callback."""
+
+    def __init__(self, file: Any) -> None:
+        self.name, self.read, self.tell, self._seek = file.name, file.read, file.tell, file.seek
+
+    def seek(self, offset: int, whence: int) -> int:
+        try:
+            return int(self._seek(offset, whence))
+        except (OSError, OverflowError):
+            return -errno.EINVAL
 
 
 def _demuxer(head: bytes) -> str | None:

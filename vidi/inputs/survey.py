@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -59,6 +59,7 @@ def survey(
     stream: Any,
     path: str | Path,
     step: int,
+    rate: Fraction,
     *,
     check_count: Callable[[int], None],
 ) -> Survey:
@@ -72,7 +73,7 @@ def survey(
         stream.codec_context.codec.canonical_name, stream.codec_context.extradata, stream.codec_context.pix_fmt
     )
     # Times that PyAV has FFmpeg make up where a container states none (avi) tell nothing.
-    container.flags &= ~int(Flags.gen_pts.value)
+    container.flags &= ~cast(int, Flags.gen_pts.value)
     rows = _Rows()
     ends = Ends()
     try:
@@ -89,7 +90,7 @@ def survey(
     except (av.FFmpegError, OSError):
         raise Odd("its packets cannot be read to the end (damage)") from None
     ends.refuse_truncated(container, path)
-    return rows.planned(step, stream)
+    return rows.planned(step, stream.time_base, rate)
 
 
 class _Rows:
@@ -117,7 +118,7 @@ class _Rows:
         if shown and packet.pts > self.last_shown[0]:
             self.last_shown = packet.pts, packet.duration or 0
 
-    def planned(self, step: int, stream: Any) -> Survey:
+    def planned(self, step: int, base: Fraction, rate: Fraction) -> Survey:
         pts_P, sizes_P = np.frombuffer(self.pts, np.int64), np.frombuffer(self.sizes, np.int64)
         starts_P = np.frombuffer(self.starts, np.uint8)
         disposable_P, shown_P = (np.frombuffer(x, np.bool_) for x in (self.disposable, self.shown))
@@ -154,13 +155,11 @@ class _Rows:
             order = order[shown_P[fed][order]]
             times, flags = pts_P[fed][order], wanted[order]
             segments.append(Segment(tuple(fed.tolist()), tuple(times.tolist()), tuple(flags.tolist())))
-        base = stream.time_base
+        last, duration = self.last_shown
         return Survey(
             num_frames=self.num_shown,
             start_sec=int(times_F[0]) * base,
-            end_sec=(self.last_shown[0] + (self.last_shown[1] or 0)) * base
-            if self.last_shown[1]
-            else self.last_shown[0] * base + 1 / stream.average_rate,
+            end_sec=last * base + (duration * base or 1 / rate),
             segments=tuple(segments),
         )
 

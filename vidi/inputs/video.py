@@ -111,7 +111,7 @@ class Video:
                 self._check_count(int(self.total_sec * float(rate)))
             if not check:
                 try:
-                    self._survey = survey(container, stream, path, self.step, check_count=self._check_count)
+                    self._survey = survey(container, stream, path, self.step, rate, check_count=self._check_count)
                 except Odd as odd:
                     self.why = str(odd)
         self.num_kept = None if self._survey is None else -(-self._survey.num_frames // self.step)
