@@ -17,11 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 import av
 from av.container import InputContainer
 from av.stream import Disposition, Stream
+
+from vidi.inputs import boxes
 
 __all__ = ["CONTAINERS", "MAX_PIXELS", "Ends", "Listener", "MediaError", "NoVideoError", "check_decodable"]
 __all__ += ["corrupt", "declared_sec", "decoded", "first_stream", "has_index", "num_decoders", "open_media"]
@@ -69,11 +71,14 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
                 f"{kinds}); it is damaged or of another kind. Download it again, or convert it: "
                 f"ffmpeg -i {path} converted.mp4"
             )
-        file.seek(0)
         source = _Source(file)
         options = dict(DECODER_OPTIONS)
         if name == "mov":
-            options |= {"enable_drefs": "0"}
+            options["enable_drefs"] = "0"
+            problem = boxes.promises_too_much(file, os.fstat(file.fileno()).st_size)
+            if problem is not None:
+                raise MediaError(f"{path}: no readable media file (it states {problem}); download it again")
+        file.seek(0)
         try:
             container = av.open(
                 source,
@@ -93,7 +98,7 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
             yield container
 
 
-def open_regular(path: Path) -> Any:
+def open_regular(path: Path) -> BinaryIO:
     """A binary handle of a regular file: neither opening nor reading it can wait for anybody."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -112,7 +117,7 @@ def open_regular(path: Path) -> Any:
     if reason is not None:
         os.close(handle)
         raise MediaError(f"{path}: {reason}")
-    return os.fdopen(handle, "rb", buffering=0)
+    return os.fdopen(handle, "rb")
 
 
 class _Source:
@@ -221,11 +226,16 @@ def check_decodable(stream: Any, path: str | Path) -> None:
     if codec is None:
         raise MediaError(f"{path}: no decoder for its {stream.type} stream; convert it: ffmpeg -i {path} converted.mp4")
     if stream.type == "video" and codec.width * codec.height > MAX_PIXELS:
-        raise MediaError(
-            f"{path}: pictures of {codec.width} × {codec.height}, {codec.width * codec.height / 1e6:,.0f} million pixels; "
-            f"at most {MAX_PIXELS / 1e6:.0f} million (8192 × 4352) are decoded. Make them smaller: "
-            f"ffmpeg -i {path} -vf scale=1920:-2 smaller.mp4"
+        raise _too_large(
+            path, f"{codec.width} × {codec.height}, {codec.width * codec.height / 1e6:,.0f} million pixels"
         )
+
+
+def _too_large(path: str | Path, size: str) -> MediaError:
+    return MediaError(
+        f"{path}: pictures of {size}; at most {MAX_PIXELS / 1e6:.0f} million (8192 × 4352) are decoded. Make them smaller: "
+        f"ffmpeg -i {path} -vf scale=1920:-2 smaller.mp4"
+    )
 
 
 def num_decoders(codec: Any) -> int:
@@ -272,6 +282,9 @@ def decoded(
             elif listener is not None:
                 listener.hear(packet)
     except (av.FFmpegError, OSError) as error:
+        if stream.type == "video" and not count and not codec.width:
+            # FFmpeg keeps no size that is above the limit, and some formats state theirs in the picture alone.
+            raise _too_large(path, "no size that could be found, or of one above the limit") from None
         raise corrupt(path, stream.type, count, ends, error) from None
     ends.refuse_truncated(container, path)
 

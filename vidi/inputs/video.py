@@ -107,8 +107,7 @@ class Video:
             self.rate: Fraction = rate
             self.step = frame_step(float(rate), fps)
             self.total_sec = media.declared_sec(container)
-            if self.total_sec is not None and media.states_length(container):
-                self._check_count(int(self.total_sec * float(rate)))
+            self._check_count(int(_stated_sec(container, stream) * rate))
             if not check:
                 try:
                     self._survey = survey(container, stream, path, self.step, rate, check_count=self._check_count)
@@ -183,6 +182,16 @@ class Video:
             rgb_HWC = np.ascontiguousarray(np.rot90(rgb_HWC, turns))
         image = Image.fromarray(rgb_HWC).resize((self.size, self.size), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _stated_sec(container: Any, stream: Any) -> Fraction:
+    """The least length of the pictures that the header states; 0 where it states none."""
+    if media.has_index(container) and stream.duration:
+        return Fraction(stream.duration * stream.time_base)
+    if media.states_length(container):
+        # The whole file's, and sound may end a little later.
+        return max(Fraction(0), Fraction(media.declared_sec(container) or 0) - 60)
+    return Fraction(0)
 
 
 def read_frames(

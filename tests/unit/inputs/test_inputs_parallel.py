@@ -6,12 +6,11 @@ import dataclasses
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import pytest
 import torch
 
-from tests.media import Film, Sound, make_film, make_video, truncate
-from vidi.inputs import codecs, container, parallel, video
+from tests.media import Film, make_film
+from vidi.inputs import video
 
 SIZE = 26
 H264 = Film("libx264", {"preset": "medium", "g": "12", "bf": "3"})
