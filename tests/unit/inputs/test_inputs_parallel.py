@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 
@@ -42,7 +43,7 @@ CUT = {
     "hevc-open.mp4": Film("libx265", X265),
     "hevc-open.mkv": Film("libx265", X265),
     "hevc.ts": Film("libx265", X265_CLOSED),
-    "vp8.webm": Film("libvpx", {"deadline": "realtime", "cpu-used": "8", "g": "12", "auto-alt-ref": "1"}),
+    "vp8.webm": Film("libvpx", {"deadline": "realtime", "cpu-used": "8", "g": "12"}),
     "vp9.webm": Film("libvpx-vp9", {"deadline": "realtime", "cpu-used": "8", "g": "12", "row-mt": "0"}),
     "vp9.mp4": Film("libvpx-vp9", {"deadline": "good", "cpu-used": "5", "g": "12", "lag-in-frames": "8"}),
     "av1.mkv": Film("libsvtav1", {"preset": "12", "g": "11", "svtav1-params": "lp=1"}),
@@ -171,6 +172,20 @@ def test_a_stream_that_is_cut_off(shelf, tmp_path):
         assert_same(*both(truncate(path, fraction), fps=25.0))
 
 
+@pytest.mark.parametrize(
+    ("times", "starts", "cuts"),
+    [
+        ([0, 3, 1, 2, 4, 7, 5, 6], [2, 0, 0, 0, 2, 0, 0, 0], [0, 4]),
+        ([0, 4, 1, 2, 3, 7, 5, 6], [2, 0, 0, 0, 2, 0, 0, 0], [0]),  # 4 is shown behind the frame of the cut
+        ([0, 3, 1, 2, 6, 4, 5, 7], [2, 0, 0, 0, 2, 0, 0, 0], [0, 4]),  # 4 and 5 are shown before 6, behind 3
+        ([0, 3, 1, 2, 6, 4, 5, 7], [2, 0, 0, 0, 1, 0, 0, 0], [0, 4]),
+        ([1, 0, 2, 3], [2, 0, 2, 0], [0, 2]),
+    ],
+)
+def test_cuts_part_the_frames_in_time_as_well(times, starts, cuts):
+    assert survey._cuts(np.array(times), np.array(starts, np.uint8)) == cuts
+
+
 # ---- what packets say -----------------------------------------------------------------------------------------------
 
 SPS, OTHER_SPS, PPS, OTHER_PPS = b"\x67\1", b"\x67\2", b"\x68\1", b"\x68\2"
@@ -197,6 +212,16 @@ def test_where_h264_can_start(packets, starts, disposable):
     found = [look(annex_b(*units), True) for units in packets]
     assert [one.start.value for one in found] == starts
     assert [number for number, one in enumerate(found) if one.disposable] == disposable
+
+
+def test_hidden_frames_are_not_counted():
+    """One-pass encoders make none, so there is no film of them here: first bytes of packets."""
+    for codec, heads in (("vp8", (0x10, 0x11, 0x00, 0x01)), ("vp9", (0x82, 0x86, 0x80, 0x84))):
+        look = codecs.looker(codec, None, None)
+        found = [look(bytes([head, 0]), False) for head in heads]
+        assert [one.shown for one in found] == [True, True, False, False], codec
+        assert found[0].start is codecs.Start.CLOSED
+        assert found[1].start is codecs.Start.NO
 
 
 def test_lengths_that_do_not_add_up_are_odd():
