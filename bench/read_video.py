@@ -71,19 +71,19 @@ def make(path: Path, seconds: int) -> None:
             while packets and packets[0].pts * packets[0].time_base <= Fraction(index, FPS):
                 out.mux(packets.pop(0))
         out.mux([*stream.encode(None), *packets])
-    with av.open(str(path), "w") as out:
-        copies: dict[int, av.stream.Stream] = {}
+    with av.open(str(path), "w") as out, av.open(str(once)) as source:
+        copies = [out.add_stream_from_template(stream) for stream in source.streams]
         for repeat in range(-(-seconds // MADE_SEC)):
-            with av.open(str(once)) as source:
-                for packet in source.demux():
-                    if packet.dts is None or packet.pts * packet.time_base + repeat * MADE_SEC >= seconds:
-                        continue
-                    if packet.stream.index not in copies:
-                        copies[packet.stream.index] = out.add_stream_from_template(packet.stream)
-                    shift = int(repeat * MADE_SEC / packet.time_base)
-                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
-                    packet.stream = copies[packet.stream.index]
-                    out.mux(packet)
+            source.seek(0)
+            for packet in source.demux():
+                # What an encoder adds in front of the first second and behind the last would stand twice.
+                at_sec = 0 if packet.pts is None else packet.pts * packet.time_base
+                if not packet.size or not 0 <= at_sec < min(MADE_SEC, seconds - repeat * MADE_SEC):
+                    continue
+                shift = int(repeat * MADE_SEC / packet.time_base)
+                packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                packet.stream = copies[packet.stream.index]
+                out.mux(packet)
     once.unlink()
 
 
