@@ -186,18 +186,21 @@ class Ends:
     """Where the packets seen so far end, over all streams: tells a file that was cut short."""
 
     def __init__(self) -> None:
-        self._ticks: dict[int, tuple[int, Fraction]] = {}
+        self._ends: dict[int, int] = {}
+        self._streams: dict[int, Any] = {}
 
     def note(self, packet: Any) -> None:
-        if packet.pts is not None and packet.time_base:
-            end = packet.pts + (packet.duration or 0)
-            held = self._ticks.get(packet.stream_index)
-            if held is None or end > held[0]:
-                self._ticks[packet.stream_index] = end, packet.time_base
+        if packet.pts is not None:
+            index, end = packet.stream_index, packet.pts + (packet.duration or 0)
+            if index not in self._ends:
+                self._ends[index], self._streams[index] = end, packet.stream
+            elif end > self._ends[index]:
+                self._ends[index] = end
 
     @property
     def sec(self) -> Fraction:
-        return max((ticks * base for ticks, base in self._ticks.values()), default=Fraction(0))
+        ends = (Fraction(end) * (self._streams[index].time_base or 0) for index, end in self._ends.items())
+        return max(ends, default=Fraction(0))
 
     def refuse_truncated(self, container: InputContainer, path: str | Path) -> None:
         """Raise MediaError where a stated length is not reached.

@@ -87,7 +87,16 @@ def assert_same(quick, slow):
         assert getattr(quick, field) == getattr(slow, field), field
 
 
-@pytest.mark.parametrize("name", CUT)
+#: One of each rule; the others run with the slow tier.
+QUICK = {"h264.mp4", "h264.ts", "pyramid.mp4", "variable.mkv", "hevc-open.mp4", "vp9.webm", "mjpeg.avi"}
+QUICK |= {"mpeg4.avi", "open.mp4", "h264.avi"}
+
+
+def tiered(names):
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", tiered(CUT))
 def test_equal_bits_in_parallel(shelf, name):
     path = shelf(name, CUT[name])
     for fps in (4.0, 30.0):
@@ -99,7 +108,7 @@ def test_equal_bits_in_parallel(shelf, name):
     assert len(plan.segments) >= 5, "a file that is not cut proves nothing"
 
 
-@pytest.mark.parametrize("name", NOT_CUT)
+@pytest.mark.parametrize("name", tiered(NOT_CUT))
 def test_equal_bits_and_a_reason_in_sequence(shelf, name):
     film, why = NOT_CUT[name]
     path = shelf(name, film)
