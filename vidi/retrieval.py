@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import time
@@ -183,15 +182,19 @@ def ask(
 ) -> Answer:
     """One question about a film: greedy decoding, its answer read as time ranges (spec §2).
 
-    The answer does not depend on earlier questions. Raises ValueError as `check_request` does.
+    The answer does not depend on earlier questions. ``costs`` grows by this question's; the answer's own hold what the film
+    cost, and this question alone. Raises ValueError as `check_request` does.
     """
     check_request(tokenizer, query, model.config, max_new_tokens)
     config = model.config
     ids = prompt.build_ids(tokenizer, query, bos_id=config.bos_id, image_placeholder=config.image_placeholder)
-    costs = costs or Costs()
-    tokens = decode(model, film, ids, max_new_tokens=max_new_tokens, costs=costs, progress=progress)
+    total = costs or Costs()
+    own = Costs(total.seconds | {"prefill": 0.0, "decoding": 0.0})
+    tokens = decode(model, film, ids, max_new_tokens=max_new_tokens, costs=own, progress=progress)
+    for phase in ("prefill", "decoding"):
+        total.seconds[phase] += own.seconds[phase]
     text = prompt.decode(tokenizer, tokens)
-    return Answer(film.path, query, text, tokens, tuple(parse_ranges(text)), film, copy.deepcopy(costs))
+    return Answer(film.path, query, text, tokens, tuple(parse_ranges(text)), film, own)
 
 
 def decode(

@@ -11,6 +11,7 @@ import torch
 from tests.media import Sound, make_video
 from vidi import generate, retrieval
 from vidi.config import VidiConfig
+from vidi.costs import Costs
 from vidi.inputs import audio, prompt, video
 from vidi.inputs.reader import Reader
 
@@ -114,8 +115,13 @@ def test_keys_of_the_first_question_serve_the_second(tmp_path, told):
     model, calls = told
     with Reader(make_video(tmp_path / "a.mp4"), CONFIG) as reader:
         film = retrieval.encode(model, reader)
-    for query in ("a car", "a tree", "a house"):
-        retrieval.ask(model, TINY, film, query)
+    costs = Costs()
+    costs.seconds["loading"] = 5.0
+    answers = [retrieval.ask(model, TINY, film, query, costs=costs) for query in ("a car", "a tree", "a house")]
+    own = [answer.costs.seconds for answer in answers]
+    assert [seconds["loading"] for seconds in own] == [5.0] * 3
+    assert costs.seconds["prefill"] == pytest.approx(sum(seconds["prefill"] for seconds in own))
+    assert own[2]["prefill"] < costs.seconds["prefill"]
     assert [reuse for *_, reuse in calls] == [None, "kept keys", "kept keys"]
 
 

@@ -13,7 +13,7 @@ MAX_QUERIES_BYTES = 1 << 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", metavar="VIDEO", help="mp4, mkv, webm, ts, avi, … file")
+    parser.add_argument("video", metavar="VIDEO", help="mp4, mkv, webm, ts, avi, ... file")
     parser.add_argument("query", metavar="QUERY", nargs="*", help="what to look for, such as 'an onion being sliced'")
     parser.add_argument("--queries", metavar="FILE", type=Path, help="a text file of further queries, one a line")
     parser.add_argument(
@@ -97,11 +97,10 @@ def run(args: argparse.Namespace) -> int:
                 answer = retrieval.ask(
                     runner, tokenizer, film, query, max_new_tokens=args.max_new_tokens, costs=costs, progress=display
                 )
-                if args.json:
-                    display.say(answer.to_json())
-                    continue
-                title = f"{chr(10) if number else ''}{query}\n" if len(queries) > 1 else ""
-                display.say(f"{title}{answer.times or 'no time ranges in the answer'}\n{answer.text}")
+                lines = [answer.times or "no time ranges in the answer", answer.text]
+                if len(queries) > 1:
+                    lines = [*([""] if number else []), query, *lines]
+                display.say(answer.to_json() if args.json else "\n".join(lines))
         print(costs.line(film.reading), file=sys.stderr)
     except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f"vidi retrieve: {error}", file=sys.stderr)
