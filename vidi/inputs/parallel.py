@@ -6,6 +6,7 @@ lock, so that threads are enough. What is in flight is bounded: compressed bytes
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,7 +67,8 @@ def _dealt(
     """Each segment with its packets, as soon as the file has been read so far; the file is read to its end."""
     waiting = deque(segments)
     held: dict[int, Any] = {}
-    number = -1
+    needed = _needed(waiting)
+    video_packets = 0
     try:
         for packet in container.demux():
             if packet.stream.index != stream.index:
@@ -75,29 +77,26 @@ def _dealt(
                 continue
             if not packet.size:
                 continue
-            number += 1
-            if not waiting:
-                continue
-            # An open segment's first picture may be needed by two segments, the next one in line being the second.
-            if any(number in _span(segment) for segment in list(waiting)[:2]):
-                held[number] = packet
-            while waiting and number >= waiting[0].packets[-1]:
+            if video_packets in needed:
+                held[video_packets] = packet
+            while waiting and video_packets >= waiting[0].packets[-1]:
                 segment = waiting.popleft()
-                try:
-                    packets = [held[i] for i in segment.packets]
-                except KeyError:
-                    raise Odd("the file changed while it was read") from None
-                following = waiting[0].packets[0] if waiting else number + 1
-                held = {i: p for i, p in held.items() if i >= following}
+                if any(number not in held for number in segment.packets):
+                    raise Odd("the file changed while it was read")
+                packets = [held[number] for number in segment.packets]
+                needed = _needed(waiting)
+                held = {number: packet for number, packet in held.items() if number in needed}
                 yield packets, segment
+            video_packets += 1
     except (av.FFmpegError, OSError):
         raise Odd("its packets cannot be read a second time (damage)") from None
     if waiting:
         raise Odd("the file changed while it was read")
 
 
-def _span(segment: Segment) -> range:
-    return range(segment.packets[0], segment.packets[-1] + 1)
+def _needed(waiting: Sequence[Segment]) -> set[int]:
+    """Packets of the next two segments: the first picture of an open one is given to the one in front of it as well."""
+    return {number for segment in itertools.islice(waiting, 2) for number in segment.packets}
 
 
 class _Decoders:
@@ -109,7 +108,10 @@ class _Decoders:
 
     def decode(self, packets: Sequence[Any], segment: Segment, shrink: Shrink) -> list[np.ndarray]:
         """The kept frames of one segment. Raises Odd where other frames come out than must, or a damaged one."""
-        codec = self._free.pop() if self._free else self._new()
+        try:
+            codec = self._free.pop()
+        except IndexError:
+            codec = self._new()
         kept, times = [], []
         wanted = dict(zip(segment.times, segment.wanted, strict=True))
         try:

@@ -14,7 +14,7 @@ to the segment in front, which is given that picture, too.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -124,56 +124,54 @@ class _Rows:
         disposable_P, shown_P = (np.frombuffer(x, np.bool_) for x in (self.disposable, self.shown))
         if not self.num_shown:
             raise Odd("no frame that is shown")
-        times_F = np.sort(pts_P[shown_P])
         if len(np.unique(pts_P)) != len(pts_P):
             raise Odd("two packets of one time")
         cuts = _cuts(pts_P, starts_P)
-        if not len(cuts) or cuts[0] != 0:
+        if not cuts or cuts[0] != 0:
             raise Odd("it does not begin with a frame from which decoding can start")
-        frame_P = np.searchsorted(times_F, pts_P)
-        wanted_P = shown_P & (frame_P % step == 0)
+        times_F = np.sort(pts_P[shown_P])
+        wanted_P = shown_P & (np.searchsorted(times_F, pts_P) % step == 0)
         segments = []
-        for first, stop in zip(cuts, [*cuts[1:], len(pts_P)], strict=True):
-            # Leading frames of an open start belong to the segment in front; it sees them behind its own packets.
-            own = np.arange(first, stop)
-            own = own[pts_P[own] >= pts_P[first]] if starts_P[first] == Start.OPEN.value else own
-            tail = np.arange(stop, stop)
-            if stop < len(pts_P) and starts_P[stop] == Start.OPEN.value:
-                leading = stop + 1 + np.flatnonzero(pts_P[stop + 1 : _next(cuts, stop, len(pts_P))] < pts_P[stop])
-                tail = np.concatenate([[stop], leading]) if wanted_P[leading].any() else tail
-            fed = np.concatenate([own, tail])
-            wanted = wanted_P[fed] & (fed != stop)
-            if not wanted.any():
+        for run, tail in _pieces(cuts, pts_P, starts_P):
+            # The picture at the head of the tail is the next segment's.
+            fed = np.concatenate([run, tail]) if wanted_P[tail[1:]].any() else run
+            kept = wanted_P[fed] & ~np.isin(fed, tail[:1])
+            if not kept.any():
                 continue
-            last = np.flatnonzero(wanted)[-1]
-            fed, wanted = fed[: last + 1], wanted[: last + 1]
-            needed = wanted | ~disposable_P[fed]
-            fed, wanted = fed[needed], wanted[needed]
-            if sizes_P[fed].sum() > MAX_SEGMENT_BYTES or wanted.sum() > MAX_SEGMENT_WANTED:
+            fed = fed[: np.flatnonzero(kept)[-1] + 1]
+            kept = kept[: len(fed)]
+            needed = kept | ~disposable_P[fed]
+            fed, kept = fed[needed], kept[needed]
+            if sizes_P[fed].sum() > MAX_SEGMENT_BYTES or kept.sum() > MAX_SEGMENT_WANTED:
                 raise Odd("key frames too far apart")
             order = np.argsort(pts_P[fed])
             order = order[shown_P[fed][order]]
-            times, flags = pts_P[fed][order], wanted[order]
+            times, flags = pts_P[fed][order], kept[order]
             segments.append(Segment(tuple(fed.tolist()), tuple(times.tolist()), tuple(flags.tolist())))
         last, duration = self.last_shown
         return Survey(
             num_frames=self.num_shown,
             start_sec=int(times_F[0]) * base,
             end_sec=last * base + (duration * base or 1 / rate),
-            segments=tuple(segments),
+            segments=tuple(reversed(segments)),
         )
 
 
 def _cuts(pts_P: np.ndarray, starts_P: np.ndarray) -> list[int]:
-    """Packets before which the stream can be cut."""
+    """Packets before which the stream can be cut: all frames before are shown before all from there on."""
     before_P = np.concatenate([[np.iinfo(np.int64).min], np.maximum.accumulate(pts_P)[:-1]])
     behind_P = np.minimum.accumulate(pts_P[::-1])[::-1]
-    closed_P = (starts_P == Start.CLOSED.value) & (before_P < behind_P)
-    # An open start parts the frames behind its leading ones; those are shown before it, and behind all before it.
-    open_P = (starts_P == Start.OPEN.value) & (before_P < behind_P)
-    return np.flatnonzero(closed_P | open_P).tolist()
+    return np.flatnonzero((starts_P != Start.NO.value) & (before_P < behind_P)).tolist()
 
 
-def _next(cuts: list[int], cut: int, end: int) -> int:
-    following = np.searchsorted(cuts, cut, side="right")
-    return cuts[following] if following < len(cuts) else end
+def _pieces(cuts: list[int], pts_P: np.ndarray, starts_P: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Packets from each cut to the next, the last ones first; and a tail: an open picture behind them with its leading ones.
+
+    Leading frames are shown before that picture and need what comes before the cut: the piece in front has them, too.
+    """
+    tail = np.arange(0)
+    for first, stop in reversed(list(zip(cuts, [*cuts[1:], len(pts_P)], strict=True))):
+        run = np.arange(first, stop)
+        leading = run[pts_P[run] < pts_P[first]] if starts_P[first] == Start.OPEN.value else run[:0]
+        yield np.setdiff1d(run, leading), tail
+        tail = np.concatenate([[first], leading]) if len(leading) else np.arange(0)
