@@ -63,7 +63,9 @@ def greedy(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1")
-    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens, streams, reuse=reuse)
+    # Only where there is something: a stand-in for `prefill` need not know of it.
+    held = {} if reuse is None else {"reuse": reuse}
+    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens, streams, **held)
     stop = model.config.end_of_turn_id
     tokens: list[list[int]] = [[] for _ in logits_BV]
     stopped = [False] * len(tokens)
