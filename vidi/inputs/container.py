@@ -27,7 +27,7 @@ from vidi.inputs import boxes
 
 __all__ = ["CONTAINERS", "MAX_PIXELS", "Ends", "Listener", "MediaError", "NoVideoError", "check_decodable"]
 __all__ += ["corrupt", "declared_sec", "decoded", "first_stream", "has_index", "num_decoders", "open_media"]
-__all__ += ["open_regular", "states_length"]
+__all__ += ["open_regular", "packets", "states_length"]
 
 #: What is opened: FFmpeg's demuxer, and how such files are called.
 CONTAINERS = {
@@ -223,6 +223,17 @@ class Ends:
             )
 
 
+def packets(container: InputContainer) -> Iterator[Any]:
+    """All packets in the order of the file, and one of size 0 a stream at its end.
+
+    PyAV 18 raises IndexError behind the last of them where streams have appeared midway; nobody asks for those here.
+    """
+    try:
+        yield from container.demux()
+    except IndexError:
+        return
+
+
 def check_decodable(stream: Any, path: str | Path) -> None:
     """Raise MediaError for a stream that has no decoder, or whose pictures are too large."""
     codec = stream.codec_context
@@ -276,7 +287,7 @@ def decoded(
         listener.begin(container)
     count, ends = 0, Ends()
     try:
-        for packet in container.demux():
+        for packet in packets(container):
             ends.note(packet)
             if packet.stream.index == stream.index:  # packet.stream_index is 0 in the flushing packets
                 for frame in packet.decode():

@@ -70,7 +70,7 @@ def _dealt(
     needed = _needed(waiting)
     video_packets = 0
     try:
-        for packet in container.demux():
+        for packet in media.packets(container):
             if packet.stream.index != stream.index:
                 if listener is not None:
                     listener.hear(packet)

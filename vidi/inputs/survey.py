@@ -26,7 +26,7 @@ from av.container import Flags, InputContainer
 
 from vidi.inputs import codecs
 from vidi.inputs.codecs import Odd, Start
-from vidi.inputs.container import Ends
+from vidi.inputs.container import Ends, packets
 
 __all__ = ["Segment", "Survey", "survey"]
 
@@ -77,7 +77,7 @@ def survey(
     rows = _Rows()
     ends = Ends()
     try:
-        for packet in container.demux():
+        for packet in packets(container):
             ends.note(packet)
             if packet.stream.index != stream.index:
                 continue

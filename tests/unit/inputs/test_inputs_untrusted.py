@@ -311,3 +311,14 @@ def test_spoiled_files(tmp_path, seed, count):
     assert min(said.count("refused"), said.count("same")) > count / 8
     # Damage that only --check notices, or that shows in other pixels, is rare.
     assert said.count("differs") + said.count("unnoticed") <= max(2, count / 20)
+
+
+def test_streams_that_appear_midway_end_no_reading():
+    """PyAV then raises IndexError behind the last packet; a spoiled file in some thousands does it."""
+
+    class Appearing:
+        def demux(self):
+            yield from ("packet", "end")
+            raise IndexError
+
+    assert list(container.packets(Appearing())) == ["packet", "end"]
