@@ -8,40 +8,33 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from triton.testing import do_bench_cudagraph
 
+from stageparity import evidence
+from tools.studies import gpu
 from vidi.config import VidiConfig
 from vidi.fast import kernels, measure, plan
 from vidi.fast.kernels import attention, product, rows
+from vidi.fast.operands import Affine, GemmaWeight, Keys, LayerNorm, Queries, Residual, Rotation, Scores
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 
 
-def graph_ms(calls: list, repeats: int = 12) -> float:
-    """Median milliseconds of one call, from a replayed graph of all of them."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+def graph_ms(calls: list, rep_ms: int = 20) -> float:
+    """Median milliseconds of one call, from a graph of all of them that is replayed for ten times ``rep_ms``."""
+
+    def run() -> None:
         for call in calls:
             call()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / len(calls))
-    return sorted(times)[len(times) // 2]
+
+    return do_bench_cudagraph(run, rep=rep_ms, return_mode="median") / len(calls)
 
 
 def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
@@ -58,27 +51,28 @@ def best(found: list[dict[str, Any]], top: int = 6) -> list[dict[str, Any]]:
 def step(report: dict[str, Any]) -> None:
     d = VidiConfig.full().decoder
     width, inner, q = d.hidden_size, d.intermediate_size, d.num_heads * d.head_dim
-    x, b, w1 = draw(width), draw(3, width), draw(width, scale=0.1)
-    out, acted, hidden = draw(width), draw(inner), draw(q)
+    x, b, w1 = draw(width), draw(3, width), GemmaWeight(draw(width, scale=0.1), 1e-6)
+    one, three = Residual(x, b[:1], w1, w1), Residual(x, b, w1, w1)
+    out, acted = draw(width), draw(inner)
+    queries = Queries(draw(1, q), draw(1, q), torch.tensor([900], device=CUDA))
+    rotation = Rotation(draw(1100, d.head_dim), draw(1100, d.head_dim))
     k, v = (draw(1100, d.num_kv_heads, d.head_dim) for _ in range(2))
-    cos, pos = draw(1100, d.head_dim), torch.tensor([900], device=CUDA)
+    no_streams = plan.make(1100, (0, 0), (0, 0), CUDA)
+    keys = Keys(k, v, draw(1, 2 * d.num_kv_heads * d.head_dim), no_streams)
     logits = draw(65536)
     heads = draw(3, q)
     shapes = {
-        "gate_up": (2 * inner, width, 6, lambda w: kernels.gate_up_step(x, b, w1, w1, 1e-6, out, w, acted)),
-        "qkv": (
-            *(8192, width, 12),
-            lambda w: kernels.qkv_step(x, b[:1], w1, w1, 1e-6, out, w, pos, cos, cos, hidden, heads[0], k, v),
-        ),
-        "head": (65536, width, 3, lambda w: kernels.head_step(x, b[:1], w1, w1, 1e-6, out, w, 30.0, logits)),
+        "gate_up": (2 * inner, width, 6, lambda w: kernels.gate_up_step(three, out, w, acted)),
+        "qkv": (8192, width, 12, lambda w: kernels.qkv_step(one, out, w, rotation, queries, keys)),
+        "head": (65536, width, 3, lambda w: kernels.head_step(one, out, w, 30.0, logits)),
         "down": (width, inner, 10, lambda w: kernels.product_step(acted[None], w, b[:1])),
         "o": (width, q, 24, lambda w: kernels.product_step(heads, w, b)),
     }
     for name, (height, columns, copies, call) in shapes.items():
         weights = [draw(height, columns, scale=columns**-0.5) for _ in range(copies)]
         calls = [lambda w=w, call=call: call(w) for w in weights]
-        one = draw(columns)
-        library = graph_ms([lambda w=w, one=one: torch.mv(w, one) for w in weights])
+        row = draw(columns)
+        library = graph_ms([lambda w=w, row=row: torch.mv(w, row) for w in weights])
         key = {"down": "product of 1", "o": "product of 3"}.get(name, name)
         found = []
         for rows_, warps, programs in itertools.product((1, 2, 4, 8), (4, 8), (0, 264, 396, 528, 792, 1056, 1584)):
@@ -101,7 +95,8 @@ def attend(report: dict[str, Any]) -> None:
         cross = [draw(keys, 2 * d.num_kv_heads * d.head_dim) for _ in range(copies)]
         k, v = (draw(1100, d.num_kv_heads, d.head_dim) for _ in range(2))
         q, r = (draw(queries, d.num_heads * d.head_dim) for _ in range(2))
-        pos, out = torch.arange(900, 900 + queries, device=CUDA), draw(3, queries, d.num_heads * d.head_dim)
+        asked, scores = Queries(q, r, torch.arange(900, 900 + queries, device=CUDA)), Scores(d.scale, 50.0, 4096)
+        out = draw(3, queries, d.num_heads * d.head_dim)
         found = []
         options = [(64, 4, 2), (64, 4, 3), (32, 4, 3), (32, 4, 4), (128, 8, 2), (64, 8, 3), (32, 4, 2), (64, 8, 2)]
         for shape, programs in itertools.product(options, (16, 33, 50, 66, 99, 132)):
@@ -109,10 +104,7 @@ def attend(report: dict[str, Any]) -> None:
             split = plan.make(1100, (0, keys * 9 // 10), (keys * 9 // 10, keys), CUDA, programs)
             try:
                 ms = graph_ms(
-                    [
-                        lambda c=c, s=split: kernels.attend(q, r, pos, k, v, c, s, 4096, d.scale, 50.0, out)
-                        for c in cross
-                    ]
+                    [lambda c=c, s=split: kernels.attend(asked, Keys(k, v, c, s), scores, out) for c in cross]
                 )
             except Exception as error:
                 found.append({"ms": 1e9, "shape": (*shape, programs), "error": type(error).__name__})
@@ -132,7 +124,7 @@ def stream(report: dict[str, Any], limit: float) -> None:
         draw(*shape, scale=shape[1] ** -0.5)
         for shape in ((kv, width), (width, kv // 2), (2 * inner, width), (width, inner))
     )
-    w_full, norm = draw(width, 2 * kv // 2, scale=0.01), draw(width, scale=0.1)
+    w_full, norm = draw(width, 2 * kv // 2, scale=0.01), GemmaWeight(draw(width, scale=0.1), 1e-6)
     for count in (32768, 4096, 8192, 12544, 16384, 24576, 31744, 32768, 63232, 8192):
         x, n, y = draw(count, width), draw(count, width), draw(1, count, width)
         keys_values, gate_up, acted = draw(count, kv), draw(count, 2 * inner), draw(count, inner)
@@ -140,16 +132,16 @@ def stream(report: dict[str, Any], limit: float) -> None:
         parts = {
             "kv": lambda: torch.mm(n, w_kv.T, out=keys_values),
             "own": lambda: torch.mm(keys_values[:, kv // 2 :], w_own.T, out=y[0]),
-            "norm1": lambda: kernels.add_gemma_norm(x, y, norm, norm, 1e-6, n),
+            "norm1": lambda: kernels.add_gemma_norm(Residual(x, y, norm, norm), n),
             "gate_up": lambda: torch.mm(n, w_gu.T, out=gate_up),
             "gelu_mul": lambda: kernels.gelu_mul(gate_up, acted),
             "down": lambda: torch.mm(acted, w_down.T, out=y[0]),
-            "norm2": lambda: kernels.add_gemma_norm(x, y, norm, norm, 1e-6, n),
+            "norm2": lambda: kernels.add_gemma_norm(Residual(x, y, norm, norm), n),
         }
-        times = {name: graph_ms([call] * 3, 8) for name, call in parts.items()}
-        times["o unfolded"] = graph_ms([lambda: torch.mm(heads, w_full.T, out=y[0])] * 3, 8)
+        times = {name: graph_ms([call]) for name, call in parts.items()}
+        times["o unfolded"] = graph_ms([lambda: torch.mm(heads, w_full.T, out=y[0])])
         # Long enough for the power limit to act, as in a prefill.
-        whole = graph_ms(list(parts.values()) * 3, int(60 * 32768 / count)) * len(parts)
+        whole = graph_ms(list(parts.values()), 300) * len(parts)
         floor = 1e3 * count * 2 * (width * kv * 2 + 3 * width * inner) / limit
         print(f"stream {count}: layer {whole:.3f} ms, floor {floor:.3f}, {whole / floor:.3f}x;",
               {name: round(value, 3) for name, value in times.items()})  # fmt: skip
@@ -168,19 +160,19 @@ def vision(report: dict[str, Any]) -> None:
         w_1, b_1, w_2 = draw(inner, width, scale=0.03), draw(inner), draw(width, inner, scale=0.015)
         w_p, b_p, h_p = draw(4352, width, scale=0.03), draw(4352), draw(count, 4352)
         w_2p = draw(width, 4352, scale=0.015)
-        norm, pending = (draw(width), draw(width)), torch.randn(width, device=CUDA)
+        norm, pending = LayerNorm(draw(width), draw(width), 1e-6), torch.randn(width, device=CUDA)
         qkv = torch.addmm(b_qkv, n, w_qkv.T)
         parts = {
-            "norm": lambda: kernels.layer_norm(x, pending, norm, 1e-6, n),
+            "norm": lambda: kernels.layer_norm(x, pending, norm, n),
             "qkv": lambda: torch.addmm(b_qkv, n, w_qkv.T),
             "out": lambda: torch.addmm(b_o, n, w_o.T),
             "out+residual": lambda: y.addmm_(n, w_o.T),
             "fc2+residual": lambda: y.addmm_(h, w_2.T),
-            "fc1+gelu": lambda: kernels.gelu_product(n, w_1, b_1, False, h),
+            "fc1+gelu": lambda: kernels.gelu_product(n, Affine(w_1, b_1), False, h),
             "fc2": lambda: torch.addmm(b_o, h, w_2.T),
             "fc1": lambda: torch.addmm(b_1, n, w_1.T),
-            "fc1+gelu 4352": lambda: kernels.gelu_product(n, w_p, b_p, False, h_p),
-            "fc1+gelu 4352 in wide": lambda: kernels.gelu_product(n, w_p[:inner], b_1, False, h_p[:, :inner]),
+            "fc1+gelu 4352": lambda: kernels.gelu_product(n, Affine(w_p, b_p), False, h_p),
+            "fc1+gelu 4352 in wide": lambda: kernels.gelu_product(n, Affine(w_p[:inner], b_1), False, h_p[:, :inner]),
             "fc2+residual of 4352": lambda: y.addmm_(h_p[:, :inner], w_2.T),
             "fc2+residual 4352": lambda: y.addmm_(h_p, w_2p.T),
             "gelu": lambda: nnf.gelu(h, approximate="tanh"),
@@ -206,7 +198,7 @@ def vision(report: dict[str, Any]) -> None:
         times = {}
         for name, part in parts.items():
             try:
-                times[name] = round(graph_ms([part] * 3, 8), 4)
+                times[name] = round(graph_ms([part]), 4)
             except Exception as error:
                 times[name] = type(error).__name__
         print(f"vision {frames}:", times)
@@ -245,7 +237,7 @@ def main() -> None:
     args = parser.parse_args()
     limits = measure.ceilings(CUDA)
     report: dict[str, Any] = {
-        "device": measure.device_name(CUDA),
+        "measured_on": gpu.measured_on("probe-kernels.json", measure.device_name(CUDA)),
         "product_tflops": limits.product_flops / 1e12,
         "copy_tb_s": limits.copy_bytes / 1e12,
     }
@@ -258,7 +250,7 @@ def main() -> None:
             {"step": step, "attend": attend, "vision": vision, "tower": tower}[name](found)
         report[name] = found
         if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            evidence.write(args.json, report)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ are measured where they are installed, and named NOT RUN where not.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -20,16 +19,17 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
+from stageparity import evidence
 from vidi.config import VidiConfig
 from vidi.inputs import video
 from vidi.inputs.reader import Reader
 
+ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT, FPS, MADE_SEC = 1920, 1080, 30, 60
 
 
@@ -158,7 +158,7 @@ def main() -> None:
             make(path, args.seconds)
             print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         cores = len(os.sched_getaffinity(0))
-        report = {"cores": cores, "bytes": path.stat().st_size, "load": os.getloadavg()[0], "rows": {}}
+        report: dict[str, Any] = {"cores": cores, "bytes": path.stat().st_size, "load": os.getloadavg()[0], "rows": {}}
         print(f"{path.stat().st_size / 1e6:.0f} MB, {cores} cores, load {report['load']:.1f}; quickest of {args.runs}")
         best: dict[str, tuple[float, float]] = {}
         # Turn by turn, so that a machine that slows down slows all of them.
@@ -180,7 +180,8 @@ def main() -> None:
             else:
                 print(f"{name:46} {report['rows'][name]}")
         if args.json is not None:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+            basis = evidence.Basis(evidence.code(["bench/read_video.py"], ROOT, evidence.ASIDE))
+            evidence.write(args.json, {"measured_on": evidence.measured_on(basis, ROOT)} | report)
 
 
 if __name__ == "__main__":

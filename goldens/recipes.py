@@ -1,4 +1,4 @@
-"""The small cases, as recipes: one small checkpoint and ten inputs, made of integers, so that their bits depend on
+"""The small cases, as recipes: two small checkpoints and their inputs, made of integers, so that their bits depend on
 neither library nor machine. The oracle turns each into a golden of every stage; nothing is stored here.
 
 The sizes are chosen so that what the recordings of the release leave untested bites:
@@ -10,6 +10,9 @@ The sizes are chosen so that what the recordings of the release leave untested b
     image 22, patch 2      11 patches a side, padded to 12, 6×6 tokens; a resize goes to 10, 5×5 tokens
     20 audio positions     a piece is 40 mel frames and 4 tokens
     3 layers               0 and 2 slide, 1 does not; the last layer's stream update feeds nothing
+
+One case, `odd`, has a checkpoint of its own, in which every number is another one than here and than in the release: what is
+written into the code in place of being read from the configuration shows there.
 """
 
 import copy
@@ -19,10 +22,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["POS_FREQ", "Recipe", "cases", "config", "gaussianish", "weights", "words"]
-
-WIDTH = 24
-VOCABULARY = 112
+__all__ = ["POS_FREQ", "Recipe", "cases", "config", "gaussianish", "odd_config", "pos_freq", "weights", "words"]
 
 # torch.exp(torch.arange(0, 24, 2, float32) · (-ln 10000 / 24)) on a CPU, as bits: the table w of spec §5 for width 24
 POS_FREQ = np.array(
@@ -44,16 +44,41 @@ POS_FREQ = np.array(
 ).view(np.float32)
 
 
+# The same for width 20, of the odd case.
+_ODD_POS_FREQ = np.array(
+    [
+        0x3F800000,
+        0x3ECBD4B4,
+        0x3E224B06,
+        0x3D813857,
+        0x3CCDC614,
+        0x3C23D70A,
+        0x3B8273A7,
+        0x3ACFBC2E,
+        0x3A2566D5,
+        0x3983B1F5,
+    ],
+    np.uint32,
+).view(np.float32)
+
+
+def pos_freq(raw: Mapping[str, Any]) -> np.ndarray:
+    """The table w of spec §5 for a config's width."""
+    return {24: POS_FREQ, 20: _ODD_POS_FREQ}[raw["hidden_size"]]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One small case. `config` is an official config.json with the towers' configs inside, `inputs` are named as in the
-    recordings, `decode_steps` > 0 asks for greedy tokens too; `why` says what only this case sees."""
+    recordings, `decode_steps` > 0 asks for greedy tokens too; `why` says what only this case sees. `weights_file`: where
+    the set keeps the case's checkpoint, `weights(config)`."""
 
     name: str
     why: str
     config: Mapping[str, Any]
     inputs: Mapping[str, np.ndarray]
     decode_steps: int = 0
+    weights_file: str = "weights.safetensors"
 
 
 def words(stream: str, count: int) -> np.ndarray:
@@ -81,8 +106,8 @@ def config(**changes: Any) -> dict[str, Any]:
 
 _CONFIG: dict[str, Any] = {
     "model_type": "dattn_gemma2",
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
+    "vocab_size": 112,
+    "hidden_size": 24,
     "intermediate_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -136,8 +161,74 @@ _CONFIG: dict[str, Any] = {
 }
 
 
-def weights() -> dict[str, np.ndarray]:
-    """The small checkpoint, float32, official names (lm_head is tied and absent, as in saved files)."""
+_ODD = {
+    "model_type": "dattn_gemma2",
+    "vocab_size": 90,
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "sliding_window": 5,
+    "query_pre_attn_scalar": 11,
+    "attn_logit_softcapping": 9.0,
+    "final_logit_softcapping": 45.0,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 0.003,
+    "rope_theta": 500.0,
+    "max_position_embeddings": 300,
+    "pad_token_id": 1,
+    "bos_token_id": 5,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_image_pool_size": 2,
+    "mm_audio_pool_size": 3,
+    "mm_input_type": "video",
+    "mm_image_aspect_ratio": "resize",
+    "mm_time_interval": 777,
+    "mm_std": 0.3,
+    "loss_thres": 1.5,
+    "tie_word_embeddings": True,
+    # the first video's 2 frames of 14² are resized to 12², the second's frame is not
+    "visual_token_budget": 90,
+    "budget_scope": "video",
+    "end_of_turn_id": 51,
+    "image_placeholder": -77,
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 12,
+        "intermediate_size": 20,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "num_channels": 3,
+        "patch_size": 3,
+        "image_size": 40,
+        "layer_norm_eps": 0.02,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "audio_config": {
+        "model_type": "whisper",
+        "d_model": 10,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 5,
+        "encoder_ffn_dim": 18,
+        "num_mel_bins": 6,
+        "max_source_positions": 14,
+        "layer_norm_eps": 0.004,
+        "activation_function": "gelu",
+    },
+}
+
+
+def odd_config() -> dict[str, Any]:
+    """A config.json in which every number differs from `config()` and from the release."""
+    return copy.deepcopy(_ODD)
+
+
+def weights(raw: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
+    """The small checkpoint of a config, float32, official names (lm_head is tied and absent, as in saved files)."""
+    raw = config() if raw is None else raw
     tensors: dict[str, np.ndarray] = {}
 
     def put(name: str, shape: tuple[int, ...], log2_scale: int, around: float = 0.0) -> None:
@@ -152,93 +243,98 @@ def weights() -> dict[str, np.ndarray]:
         put(f"{name}.weight", (size,), -3, around=1.0)
         put(f"{name}.bias", (size,), -3)
 
-    _put_vision(put, linear, norm)
-    _put_audio(put, linear, norm)
-    linear("model.mm_rand_img_projector.model.0", WIDTH, 32)
-    linear("model.mm_rand_img_projector.model.2", WIDTH, WIDTH)
-    put("model.mm_rand_img_norm.weight", (WIDTH,), -3, around=1.0)
-    put("model.mm_rand_aud_pool.weight", (WIDTH, 8, 5), -3)
-    linear("model.mm_rand_aud_projector.model.0", WIDTH, WIDTH)
-    linear("model.mm_rand_aud_projector.model.2", WIDTH, WIDTH)
-    put("model.mm_rand_aud_norm.weight", (WIDTH,), -3, around=1.0)
-    put("model.mm_rand_llm_norm.weight", (WIDTH,), -5, around=0.25)
+    width = raw["hidden_size"]
+    _put_vision(raw["vision_config"], put, linear, norm)
+    _put_audio(raw["audio_config"], put, linear, norm)
+    linear("model.mm_rand_img_projector.model.0", width, 4 * raw["vision_config"]["hidden_size"])
+    linear("model.mm_rand_img_projector.model.2", width, width)
+    put("model.mm_rand_img_norm.weight", (width,), -3, around=1.0)
+    put("model.mm_rand_aud_pool.weight", (width, raw["audio_config"]["d_model"], raw["mm_audio_pool_size"]), -3)
+    linear("model.mm_rand_aud_projector.model.0", width, width)
+    linear("model.mm_rand_aud_projector.model.2", width, width)
+    put("model.mm_rand_aud_norm.weight", (width,), -3, around=1.0)
+    put("model.mm_rand_llm_norm.weight", (width,), -5, around=0.25)
     for axis in "hwt":
-        linear(f"model.mm_rand_pos_{axis}.mlp.0", WIDTH, WIDTH)
-        linear(f"model.mm_rand_pos_{axis}.mlp.2", WIDTH, WIDTH)
-    _put_decoder(put, linear)
+        linear(f"model.mm_rand_pos_{axis}.mlp.0", width, width)
+        linear(f"model.mm_rand_pos_{axis}.mlp.2", width, width)
+    _put_decoder(raw, put, linear)
     return tensors
 
 
-def _put_vision(put: Callable, linear: Callable, norm: Callable) -> None:
-    root = "model.mm_vis.vision_model."
-    put(root + "embeddings.patch_embedding.weight", (8, 3, 2, 2), -1)
-    put(root + "embeddings.patch_embedding.bias", (8,), -3)
-    put(root + "embeddings.position_embedding.weight", (121, 8), -1)
-    for i in range(3):
+def _put_vision(raw: Mapping[str, Any], put: Callable, linear: Callable, norm: Callable) -> None:
+    root, width, inner = "model.mm_vis.vision_model.", raw["hidden_size"], raw["intermediate_size"]
+    patch, side = raw["patch_size"], raw["image_size"] // raw["patch_size"]
+    put(root + "embeddings.patch_embedding.weight", (width, 3, patch, patch), -1)
+    put(root + "embeddings.patch_embedding.bias", (width,), -3)
+    put(root + "embeddings.position_embedding.weight", (side**2, width), -1)
+    for i in range(raw["num_hidden_layers"]):
         layer = f"{root}encoder.layers.{i}."
         for part in ("q_proj", "k_proj"):
-            linear(f"{layer}self_attn.{part}", 8, 8, log2_gain=1)
+            linear(f"{layer}self_attn.{part}", width, width, log2_gain=1)
         for part in ("v_proj", "out_proj"):
-            linear(f"{layer}self_attn.{part}", 8, 8)
-        norm(layer + "layer_norm1", 8)
-        norm(layer + "layer_norm2", 8)
-        linear(layer + "mlp.fc1", 16, 8)
-        linear(layer + "mlp.fc2", 8, 16)
-    norm(root + "post_layernorm", 8)
-    put(root + "head.probe", (1, 1, 8), 0)
-    put(root + "head.attention.in_proj_weight", (24, 8), -2)
-    put(root + "head.attention.in_proj_bias", (24,), -3)
-    linear(root + "head.attention.out_proj", 8, 8)
-    norm(root + "head.layernorm", 8)
-    linear(root + "head.mlp.fc1", 16, 8)
-    linear(root + "head.mlp.fc2", 8, 16)
+            linear(f"{layer}self_attn.{part}", width, width)
+        norm(layer + "layer_norm1", width)
+        norm(layer + "layer_norm2", width)
+        linear(layer + "mlp.fc1", inner, width)
+        linear(layer + "mlp.fc2", width, inner)
+    norm(root + "post_layernorm", width)
+    put(root + "head.probe", (1, 1, width), 0)
+    put(root + "head.attention.in_proj_weight", (3 * width, width), -2)
+    put(root + "head.attention.in_proj_bias", (3 * width,), -3)
+    linear(root + "head.attention.out_proj", width, width)
+    norm(root + "head.layernorm", width)
+    linear(root + "head.mlp.fc1", inner, width)
+    linear(root + "head.mlp.fc2", width, inner)
 
 
-def _put_audio(put: Callable, linear: Callable, norm: Callable) -> None:
-    root = "model.mm_aud.encoder."
-    put(root + "conv1.weight", (8, 4, 3), -2)
-    put(root + "conv1.bias", (8,), -3)
-    put(root + "conv2.weight", (8, 8, 3), -2)
-    put(root + "conv2.bias", (8,), -3)
-    put(root + "embed_positions.weight", (20, 8), -1)
-    for i in range(2):
+def _put_audio(raw: Mapping[str, Any], put: Callable, linear: Callable, norm: Callable) -> None:
+    root, width, inner = "model.mm_aud.encoder.", raw["d_model"], raw["encoder_ffn_dim"]
+    put(root + "conv1.weight", (width, raw["num_mel_bins"], 3), -2)
+    put(root + "conv1.bias", (width,), -3)
+    put(root + "conv2.weight", (width, width, 3), -2)
+    put(root + "conv2.bias", (width,), -3)
+    put(root + "embed_positions.weight", (raw["max_source_positions"], width), -1)
+    for i in range(raw["encoder_layers"]):
         layer = f"{root}layers.{i}."
-        linear(layer + "self_attn.k_proj", 8, 8, log2_gain=1, bias=False)
-        linear(layer + "self_attn.q_proj", 8, 8, log2_gain=1)
-        linear(layer + "self_attn.v_proj", 8, 8)
-        linear(layer + "self_attn.out_proj", 8, 8)
-        norm(layer + "self_attn_layer_norm", 8)
-        linear(layer + "fc1", 16, 8)
-        linear(layer + "fc2", 8, 16)
-        norm(layer + "final_layer_norm", 8)
-    norm(root + "layer_norm", 8)
+        linear(layer + "self_attn.k_proj", width, width, log2_gain=1, bias=False)
+        linear(layer + "self_attn.q_proj", width, width, log2_gain=1)
+        linear(layer + "self_attn.v_proj", width, width)
+        linear(layer + "self_attn.out_proj", width, width)
+        norm(layer + "self_attn_layer_norm", width)
+        linear(layer + "fc1", inner, width)
+        linear(layer + "fc2", width, inner)
+        norm(layer + "final_layer_norm", width)
+    norm(root + "layer_norm", width)
 
 
-def _put_decoder(put: Callable, linear: Callable) -> None:
-    put("model.embed_tokens.weight", (VOCABULARY, WIDTH), -2)
-    for i in range(3):
+def _put_decoder(raw: Mapping[str, Any], put: Callable, linear: Callable) -> None:
+    width, inner, head_dim = raw["hidden_size"], raw["intermediate_size"], raw["head_dim"]
+    query_width, key_width = raw["num_attention_heads"] * head_dim, raw["num_key_value_heads"] * head_dim
+    put("model.embed_tokens.weight", (raw["vocab_size"], width), -2)
+    for i in range(raw["num_hidden_layers"]):
         layer = f"model.layers.{i}."
-        linear(layer + "self_attn.q_proj", 16, WIDTH, log2_gain=2, bias=False)
-        linear(layer + "self_attn.k_proj", 8, WIDTH, log2_gain=1, bias=False)
-        linear(layer + "self_attn.v_proj", 8, WIDTH, bias=False)
-        linear(layer + "self_attn.o_proj", WIDTH, 16, bias=False)
+        linear(layer + "self_attn.q_proj", query_width, width, log2_gain=2, bias=False)
+        linear(layer + "self_attn.k_proj", key_width, width, log2_gain=1, bias=False)
+        linear(layer + "self_attn.v_proj", key_width, width, bias=False)
+        linear(layer + "self_attn.o_proj", width, query_width, bias=False)
         for part in ("gate_proj", "up_proj"):
-            linear(f"{layer}mlp.{part}", 32, WIDTH, bias=False)
-        linear(layer + "mlp.down_proj", WIDTH, 32, bias=False)
+            linear(f"{layer}mlp.{part}", inner, width, bias=False)
+        linear(layer + "mlp.down_proj", width, inner, bias=False)
         for part in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            put(f"{layer}{part}_layernorm.weight", (WIDTH,), -3)
+            put(f"{layer}{part}_layernorm.weight", (width,), -3)
     # large and of both signs: logits of order 30, and a tied head that does not just repeat the token it reads
-    put("model.norm.weight", (WIDTH,), 3)
+    put("model.norm.weight", (width,), 3)
 
 
-def _frames(stream: str, count: int) -> np.ndarray:
-    """uint8 (count, 3, 22, 22)"""
-    return (words(f"frames {stream}", count * 3 * 22 * 22) >> np.uint64(56)).astype(np.uint8).reshape(count, 3, 22, 22)
+def _frames(stream: str, count: int, side: int = 22) -> np.ndarray:
+    """uint8 (count, 3, side, side)"""
+    pixels = words(f"frames {stream}", count * 3 * side * side) >> np.uint64(56)
+    return pixels.astype(np.uint8).reshape(count, 3, side, side)
 
 
-def _mel(stream: str, pieces: int) -> np.ndarray:
-    """float32 (pieces, 4, 40)"""
-    return gaussianish(f"mel {stream}", (pieces, 4, 40), -1)
+def _mel(stream: str, pieces: int, bins: int = 4, length: int = 40) -> np.ndarray:
+    """float32 (pieces, bins, length)"""
+    return gaussianish(f"mel {stream}", (pieces, bins, length), -1)
 
 
 def _ids(stream: str, count: int, image_at: int) -> np.ndarray:
@@ -248,10 +344,10 @@ def _ids(stream: str, count: int, image_at: int) -> np.ndarray:
     return ids
 
 
-def _text(*rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Rows right-padded with id 0 to one length, and their mask."""
+def _text(*rows: np.ndarray, pad: int = 0) -> dict[str, np.ndarray]:
+    """Rows right-padded with id `pad` to one length, and their mask."""
     longest = max(len(row) for row in rows)
-    padded = [np.pad(row, (0, longest - len(row))) for row in rows]
+    padded = [np.pad(row, (0, longest - len(row)), constant_values=pad) for row in rows]
     mask = [np.arange(longest) < len(row) for row in rows]
     return {"inputs.input_ids": np.stack(padded), "inputs.attention_mask": np.stack(mask)}
 
@@ -325,6 +421,8 @@ def cases() -> dict[str, Recipe]:
             videos | audios | _text(_ids("prompt a23", 7, 1), _ids("prompt b29", 4, 2)),
             decode_steps=8,
         ),
+        _odd(),
+        _odd_one(),
     ]
     return {recipe.name: recipe for recipe in made}
 
@@ -361,3 +459,54 @@ def _training() -> dict[str, np.ndarray]:
         "inputs.pos_noise.t_v.0": _noise("t_v", 2),
         "inputs.pos_noise.t_a.0": _noise("t_a", 5),
     }
+
+
+def _odd_media() -> dict[str, np.ndarray]:
+    side, bins, length = 40, 6, 28
+    return {
+        "inputs.images_u8.0": _frames("odd a", 2, side),
+        "inputs.images_u8.1": _frames("odd b", 1, side),
+        # 22 positions, 7 tokens; 11 positions, 3 tokens and a window that straddles the end
+        "inputs.audios.0": _mel("odd a", 2, bins, length),
+        "inputs.audios.1": _mel("odd b", 1, bins, length),
+        "inputs.audio_sizes": np.array([45, 22], np.int64),
+    }
+
+
+def _odd_ids(stream: str, count: int, image_at: int) -> np.ndarray:
+    """As `_ids`, of the odd vocabulary: ids from 6 to 85."""
+    ids = _ids(stream, count, image_at) % 80 + 6
+    ids[0], ids[image_at] = 5, -77
+    return ids
+
+
+def _odd() -> Recipe:
+    text = _text(_odd_ids("odd a124", 10, 1), _odd_ids("odd b26", 7, 4), pad=1)
+    return Recipe(
+        "odd",
+        "no number of the configuration is the release's or another case's; decoding past another window to another stop",
+        odd_config(),
+        _odd_media() | text,
+        decode_steps=7,
+        weights_file="odd.safetensors",
+    )
+
+
+def _odd_one() -> Recipe:
+    """Left padding and a hole in the mask of a prompt that is decoded from, alone."""
+    media = {name: value for name, value in _odd_media().items() if not name.endswith(".1")}
+    ids = np.concatenate([np.ones(3, np.int64), _odd_ids("odd one 161", 9, 3)])
+    mask = ~np.isin(np.arange(12), [0, 1, 2, 7, 8])
+    return Recipe(
+        "oddone",
+        "the odd configuration with one sample: left padding and holes in a prompt, and the fast path's fused step",
+        odd_config(),
+        media
+        | {
+            "inputs.audio_sizes": media["inputs.audio_sizes"][:1],
+            "inputs.input_ids": ids[None],
+            "inputs.attention_mask": mask[None],
+        },
+        decode_steps=6,
+        weights_file="odd.safetensors",
+    )

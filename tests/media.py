@@ -88,19 +88,24 @@ def make_video(
     """
     options = {"movflags": "+faststart"} if faststart else {}
     with av.open(str(path), "w", options=options) as container:
-        video = audio = None
+        video: av.VideoStream | None = None
+        audio: av.AudioStream | None = None
         for kind in ("audio", "video") if sound_first else ("video", "audio"):
             if kind == "video" and num_frames:
                 codec = VIDEO_CODECS[path.suffix]
                 speed = {"preset": "ultrafast"} if codec == "libx264" else {"deadline": "realtime", "cpu-used": "8"}
-                video = container.add_stream(codec, rate=Fraction(fps), options=speed)
+                stream = container.add_stream(codec, rate=Fraction(fps), options=speed)
+                assert isinstance(stream, av.VideoStream)
+                video = stream
                 video.width, video.height, video.pix_fmt = width, height, "yuv420p"
                 if color is not None:
                     video.codec_context.colorspace = color
                 if pts_ms is not None:
                     video.codec_context.time_base = Fraction(1, 1000)
             elif kind == "audio" and sound is not None:
-                audio = container.add_stream(sound.codec or AUDIO_CODECS[path.suffix], rate=sound.rate_hz)
+                stream = container.add_stream(sound.codec or AUDIO_CODECS[path.suffix], rate=sound.rate_hz)
+                assert isinstance(stream, av.AudioStream)
+                audio = stream
                 audio.layout = "mono" if sound.channels == 1 else "stereo"
         if audio is not None:
             assert sound is not None

@@ -15,7 +15,7 @@ from vidi.config import VidiConfig
 from vidi.inputs.batch import Batch, Sample, make_batch
 from vidi.model import VidiModel
 
-__all__ = ["NOISE", "assert_close", "config", "make", "model", "sample", "whole_pass_logits"]
+__all__ = ["NOISE", "Seen", "assert_close", "config", "make", "model", "sample", "whole_pass_logits"]
 
 NOISE = 1e-9  #: of rms, in float64
 
@@ -38,13 +38,14 @@ def sample(
     text: int = 9, frames: int = 2, audio: int = 23, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> Sample:
     """A sample of ``text`` ids around a placeholder, ``frames`` pictures and ``audio`` mel frames (0: none)."""
-    rng, at = torch.Generator().manual_seed(seed), VidiConfig.tiny()
+    rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 500, (text,), generator=rng).tolist()
     images = torch.rand(frames, 3, 26, 26, generator=rng, dtype=torch.float64) * 2 - 1
-    pieces = -(-audio // at.audio.mel_frames)
-    mel = torch.randn(pieces, at.audio.num_mel_bins, at.audio.mel_frames, generator=rng, dtype=torch.float64)
+    mel = torch.randn(
+        -(-audio // 100), 16, 100, generator=rng, dtype=torch.float64
+    )  # pieces of 100 mel frames, 16 bins
     return Sample(
-        ids=[*ids[:2], at.image_placeholder, *ids[2:]],
+        ids=[*ids[:2], -200, *ids[2:]],
         images=images.to(dtype) if frames else None,
         audio=mel.to(dtype) if audio else None,
         audio_size=audio if audio else None,
@@ -53,6 +54,14 @@ def sample(
 
 def make(samples: Sequence[Sample]) -> Batch:
     return make_batch(samples, VidiConfig.tiny())
+
+
+class Seen(dict[str, Tensor]):
+    """A tap that keeps every stage whole, parts of one id joined along axis 0."""
+
+    def __call__(self, stage: str, x: Tensor) -> Tensor:
+        self[stage] = torch.cat([self[stage], x]) if stage in self else x
+        return x
 
 
 def assert_close(found: Tensor, wanted: Tensor, noise: float = NOISE) -> None:
@@ -70,11 +79,9 @@ def whole_pass_logits(model: VidiModel, batch: Batch, tokens_BS: Tensor) -> Tens
     out, streams = [], model.streams(batch)
     keep_BT = torch.ones_like(batch.input_ids_BT, dtype=torch.bool) if batch.keep_BT is None else batch.keep_BT
     for step in range(tokens_BS.shape[1]):
-        longer = dataclasses.replace(
-            batch,
-            input_ids_BT=torch.cat([batch.input_ids_BT, tokens_BS[:, :step]], dim=1),
-            keep_BT=torch.cat([keep_BT, torch.ones(len(batch), step, dtype=torch.bool)], dim=1),
-        )
-        kept = longer.keep_BT & (longer.input_ids_BT != model.config.image_placeholder)
+        ids_BT = torch.cat([batch.input_ids_BT, tokens_BS[:, :step]], dim=1)
+        longer_BT = torch.cat([keep_BT, torch.ones(len(batch), step, dtype=torch.bool)], dim=1)
+        longer = dataclasses.replace(batch, input_ids_BT=ids_BT, keep_BT=longer_BT)
+        kept = longer_BT & (ids_BT != model.config.image_placeholder)
         out.append(model.decode_text(longer, streams)[torch.arange(len(batch)), kept.sum(1) - 1])
     return torch.stack(out, dim=1)

@@ -18,65 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from vidi.parity import ids, stages
+from stageparity import atomic
+from stageparity.stage import Stage
 from vidi.parity.stages import STAGES
 
-__all__ = ["SHAPES", "dataflow_svg", "main", "stage_table"]
+__all__ = ["DRAWN", "dataflow_svg", "main", "stage_table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 SVG, PAGE = ROOT / "docs" / "dataflow.svg", ROOT / "CONTRIBUTING.md"
 BEGIN, END = "<!-- stages: tools/draw_dataflow.py -->", "<!-- end of stages -->"
 
-# Dim letters: B samples, F frames of all videos, f of one, P audio pieces, L patches, l positions of a piece, S padded grid
-# side, s its side after resize, h w token grid, C encoder width, D width, V A T visual, audio, text tokens, a audio tokens
-# of one sample, n of all, N heads, H head dim, U vocabulary. A row of "·" has a length of its own.
-SHAPES = {
-    "pos.freq": "D/2",
-    "vision.tower": "F L C",
-    "vision.pad": "F C S S",
-    "vision.resize{g}": "F C s s",
-    "vision.space_to_depth{g}": "F 4C h w",
-    "vision.projector{g}": "F h w D",
-    "vision.norm{g}": "F h w D",
-    "vision.pos_h.embed{g}": "1 h 1 D",
-    "vision.pos_h{g}": "F h w D",
-    "vision.pos_w.embed{g}": "1 1 w D",
-    "vision.pos_w{g}": "F h w D",
-    "vision.pos_t.embed.{b}": "· 1 1 D",
-    "vision.pos_t{g}": "F h w D",
-    "vision.packed": "B V D",
-    "vision.mask": "B V",
-    "vision.llm_norm": "B V D",
-    "audio.tower": "P l C",
-    "audio.trim": "B · C",
-    "audio.pool": "B D A",
-    "audio.projector": "n D",
-    "audio.norm": "n D",
-    "audio.pos_t.embed.{b}": "· D",
-    "audio.pos_t": "n D",
-    "audio.packed": "B A D",
-    "audio.mask": "B A",
-    "audio.llm_norm": "B A D",
-    "text.embeds": "B T D",
-    "text.mask": "B T",
-    "rope.cos": "1 T H",
-    "rope.sin": "1 T H",
-    "layer.0.input": "B T D",
-    "layer.0.image_input": "B V D",
-    "layer.0.audio_input": "B A D",
-    "layer.{i}.t2t": "B T D",
-    "xattn.{i}.{m}.q": "B N T H",
-    "xattn.{i}.{m}.k": "B N · H",
-    "xattn.{i}.{m}.v": "B N · H",
-    "xattn.{i}.{m}.out": "B T N H",
-    "layer.{i}.t2{m}": "B T D",
-    "layer.{i}.t2{m}.gate": "B",
-    "layer.{i}.image_stream": "B V D",
-    "layer.{i}.audio_stream": "B A D",
-    "layer.{i}.output": "B T D",
-    "final.norm": "B T D",
-    "logits": "B T U",
-}
+DRAWN = [stage for stage in STAGES if stage.run or stage.code]  # not what is an input or told from others alone
 
 # Lane on the page by id, first match wins: visual, visual side, audio side, audio, text, text side.
 LANES = (
@@ -98,7 +50,7 @@ class Node:
     name: str
     lane: int
     row: int = -1
-    stage: stages.Stage | None = None
+    stage: Stage | None = None
 
     @property
     def x(self) -> int:
@@ -109,7 +61,7 @@ class Node:
         return TOP + self.row * ROW
 
 
-def feeds(stage: stages.Stage) -> Iterator[str]:
+def feeds(stage: Stage) -> Iterator[str]:
     """Names of the nodes that an entry's inputs stand for; a place that stands for both modalities gives two."""
     for template in stage.inputs:
         ways = {
@@ -121,7 +73,7 @@ def feeds(stage: stages.Stage) -> Iterator[str]:
             "layer.{i}.t2a": (),
         }.get(template, (template,))
         for name in ways:
-            if template == "{stream}" and "_stream" in stage.template and name[8:13] != stage.template[10:15]:
+            if template == "{stream}" and "_stream" in stage.name and name[8:13] != stage.name[10:15]:
                 continue  # image_stream reads the visual stream alone
             yield name
 
@@ -136,14 +88,14 @@ def what(node: Node) -> str:
     assert node.stage is not None
     if node.name != f"{FAMILY}*":
         return node.stage.what
-    return ", ".join(s.template.removeprefix(FAMILY) for s in STAGES if s.template.startswith(FAMILY))
+    return ", ".join(s.name.removeprefix(FAMILY) for s in STAGES if s.name.startswith(FAMILY))
 
 
 def layout() -> dict[str, Node]:
     """Every node on its lane, each above all that it feeds: what comes before the layers as late as possible, the rest
     as early as possible."""
-    nodes = {name: Node(name, lane_of(name)) for s in STAGES for name in feeds(s) if name.startswith("inputs.")}
-    shown = {drawn_as(s.template): s for s in reversed(STAGES)}
+    nodes = {name: Node(name, lane_of(name)) for s in DRAWN for name in feeds(s) if name.startswith("inputs.")}
+    shown = {drawn_as(s.name): s for s in reversed(DRAWN)}
     shown = dict(reversed(shown.items()))
     nodes |= {name: Node(name, lane_of(name), stage=s) for name, s in shown.items()}
     edges = [(name, to) for to, s in shown.items() for name in feeds(s)]
@@ -233,7 +185,7 @@ def box(node: Node) -> str:
     """One node: its id, shape and section, and what it is. Dashed where values are compared exactly."""
     kind = KINDS[node.lane]
     stage = node.stage
-    exact = " exact" if judged(node.name) == "exact" else ""
+    exact = " exact" if stage is not None and stage.exact else ""
     size = 11 if len(node.name) <= 22 else 9.3
     lines = [
         f'<g transform="translate({node.x} {node.y})">',
@@ -241,7 +193,7 @@ def box(node: Node) -> str:
         f'<text x="7" y="14" class="id" style="font-size:{size}px">{escape(node.name)}</text>',
     ]
     if stage is not None:
-        shape = f"({SHAPES[node.name].replace(' ', ', ')})" if node.name in SHAPES else ""
+        shape = f"({stage.shape.replace(' ', ', ')})" if stage.shape else ""
         lines.append(f'<text x="7" y="27" class="sh">{shape}</text>')
         lines.append(f'<text x="{WIDTH - 7}" y="27" text-anchor="end" class="soft">{stage.spec}</text>')
         for k, line in enumerate(wrap(what(node), 28)[:3]):
@@ -263,7 +215,7 @@ def wrap(text: str, width: int) -> list[str]:
 def arrows(nodes: dict[str, Node]) -> Iterator[str]:
     """Straight down to the next row of a lane; otherwise down the gutter right of the source, then along the gap above
     the target, so that no arrow crosses a node. Each source has a track of its own in both."""
-    fed = {drawn_as(s.template): s for s in STAGES}
+    fed = {drawn_as(s.name): s for s in DRAWN}
     pairs = [(nodes[name], nodes[to]) for to, s in fed.items() for name in dict.fromkeys(feeds(s))]
     bent = [(s, t) for s, t in pairs if not (s.lane == t.lane and t.row == s.row + 1)]
     ends: dict[str, int] = {}
@@ -300,15 +252,9 @@ def stage_table() -> str:
     for s in STAGES:
         fed = ", ".join(f"`{name}`" for name in s.inputs) or "-"
         lines.append(
-            f"| `{s.template}` | {s.spec} | {judged(s.template)} | {fed} | {s.what.replace('|', chr(92) + '|')} |"
+            f"| `{s.name}` | {s.spec} | {'exact' if s.exact else 'numeric'} | {fed} | {s.what.replace('|', chr(92) + '|')} |"
         )
     return "\n".join(lines)
-
-
-def judged(template: str) -> str:
-    """exact or numeric, as `ids.is_exact` says of an id of this template."""
-    filled = template.replace("{g}", "").replace("{i}", "0").replace("{m}", "v").replace("{b}", "0")
-    return "exact" if ids.is_exact(filled.replace("{n}", "none")) else "numeric"
 
 
 def contributing(text: str) -> str:
@@ -332,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stale = 1
         else:
             path.parent.mkdir(exist_ok=True)
-            path.write_text(wanted, encoding="utf-8")
+            atomic.write_text(path, wanted)
             print(f"wrote {path.relative_to(ROOT)}")
     return stale
 

@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from vidi.parity import ledger
-from vidi.parity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
-from vidi.parity.ids import axes
-from vidi.parity.manifest import parse, set_sha256
-from vidi.parity.store import position_table, verify
-from vidi.parity.writer import NewCase, replaced, write_case, write_weights
+from stageparity import ledger
+from stageparity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
+from stageparity.manifest import parse, set_sha256
+from stageparity.store import verify
+from stageparity.writer import NewCase, replaced, write_case, write_weights
+from vidi.parity.goldens import position_table
+from vidi.parity.stages import STAGES
 
 __all__ = ["import_recordings", "main", "pos_freq", "store_pos_freq", "thin"]
 
@@ -243,7 +244,8 @@ class _Recording:
 
     def _read(self, hashes: Mapping[str, str]) -> dict[str, Golden]:
         """Join the parts of sampled tensors, and hold everything against the json."""
-        listed, found = self.json["tensors"], {}
+        listed: Mapping[str, Any] = self.json["tensors"]
+        found: dict[str, Golden] = {}
         for name, entry in listed.items():
             dtype = str(entry["dtype"]).removeprefix("torch.")
             if name in self.tensors:
@@ -363,9 +365,9 @@ def thin(stage: str, golden: Golden) -> Golden:
         return golden
     if golden.array.size <= THIN_WHOLE:
         return golden
-    where = axes(stage, golden.array.ndim)
-    by_frame = golden.array.ndim == 4 and where.heads is None
-    axis = 0 if by_frame else max(where.rows, key=lambda a: golden.shape[a])
+    row_axes, heads = STAGES.axes(stage).of(golden.array.ndim)
+    by_frame = golden.array.ndim == 4 and heads is None
+    axis = 0 if by_frame else max(row_axes, key=lambda a: golden.shape[a])
     rows = golden.shape[axis]
     return _rows(golden, axis, _spread(rows, max(2, int(rows * THIN_WHOLE / golden.array.size))))
 

@@ -18,20 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from tools.regen_plan import commit  # noqa: E402
-from vidi.config import VidiConfig  # noqa: E402
-from vidi.parity import full, ledger, store  # noqa: E402
-from vidi.parity.golden import Golden, GoldenError, Sketched, Whole  # noqa: E402
-from vidi.parity.ids import sort_ids  # noqa: E402
-from vidi.parity.manifest import set_sha256  # noqa: E402
-from vidi.parity.writer import NewCase, replaced, write_case  # noqa: E402
+from stageparity import ledger, store
+from stageparity.evidence import commit
+from stageparity.golden import Golden, GoldenError, Sketched, Whole
+from stageparity.manifest import set_sha256
+from stageparity.writer import NewCase, replaced, write_case
+from vidi.config import VidiConfig
+from vidi.parity import full
+from vidi.parity.stages import STAGES
 
 __all__ = ["changes", "main", "restated"]
 
+ROOT = Path(__file__).resolve().parents[1]
 LISTED = 40  # changes written out in one ledger entry
 
 
@@ -57,7 +55,7 @@ def changes(old: store.Case | None, new: NewCase) -> list[str]:
         return [f"{new.name}: new, {len(new.targets[full.VARIANT])} tensors"]
     before: Mapping[str, Golden] = old.variant(full.VARIANT)
     after, lines = new.targets[full.VARIANT], []
-    for stage in sort_ids({*before, *after}):
+    for stage in STAGES.sort({*before, *after}):
         if stage not in before or stage not in after:
             lines.append(f"{new.name}/{full.VARIANT}/{stage}: {'gone' if stage in before else 'new'}")
         elif moved := _moved(before[stage], after[stage]):
@@ -104,12 +102,12 @@ def main(arguments: list[str] | None = None) -> int:
         if args.restate and old is not None:
             new = restated(old, args.restate)
         else:
-            new = full.make(getattr(VidiConfig, args.size)(), device=args.device, commit=commit())
+            new = full.make(getattr(VidiConfig, args.size)(), device=args.device, commit=commit(ROOT))
         lines = changes(old, new)
         print("\n".join(lines) or "nothing would change")
         if args.accept and (lines or ledger.stale(args.goldens, full.FOLDER.as_posix(), set_sha256(folder))):
             write(args.goldens, new, args.reason, lines)
-    except GoldenError as error:
+    except (GoldenError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from vidi.parity import store, suite, tolerance
+from stageparity import run as runs
+from stageparity import store, tolerance
+from vidi.parity.goldens import goldens_dir
+from vidi.parity.stages import STAGES
+from vidi.parity.subject import VidiSubject
 
 
 def main() -> None:
-    goldens = store.goldens_dir()
-    tolerances = tolerance.load(goldens)
+    goldens = goldens_dir()
+    tolerances = tolerance.load(goldens, STAGES)
     print("| goldens | dtype | cases | stages | different | worst max\\|d\\| / rms | at |")
     print("|---|---|---|---|---|---|---|")
     for name, dtypes in (("official", ("float32",)), ("small", ("float64", "float32", "bfloat16", "float16"))):
-        refs = [ref for ref in suite.select(goldens) if ref.set == name]
+        refs = store.select(goldens, [name])
         for dtype in dtypes:
-            run = suite.run(refs, tolerances, dtype=dtype)
+            run = runs.run(VidiSubject(dtype), refs, tolerances)
             rows = [(case, row) for case in run.cases for row in case.rows]
             numeric = [
-                (row.chained.errors["max"], f"{case.case} {row.stage}") for case, row in rows if row.chained.errors
+                (row.chained.errors["max"], f"{case.case} {row.stage}")
+                for case, row in rows
+                if row.chained and row.chained.errors
             ]
             error, place = max(numeric)
             different = sum(not row.ok for _, row in rows)

@@ -3,7 +3,7 @@
     python tools/regen_goldens.py [--case NAME ...] [--stage GLOB]     print what would change, per tensor
     python tools/regen_goldens.py --check                              the same for the gate: exit 1 if anything would
     python tools/regen_goldens.py --accept --reason "..."              write it, whole or not at all, and the ledger
-    python tools/regen_goldens.py --accept-tolerances --reason "..."   enter changed tolerances, baselines, pos.freq
+    python tools/regen_goldens.py --accept-tolerances --reason "..."   enter changed tolerances or pos.freq in the ledger
     python tools/regen_goldens.py --case NAME --candidate FILE [...]   values from a safetensors file, not the oracle
 
 What counts as changed and what is refused: `tools/regen_plan.py`. The tool never loads the model or torch, and never
@@ -13,7 +13,6 @@ runs inside pytest when it writes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -21,30 +20,24 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from goldens import recipes  # noqa: E402
-from tools.made_from import made_from  # noqa: E402
-from tools.regen_plan import WEIGHTS, Change, plan  # noqa: E402
-from vidi.parity import ledger  # noqa: E402
-from vidi.parity.golden import GoldenError  # noqa: E402
-from vidi.parity.manifest import set_sha256  # noqa: E402
-from vidi.parity.store import list_cases, list_sets, open_case, verify  # noqa: E402
-from vidi.parity.writer import NewCase, locked, replaced, write_case, write_weights  # noqa: E402
+from goldens import recipes
+from stageparity import atomic, ledger
+from stageparity.golden import GoldenError
+from stageparity.manifest import set_sha256
+from stageparity.store import list_cases, list_sets, verify
+from stageparity.writer import NewCase, locked, replaced, write_case, write_weights
+from tools import studies
+from tools.regen_plan import Change, plan
 
 __all__ = ["check", "main"]
 
+ROOT = studies.ROOT
 SET = "small"
-MODEL = ("torch", "vidi.model", "vidi.towers", "vidi.bridge", "vidi.attention", "vidi.decoder", "vidi.generate")
+MODEL = ("torch", "vidi.model", "vidi.generate")  # and what lies in a folder of it; the folders alone hold no code
+FOLDERS = ("vidi.towers.", "vidi.bridge.", "vidi.attention.", "vidi.decoder.")
 LISTED = 40  # changes written out in one ledger entry
-LEDGER_FILES = {
-    "tolerances": "tolerances.toml",
-    "baselines": "baselines.json",
-    "noise": "noise.json",
-    "pos.freq": "pos_freq.safetensors",
-}
+WRITTEN = ("tolerances", "pos.freq")
+LEDGER_FILES = {"tolerances": "tolerances.toml", "pos.freq": "pos_freq.safetensors", **studies.LEDGER}
 
 
 def check(goldens: Path) -> list[str]:
@@ -64,27 +57,11 @@ def check(goldens: Path) -> list[str]:
     for subject, name in LEDGER_FILES.items():
         if (goldens / name).exists():
             problems.append(ledger.stale(goldens, subject, ledger.file_sha256(goldens / name)) or "")
-    problems += _stale_baselines(goldens)
+    problems += [f"baselines: {line}" for line in studies.stale_of("baselines", goldens)]
     return [problem for problem in problems if problem]
 
 
-def _stale_baselines(goldens: Path) -> list[str]:
-    """Cases whose baselines were measured with another oracle or against another golden, or not at all."""
-    path = goldens / LEDGER_FILES["baselines"]
-    if not path.exists():
-        return []
-    known, problems = json.loads(path.read_text())["made_from"], []
-    for ref in list_cases(goldens):
-        name = f"{ref.set}/{ref.name}"
-        if known.pop(name, None) != made_from(open_case(ref.folder, ref.name)):
-            problems.append(
-                f"baselines of {name} were not measured from it and this oracle: tools/measure_baselines.py"
-            )
-    return [*problems, *(f"baselines of {name}: there is no such case" for name in known)]
-
-
 def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], reason: str, at: Callable) -> None:
-    weights = recipes.weights()
     lines = [change.line() for change in changes[:LISTED]]
     if len(changes) > LISTED:
         lines.append(f"and {len(changes) - LISTED} more")
@@ -97,7 +74,9 @@ def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], r
             if change.what.startswith("gone: no recipe"):
                 for suffix in (".json", ".h5"):
                     (draft / f"{change.case}{suffix}").unlink()
-        write_weights(draft, WEIGHTS, weights)
+        made = recipes.cases()
+        for file, raw in {made[name].weights_file: made[name].config for name in cases}.items():
+            write_weights(draft, file, recipes.weights(raw))
         for case in cases.values():
             write_case(draft, case)
         verify(draft)
@@ -106,7 +85,7 @@ def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], r
 def _refuse_where_unsafe() -> None:
     if "pytest" in sys.modules or "PYTEST_CURRENT_TEST" in os.environ:
         raise GoldenError("goldens are not written from within pytest: a test run must not turn itself green")
-    loaded = sorted(name for name in sys.modules if name in MODEL or name.startswith(tuple(f"{m}." for m in MODEL)))
+    loaded = sorted(name for name in sys.modules if name in MODEL or name.startswith(FOLDERS))
     if loaded:
         raise GoldenError(f"goldens are not written beside the model ({loaded[0]} is loaded): run the tool alone")
 
@@ -122,7 +101,7 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
     parser.add_argument("--candidate", type=Path, metavar="FILE", help="new values by stage id, for one --case")
     parser.add_argument("--check", action="store_true", help="exit 1 if anything would change or is not in the ledger")
     parser.add_argument("--accept", action="store_true", help="write the changes")
-    parser.add_argument("--accept-tolerances", action="store_true", help="enter tolerances and baselines in the ledger")
+    parser.add_argument("--accept-tolerances", action="store_true", help="enter changed tolerances in the ledger")
     parser.add_argument("--reason", default="", help="why; needed for writing")
     args = parser.parse_args(arguments)
     try:
@@ -150,8 +129,9 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
                 _write(args.goldens, changes, cases, args.reason, at)
             elif missing:
                 with locked(args.goldens):
+                    atomic.collect(args.goldens / SET)  # what a writer left that was killed before its entry
                     ledger.append(args.goldens, SET, set_sha256(args.goldens / SET), args.reason)
-    except GoldenError as error:
+    except (GoldenError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     return 0
@@ -165,8 +145,9 @@ def _refuse_recording(goldens: Path, name: str) -> None:
 
 def _accept_tolerances(goldens: Path, reason: str) -> None:
     with locked(goldens):
-        for subject, name in LEDGER_FILES.items():
-            path = goldens / name
+        for subject in WRITTEN:  # what is measured enters the ledger when it is accepted: tools/study.py
+            path = goldens / LEDGER_FILES[subject]
+            name = path.name
             if path.exists() and ledger.stale(goldens, subject, ledger.file_sha256(path)):
                 ledger.append(goldens, subject, ledger.file_sha256(path), reason)
                 print(f"{name}: entered in the ledger")

@@ -7,7 +7,6 @@ that are no tensor of the oracle's, and values further from the oracle than the 
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,22 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from goldens import recipes
+from goldens.oracle import forward, greedy, teacher_forced
+from stageparity.evidence import commit
+from stageparity.golden import Golden, GoldenError, Whole, whole
+from stageparity.manifest import weights_sha256
+from stageparity.store import Case, list_cases, open_case
+from stageparity.writer import NewCase
+from vidi.parity.stages import STAGES
+
+__all__ = ["Change", "oracle_case", "plan"]
+
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from goldens import recipes  # noqa: E402
-from goldens.oracle import forward, greedy, teacher_forced  # noqa: E402
-from vidi.parity.golden import Golden, GoldenError, Whole, whole  # noqa: E402
-from vidi.parity.ids import before_float32, matching, sort_ids  # noqa: E402
-from vidi.parity.manifest import weights_sha256  # noqa: E402
-from vidi.parity.store import Case, list_cases, open_case  # noqa: E402
-from vidi.parity.writer import NewCase  # noqa: E402
-
-__all__ = ["WEIGHTS", "Change", "commit", "oracle_case", "plan"]
-
-VARIANTS = ("none", "official")
-WEIGHTS = "weights.safetensors"
+VARIANTS = {"none": "none", "cast": "official"}  # variant -> casts of the oracle
 CHANGED = 1e-10  # of rms
 
 
@@ -55,14 +51,14 @@ class Change:
 
 def oracle_case(recipe: recipes.Recipe, weights: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """All tensors that the oracle computes for a recipe: variant -> stage id -> array."""
-    table = recipes.POS_FREQ
+    table = recipes.pos_freq(recipe.config)
     result = {}
-    for casts in VARIANTS:
-        result[casts] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
+    for variant, casts in VARIANTS.items():
+        result[variant] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
         if recipe.decode_steps:
             own = greedy(recipe.config, weights, recipe.inputs, recipe.decode_steps, casts=casts, pos_freq=table)
             forced = teacher_forced(recipe.config, weights, recipe.inputs, own.tokens_BS, casts=casts, pos_freq=table)
-            result[casts] |= {
+            result[variant] |= {
                 f"{recipe.name}.tokens": own.tokens_BS,
                 f"{recipe.name}.lengths": own.lengths_B,
                 f"{recipe.name}.nocache.logits": forced,
@@ -80,7 +76,7 @@ def plan(
 
     candidate: new values by stage id for the one named case and variant `none`, in place of the oracle's.
     """
-    made, weights = recipes.cases(), recipes.weights()
+    made = recipes.cases()
     stored = {ref.name for ref in list_cases(folder)}
     wanted = set(made) | stored if names is None else set(names)
     unknown = wanted - set(made) - stored
@@ -88,7 +84,6 @@ def plan(
         raise GoldenError(f"no small case named {', '.join(sorted(unknown))}: there are {', '.join(sorted(made))}")
     changes: list[Change] = []
     cases: dict[str, NewCase] = {}
-    weights_entry = {"file": WEIGHTS, "sha256": weights_sha256(weights)}
     for name in sorted(wanted):
         old = open_case(folder, name) if name in stored else None
         if old is not None and old.provenance["origin"] == "official":
@@ -96,7 +91,7 @@ def plan(
         if name not in made:
             changes.append(Change(name, "", "gone: no recipe makes this case any more"))
             continue
-        found, case = _compare_case(old, made[name], weights, weights_entry, glob, candidate)
+        found, case = _compare_case(old, made[name], glob, candidate)
         changes += found
         if found:
             cases[name] = case
@@ -106,11 +101,11 @@ def plan(
 def _compare_case(
     old: Case | None,
     recipe: recipes.Recipe,
-    weights: Mapping[str, np.ndarray],
-    weights_entry: Mapping[str, str],
     glob: str | None,
     candidate: Mapping[str, np.ndarray] | None,
 ) -> tuple[list[Change], NewCase]:
+    weights = recipes.weights(recipe.config)
+    weights_entry = {"file": recipe.weights_file, "sha256": weights_sha256(weights)}
     oracle = oracle_case(recipe, weights)
     changes: list[Change] = []
     targets: dict[str, dict[str, Golden]] = {}
@@ -122,8 +117,8 @@ def _compare_case(
             fresh = truth | dict(candidate)
         before: Mapping[str, Golden] = old.variant(variant) if old is not None and variant in old.variants else {}
         after: dict[str, Golden] = dict(before.items())
-        selected = set(matching({*fresh, *before}, glob))
-        for stage in sort_ids(selected):
+        selected = STAGES.matching({*fresh, *before}, glob)
+        for stage in selected:
             if stage not in fresh:
                 changes.append(Change(recipe.name, f"{variant}/{stage}", "gone: the oracle no longer has it"))
                 del after[stage]
@@ -174,7 +169,7 @@ def _allowed(variant: str, stage: str, array: np.ndarray) -> float:
     """How far a value may move unchanged: 1e-10 of rms, one float32 ulp at the tensor's scale behind a float32 step."""
     if array.dtype.kind in "bui":
         return 0.0
-    if variant == "none" or before_float32(stage):
+    if variant == "none" or STAGES.tagged(stage, "no-float32-step"):
         return CHANGED * _rms(array)
     return float(np.finfo(np.float32).eps) * float(np.abs(array).max())
 
@@ -240,7 +235,7 @@ def _new_case(
             "libraries": {name: sys.modules[name].__version__ for name in loaded if name in sys.modules},
             "device": "cpu",
             "seed": None,
-            "commit": commit(),
+            "commit": commit(ROOT),
         },
         config=recipe.config,
         inputs=recipe.inputs,
@@ -248,9 +243,3 @@ def _new_case(
         weights=weights_entry,
         info=_info(recipe),
     )
-
-
-def commit() -> str:
-    """The commit of the tree, `unknown` outside a checkout."""
-    asked = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or "unknown"

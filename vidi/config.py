@@ -2,18 +2,21 @@
 
 The official file describes the decoder and the bridge; the towers are two public models that it only names, so
 their sizes default to those models and may be given as ``vision_config`` / ``audio_config`` beside the other fields.
+Defaults are the release's, read from `release.toml`.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from vidi import official
+from vidi.release import RELEASE, ReleaseWarning, contradictions
 
 __all__ = ["AudioConfig", "ConfigError", "DecoderConfig", "VidiConfig", "VisionConfig"]
 
@@ -22,6 +25,7 @@ class ConfigError(ValueError):
     """A configuration that this model cannot honour; the text names the fields."""
 
 
+_VISION, _AUDIO, _BRIDGE, _TOKENS = (RELEASE[table] for table in ("vision", "audio", "bridge", "tokens"))
 _MAY_BE_NEGATIVE = {"image_placeholder"}
 _MAY_BE_ZERO = {"pad_id", "bos_id", "end_of_turn_id"}
 
@@ -50,14 +54,14 @@ class _Checked:
 class VisionConfig(_Checked):
     """SigLIP2 tower. Defaults: so400m patch14-384."""
 
-    image_size: int = 384
-    patch_size: int = 14
-    num_channels: int = 3
-    hidden_size: int = 1152
-    num_layers: int = 27
-    num_heads: int = 16
-    intermediate_size: int = 4304
-    layer_norm_eps: float = 1e-6
+    image_size: int = _VISION["image_size"]
+    patch_size: int = _VISION["patch_size"]
+    num_channels: int = _VISION["num_channels"]
+    hidden_size: int = _VISION["hidden_size"]
+    num_layers: int = _VISION["num_layers"]
+    num_heads: int = _VISION["num_heads"]
+    intermediate_size: int = _VISION["intermediate_size"]
+    layer_norm_eps: float = _VISION["layer_norm_eps"]
 
     @property
     def patches_per_side(self) -> int:
@@ -68,13 +72,13 @@ class VisionConfig(_Checked):
 class AudioConfig(_Checked):
     """Whisper encoder. Defaults: large-v3."""
 
-    num_mel_bins: int = 128
-    hidden_size: int = 1280
-    num_layers: int = 32
-    num_heads: int = 20
-    intermediate_size: int = 5120
-    max_source_positions: int = 1500
-    layer_norm_eps: float = 1e-5
+    num_mel_bins: int = _AUDIO["num_mel_bins"]
+    hidden_size: int = _AUDIO["hidden_size"]
+    num_layers: int = _AUDIO["num_layers"]
+    num_heads: int = _AUDIO["num_heads"]
+    intermediate_size: int = _AUDIO["intermediate_size"]
+    max_source_positions: int = _AUDIO["max_source_positions"]
+    layer_norm_eps: float = _AUDIO["layer_norm_eps"]
 
     @property
     def mel_frames(self) -> int:
@@ -114,18 +118,18 @@ class VidiConfig(_Checked):
     vision: VisionConfig
     audio: AudioConfig
     decoder: DecoderConfig
-    image_pool_size: int = 2
-    audio_pool_size: int = 5
-    time_interval: int = 10000
-    norm_std: float = 0.028976401314139366
-    visual_token_budget: int = 60000
-    budget_scope: Literal["batch", "video"] = "batch"
+    image_pool_size: int = _BRIDGE["image_pool_size"]
+    audio_pool_size: int = _BRIDGE["audio_pool_size"]
+    time_interval: int = _BRIDGE["time_interval"]
+    norm_std: float = _BRIDGE["norm_std"]
+    visual_token_budget: int = _BRIDGE["visual_token_budget"]
+    budget_scope: Literal["batch", "video"] = _BRIDGE["budget_scope"]
     loss_threshold: float | None = None
-    bos_id: int = 2
-    pad_id: int = 0
-    end_of_turn_id: int = 107
-    image_placeholder: int = -200
-    max_positions: int = 8192
+    bos_id: int = _TOKENS["bos_id"]
+    pad_id: int = _TOKENS["pad_id"]
+    end_of_turn_id: int = _TOKENS["end_of_turn_id"]
+    image_placeholder: int = _TOKENS["image_placeholder"]
+    max_positions: int = _TOKENS["max_positions"]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,7 +168,9 @@ class VidiConfig(_Checked):
         ``vision`` and ``audio`` give the towers' sizes (ours, or a Hugging Face tower config as a mapping); without
         them ``raw["vision_config"]`` / ``raw["audio_config"]`` count, and without those the two public models.
 
-        Raises ConfigError naming every unknown, missing or contradictory field.
+        Raises ConfigError naming every unknown, missing or contradictory field. Warns (`ReleaseWarning`), naming the
+        fields, where a model of the released widths has other numbers than the release: weights that fit them may be
+        the released ones, and would give wrong answers.
         """
         wrong = []
         for name, allowed in official.REQUIRED_VALUES.items():
@@ -187,7 +193,7 @@ class VidiConfig(_Checked):
             raise ConfigError(
                 f"unknown fields: {', '.join(unknown)}; remove them, or teach vidi/config.py their meaning"
             )
-        return cls(
+        config = cls(
             vision=_tower(
                 VisionConfig,
                 official.VISION_FIELDS,
@@ -206,6 +212,14 @@ class VidiConfig(_Checked):
                 if name in raw and not _absent(raw, name)
             },
         )
+        if found := contradictions(config):
+            warnings.warn(
+                f"a model of the released widths whose config.json contradicts the release: {'; '.join(found)}. Where its "
+                "weights are the released ones, answers will be wrong: correct config.json",
+                ReleaseWarning,
+                stacklevel=2,
+            )
+        return config
 
     @classmethod
     def from_file(cls, path: str | Path) -> VidiConfig:
@@ -245,25 +259,7 @@ class VidiConfig(_Checked):
     @classmethod
     def full(cls) -> VidiConfig:
         """The released 9B checkpoint (spec §1)."""
-        return cls(
-            vision=VisionConfig(),
-            audio=AudioConfig(),
-            decoder=DecoderConfig(
-                vocab_size=256000,
-                hidden_size=3584,
-                intermediate_size=14336,
-                num_layers=42,
-                num_heads=16,
-                num_kv_heads=8,
-                head_dim=256,
-                sliding_window=4096,
-                query_pre_attn_scalar=256,
-                attn_softcap=50.0,
-                final_softcap=30.0,
-                rms_norm_eps=1e-6,
-                rope_theta=10000.0,
-            ),
-        )
+        return cls(vision=VisionConfig(), audio=AudioConfig(), decoder=DecoderConfig(**RELEASE["decoder"]))
 
     @classmethod
     def tiny(cls) -> VidiConfig:

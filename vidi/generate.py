@@ -7,31 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vidi.config import VidiConfig
 from vidi.inputs.batch import Batch
+from vidi.model import Pipeline
 from vidi.stream import Stream
 
-__all__ = ["Decoding", "Generated", "forced_logits", "greedy"]
-
-
-class Decoding(Protocol):
-    """What decoding asks of a model: `vidi.model.VidiModel`, or `vidi.fast.model.FastModel`. The cache is the model's own."""
-
-    config: VidiConfig
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def prefill(
-        self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None, *, reuse: Any | None = None
-    ) -> tuple[Tensor, Any]: ...
-
-    def step(self, ids_B: Tensor, cache: Any) -> Tensor: ...
+__all__ = ["Generated", "forced_logits", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +33,7 @@ class Generated:
 
 @torch.inference_mode()
 def greedy(
-    model: Decoding,
+    model: Pipeline,
     batch: Batch,
     *,
     max_new_tokens: int = 1024,
@@ -63,9 +48,7 @@ def greedy(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1")
-    # Only where there is something: a stand-in for `prefill` need not know of it.
-    held = {} if reuse is None else {"reuse": reuse}
-    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens, streams, **held)
+    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens, streams, reuse=reuse)
     stop = model.config.end_of_turn_id
     tokens: list[list[int]] = [[] for _ in logits_BV]
     stopped = [False] * len(tokens)
@@ -85,7 +68,7 @@ def greedy(
 
 @torch.inference_mode()
 def forced_logits(
-    model: Decoding, batch: Batch, tokens_BS: Tensor, *, streams: dict[str, Stream] | None = None
+    model: Pipeline, batch: Batch, tokens_BS: Tensor, *, streams: dict[str, Stream] | None = None
 ) -> Tensor:
     """Logits (B, S, V) of cached decoding along given tokens (B, S): entry s is the logit after prompt + tokens[:s]."""
     steps = tokens_BS.shape[1]

@@ -1,11 +1,13 @@
 """Vidi 1.5 9B: frames, sound and a prompt in, logits out (spec §3-§8).
 
-Dims: B samples, F frames, P audio pieces, T text tokens, D decoder width, V vocabulary.
+Dims: B samples, F frames, P audio pieces, L tower positions, T text tokens, D decoder width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +30,143 @@ from vidi.tap import Tap, no_tap
 from vidi.towers.siglip import VisionTower
 from vidi.towers.whisper import AudioTower
 
-__all__ = ["VidiModel"]
+__all__ = ["Pipeline", "VidiModel", "frame_chunks"]
 
 
-class VidiModel(nn.Module):
+class Pipeline(ABC):
+    """The way from raw inputs to logits, over parts that a model has its own of: here the plain ones, faster ones in
+    `vidi.fast.model`. A cache is its model's own."""
+
+    config: VidiConfig
+    bridge: Bridge
+    decoder: Decoder
+
+    # ---- a model's own ------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def image_features(self, images: Iterable[Tensor], num_frames: int) -> Iterator[Tensor]:
+        """(F, 3, S, S) of consecutive frames, uint8 or already normalised floats -> (f, L, C), cut anew (§3.1).
+
+        ``num_frames``: of all ``images``, which may still be on their way.
+        """
+
+    @abstractmethod
+    def audio_features(self, pieces_PML: Tensor) -> Tensor:
+        """Log-mel pieces -> (P, L, C) (§4.1)."""
+
+    @abstractmethod
+    def decode(
+        self,
+        embeds_BTD: Tensor,
+        rows: Rows,
+        streams: dict[str, Stream],
+        *,
+        last_stream: bool = False,
+        tap: Tap = no_tap,
+    ) -> Tensor:
+        """Text embeddings and streams -> the text after the last layer and the final norm, (B, T, D)."""
+
+    @abstractmethod
+    def fill(
+        self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int, reuse: Any | None = None
+    ) -> tuple[Tensor, Any]:
+        """As `decode`, of each row's last kept token alone, (B, D); and the cache that holds all of them.
+
+        ``reuse``: a cache whose stream keys and values are shared instead of computed; ``streams`` is empty then.
+        """
+
+    @abstractmethod
+    def step(self, ids_B: Tensor, cache: Any) -> Tensor:
+        """One new token a row: (B,) ids -> (B, V) logits of the next one; ``cache`` grows by it."""
+
+    @property
+    def noise(self) -> position.Noise | None:
+        """Noise on positions, in training alone (§5)."""
+        return None
+
+    # ---- what all models share ----------------------------------------------------------------------------------
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.embed.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.embed.weight.device
+
+    def streams(self, batch: Batch, tap: Tap = no_tap) -> dict[str, Stream]:
+        """Streams by modality, "v" and "a"; what the batch does not hold, or too little of for one token, is absent."""
+        found = {}
+        images, audios, sizes_B = batch.images or (), batch.audios or (), batch.audio_sizes or ()
+        if any(map(len, images)):
+            num_frames_B = [len(x) for x in images]
+            features = self.image_features(images, sum(num_frames_B))
+            found["v"] = self.fold_features(features, num_frames_B, mask.has_signal(images), tap)
+        if audios and any(audio_bridge.num_tokens(size, self.config) for size in sizes_B):
+            tower_PLC = self.audio_features(torch.cat(list(audios)).to(self.device, self.dtype))
+            num_pieces_B, signal_B = [len(x) for x in audios], mask.has_signal(audios)
+            found["a"] = audio_bridge.encode(
+                self.bridge, tower_PLC, num_pieces_B, sizes_B, signal_B, self.config, noise=self.noise, tap=tap
+            )
+        return found
+
+    def encode_frames(self, pieces: Iterable[Tensor], num_frames: int, tap: Tap = no_tap) -> Stream:
+        """The visual stream of one video, whose uint8 frames arrive in ``pieces`` (f, 3, S, S) while it is being read."""
+        signal_B = torch.ones(1, dtype=torch.bool)  # any pixel is one, see `mask.has_signal`
+        return self.fold_features(self.image_features(pieces, num_frames), [num_frames], signal_B, tap)
+
+    def fold_features(
+        self, features: Iterator[Tensor], num_frames_B: Sequence[int], signal_B: Tensor, tap: Tap = no_tap
+    ) -> Stream:
+        """Tower features (f, L, C) of consecutive frames -> visual stream (§3.2-3.9)."""
+        return visual_bridge.encode(
+            self.bridge, features, num_frames_B, signal_B, self.config, noise=self.noise, tap=tap
+        )
+
+    def embed_text(self, batch: Batch, tap: Tap = no_tap) -> tuple[Tensor, Rows, Tensor | None]:
+        """Packed embeddings (B, T, D) without the placeholder, their kept rows, and the labels packed alike (§6)."""
+        ids_BT, keep_BT, labels_BT = batches.pack_text(
+            batch.input_ids_BT, batch.keep_BT, batch.labels_BT, placeholder=self.config.image_placeholder
+        )
+        keep_BT = tap("text.mask", keep_BT.to(self.device))
+        embeds_BTD = tap("text.embeds", self.decoder.embed_tokens(ids_BT.to(self.device), keep_BT))
+        if labels_BT is not None:
+            labels_BT = tap("text.labels", labels_BT.to(self.device))
+        return embeds_BTD, Rows(keep_BT), labels_BT
+
+    def forward(self, batch: Batch, *, last_stream: bool = False, tap: Tap = no_tap) -> Tensor:
+        """Logits of every text position, (B, T, V); rows that are not kept hold no meaning."""
+        return self.decode_text(batch, self.streams(batch, tap), last_stream=last_stream, tap=tap)
+
+    def decode_text(
+        self, batch: Batch, streams: dict[str, Stream], *, last_stream: bool = False, tap: Tap = no_tap
+    ) -> Tensor:
+        """As `forward`, over streams that are already there."""
+        embeds_BTD, rows, _ = self.embed_text(batch, tap)
+        x_BTD = self.decode(embeds_BTD, rows, streams, last_stream=last_stream, tap=tap)
+        return tap("logits", self.decoder.logits(x_BTD))
+
+    def prefill(
+        self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None, *, reuse: Any | None = None
+    ) -> tuple[Tensor, Any]:
+        """Logits (B, V) after each row's own last kept token, and the cache to decode from.
+
+        ``capacity``: text tokens that the cache can hold, the prompt included. ``reuse``: the cache of an earlier question
+        about the same videos, whose stream keys and values are shared instead of computed. Raises ValueError naming rows
+        without text.
+        """
+        embeds_BTD, rows, _ = self.embed_text(batch)
+        if empty := (rows.lengths_B == 0).nonzero().flatten().tolist():
+            raise ValueError(f"rows {empty} keep no text token; decoding has nothing to continue from")
+        if reuse is not None:
+            streams = {}
+        elif streams is None:
+            streams = self.streams(batch)
+        last_BD, cache = self.fill(embeds_BTD, rows, streams, max(capacity, embeds_BTD.shape[1]), reuse)
+        return self.decoder.logits(last_BD), cache
+
+
+class VidiModel(Pipeline, nn.Module):
     """The whole model. Built in evaluation mode; in training mode positions are noisy (§5).
 
     backend: attention of the decoder (`attention.dispatch.BACKENDS`).
@@ -55,98 +190,37 @@ class VidiModel(nn.Module):
         self.eval()
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.decoder.embed.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.decoder.embed.weight.device
-
-    # ---- towers and bridge --------------------------------------------------------------------------------------
-
-    def encode_images(self, images: Sequence[Tensor], tap: Tap = no_tap) -> Stream:
-        """One (F, 3, S, S) tensor a video, uint8 or already normalised floats -> visual stream (§3)."""
-        features = (
-            self.vision_tower(pixels.normalize(chunk, self.dtype, self.device), self.tower_backend)
-            for chunk in frame_chunks(images, self.frame_chunk)
-        )
-        signal_B = mask.has_signal(images)
-        return self.fold_features(features, [len(x) for x in images], signal_B, tap)
-
-    def encode_frames(self, pieces: Iterable[Tensor], num_frames: int, tap: Tap = no_tap) -> Stream:
-        """As `encode_images` for one video, whose uint8 frames arrive in ``pieces`` (f, 3, S, S) while it is being read."""
-        features = (
-            self.vision_tower(pixels.normalize(chunk, self.dtype, self.device), self.tower_backend)
-            for chunk in frame_chunks(pieces, self.frame_chunk)
-        )
-        return self.fold_features(features, [num_frames], torch.ones(1, dtype=torch.bool), tap)
-
-    def fold_features(
-        self, features: Iterator[Tensor], num_frames_B: Sequence[int], signal_B: Tensor, tap: Tap = no_tap
-    ) -> Stream:
-        """Tower features (f, L, C) of consecutive frames -> visual stream (§3.2-3.9)."""
-        return visual_bridge.encode(
-            self.bridge, features, num_frames_B, signal_B, self.config, noise=self._noise(), tap=tap
-        )
-
-    def encode_audio(self, audios: Sequence[Tensor], sizes_B: Sequence[int], tap: Tap = no_tap) -> Stream | None:
-        """One (P, M, mel frames) tensor a sample and its mel frames of sound -> audio stream, None if too short (§4)."""
-        if not any(audio_bridge.num_tokens(size, self.config) for size in sizes_B):
-            return None
-        pieces = torch.cat(list(audios)).to(self.device, self.dtype)
-        tower_PLC = self.audio_tower(pieces, self.tower_backend)
-        return audio_bridge.encode(
-            self.bridge,
-            tower_PLC,
-            [len(x) for x in audios],
-            sizes_B,
-            mask.has_signal(audios),
-            self.config,
-            noise=self._noise(),
-            tap=tap,
-        )
-
-    def streams(self, batch: Batch, tap: Tap = no_tap) -> dict[str, Stream]:
-        """Streams by modality, "v" and "a"; what the batch does not hold is absent."""
-        found: dict[str, Stream | None] = {}
-        if batch.images is not None and any(map(len, batch.images)):
-            found["v"] = self.encode_images(batch.images, tap)
-        if batch.audios is not None and batch.audio_sizes is not None:
-            found["a"] = self.encode_audio(batch.audios, batch.audio_sizes, tap)
-        return {modality: stream for modality, stream in found.items() if stream is not None}
-
-    def _noise(self) -> position.Noise | None:
+    def noise(self) -> position.Noise | None:
         return self.position_noise if self.training else None
 
-    # ---- text and decoder ---------------------------------------------------------------------------------------
+    def image_features(self, images: Iterable[Tensor], num_frames: int) -> Iterator[Tensor]:
+        for chunk in frame_chunks(images, self.frame_chunk):
+            yield self.vision_tower(pixels.normalize(chunk, self.dtype, self.device), self.tower_backend)
 
-    def embed_text(self, batch: Batch, tap: Tap = no_tap) -> tuple[Tensor, Rows, Tensor | None]:
-        """Packed embeddings (B, T, D) without the placeholder, their kept rows, and the labels packed alike (§6)."""
-        ids_BT, keep_BT, labels_BT = batches.pack_text(
-            batch.input_ids_BT, batch.keep_BT, batch.labels_BT, placeholder=self.config.image_placeholder
-        )
-        keep_BT = keep_BT.to(self.device)
-        embeds_BTD = self.decoder.embed_tokens(ids_BT.to(self.device), keep_BT)
-        tap("text.embeds", embeds_BTD)
-        tap("text.mask", keep_BT)
-        if labels_BT is not None:
-            labels_BT = labels_BT.to(self.device)
-            tap("text.labels", labels_BT)
-        return embeds_BTD, Rows(keep_BT), labels_BT
+    def audio_features(self, pieces_PML: Tensor) -> Tensor:
+        return self.audio_tower(pieces_PML, self.tower_backend)
 
-    def forward(self, batch: Batch, *, last_stream: bool = False, tap: Tap = no_tap) -> Tensor:
-        """Logits of every text position, (B, T, V); rows that are not kept hold no meaning."""
-        return self.decode_text(batch, self.streams(batch, tap), last_stream=last_stream, tap=tap)
-
-    def decode_text(
-        self, batch: Batch, streams: dict[str, Stream], *, last_stream: bool = False, tap: Tap = no_tap
+    def decode(
+        self,
+        embeds_BTD: Tensor,
+        rows: Rows,
+        streams: dict[str, Stream],
+        *,
+        last_stream: bool = False,
+        tap: Tap = no_tap,
     ) -> Tensor:
-        """As `forward`, over streams that are already there."""
-        embeds_BTD, rows, _ = self.embed_text(batch, tap)
-        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, last_stream=last_stream, tap=tap)
-        logits_BTV = self.decoder.logits(x_BTD)
-        tap("logits", logits_BTV)
-        return logits_BTV
+        return self.decoder(embeds_BTD, rows, streams, backend=self.backend, last_stream=last_stream, tap=tap)
+
+    def fill(
+        self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int, reuse: Cache | None = None
+    ) -> tuple[Tensor, Cache]:
+        lengths_B = rows.lengths_B.long()
+        cache = Cache.empty(self.config.decoder, lengths_B, capacity, self.dtype, self.device)
+        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, cache=cache, reuse=reuse)
+        return x_BTD[torch.arange(len(x_BTD), device=self.device), lengths_B - 1], cache
+
+    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        return self.decoder.step(ids_B, cache, backend=self.backend)
 
     def loss(self, batch: Batch, *, threshold: float | None = None) -> Tensor:
         """Scalar training loss of a batch with labels (§8); ``threshold`` None = the configuration's. ValueError without."""
@@ -157,33 +231,6 @@ class VidiModel(nn.Module):
         assert labels_BT is not None
         threshold = self.config.loss_threshold if threshold is None else threshold
         return loss.mean_above(loss.per_token(logits_BTV, labels_BT), labels_BT, threshold)
-
-    def prefill(
-        self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None, *, reuse: Cache | None = None
-    ) -> tuple[Tensor, Cache]:
-        """Logits (B, V) after each row's own last kept token, and the cache to decode from.
-
-        ``capacity``: text tokens that the cache can hold, the prompt included. ``reuse``: the cache of an earlier question
-        about the same videos, whose stream keys and values are shared instead of computed. Raises ValueError naming rows
-        without text.
-        """
-        embeds_BTD, rows, _ = self.embed_text(batch)
-        lengths_B = rows.lengths_B.long()
-        if empty := (lengths_B == 0).nonzero().flatten().tolist():
-            raise ValueError(f"rows {empty} keep no text token; decoding has nothing to continue from")
-        capacity = max(capacity, embeds_BTD.shape[1])
-        cache = Cache.empty(self.config.decoder, lengths_B, capacity, self.dtype, self.device)
-        if reuse is not None:
-            streams = {}
-        elif streams is None:
-            streams = self.streams(batch)
-        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, cache=cache, reuse=reuse)
-        last_BD = x_BTD[torch.arange(len(x_BTD), device=self.device), lengths_B - 1]
-        return self.decoder.logits(last_BD), cache
-
-    def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
-        """One new token a row: (B,) ids -> (B, V) logits of the next one; ``cache`` grows by it."""
-        return self.decoder.step(ids_B, cache, backend=self.backend)
 
 
 def frame_chunks(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:

@@ -35,6 +35,8 @@ BRIDGE_FIELDS = {
     "loss_thres": "loss_threshold",
     "bos_token_id": "bos_id",
     "pad_token_id": "pad_id",
+    "end_of_turn_id": "end_of_turn_id",
+    "image_placeholder": "image_placeholder",
     "max_position_embeddings": "max_positions",
 }
 # Fields that choose what is computed: one choice is implemented, any other is refused. The released file holds
@@ -96,6 +98,7 @@ AUDIO_FIELDS = {
     "encoder_attention_heads": "num_heads",
     "encoder_ffn_dim": "intermediate_size",
     "max_source_positions": "max_source_positions",
+    "layer_norm_eps": "layer_norm_eps",
 }
 AUDIO_REQUIRED = {"activation_function": "gelu", "scale_embedding": False}
 TOWER_IGNORED = {

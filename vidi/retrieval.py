@@ -128,11 +128,12 @@ def encode(model: Any, reader: Reader, costs: Costs | None = None, progress: Pro
     costs = costs or Costs()
     started, waited, encoded, total = time.perf_counter(), 0.0, 0, reader.video.num_kept
 
-    def count(stage_id: str, value: torch.Tensor) -> None:
+    def count(stage_id: str, value: torch.Tensor) -> torch.Tensor:
         nonlocal encoded
         if stage_id == "vision.tower":
             encoded += len(value)
             _tell(progress, "encoding", encoded, total)
+        return value
 
     def taken(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
         nonlocal waited

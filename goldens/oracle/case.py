@@ -42,8 +42,9 @@ class Sizes:
     audio_layers: int
     audio_heads: int
     audio_positions: int
+    audio_eps: float
     stop_id: int
-    pad_id: int
+    placeholder: int
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> "Sizes":
@@ -80,8 +81,9 @@ class Sizes:
             audio_layers=audio["encoder_layers"],
             audio_heads=audio["encoder_attention_heads"],
             audio_positions=audio["max_source_positions"],
-            stop_id=107,
-            pad_id=0,
+            audio_eps=audio.get("layer_norm_eps", 1e-5),
+            stop_id=config.get("end_of_turn_id", 107),
+            placeholder=config.get("image_placeholder", IMAGE_PLACEHOLDER),
         )
 
 

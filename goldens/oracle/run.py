@@ -20,7 +20,7 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Greedy:
-    """tokens_BS: chosen ids, right-padded with 0; lengths_B: how many of a row's are real, the stop token 107 counted;
+    """tokens_BS: chosen ids, right-padded with 0; lengths_B: how many of a row's are real, the stop token counted;
     logits_BSK: what each was chosen from, 0 where the row had stopped; gap_BS: top-1 minus top-2, inf there."""
 
     tokens_BS: np.ndarray
@@ -80,7 +80,7 @@ def forward(
     """Every stage tensor of one case under its recorded id.
 
     config: the official config.json as a dict, with "vision_config" and "audio_config" (Hugging Face names), optionally
-      "visual_token_budget" (60000) and "budget_scope" ("batch" or "video").
+      "visual_token_budget" (60000), "budget_scope" ("batch" or "video"), "end_of_turn_id" (107), "image_placeholder" (-200).
     weights: official names.
     inputs: `inputs.input_ids` (B, S) with -200 as placeholder; optional `inputs.attention_mask` (absent: all kept),
       `inputs.images.b` (F_b, 3, S, S) or `inputs.images_u8.b`, `inputs.audios.b` (P_b, M, mel) and
@@ -98,7 +98,9 @@ def forward(
     trace = Trace(keep, anchor, Arithmetic(casts, round_to).store)
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, trace)
     labels_BS = inputs.get("inputs.labels")
-    ids_BT, keep_BT, labels_BT = pack(inputs["inputs.input_ids"], inputs.get("inputs.attention_mask"), labels_BS)
+    ids_BT, keep_BT, labels_BT = pack(
+        inputs["inputs.input_ids"], inputs.get("inputs.attention_mask"), labels_BS, placeholder=run.sizes.placeholder
+    )
     logits_BTK = run.text(ids_BT, keep_BT, trace)
     if labels_BT is not None:
         trace.put("text.labels", labels_BT)
@@ -119,18 +121,19 @@ def greedy(
     pos_freq: np.ndarray,
     order_seed: int | None = None,
 ) -> Greedy:
-    """At most `steps` new tokens a row, highest logit first id on ties, a row stops at 107 (kept). Uncached: each step
-    passes the whole text anew; every row continues from its own last kept token. The rest as in `forward`."""
+    """At most `steps` new tokens a row, highest logit first id on ties, a row stops at the end-of-turn id (kept).
+    Uncached: each step passes the whole text anew; every row continues from its own last kept token. The rest as in
+    `forward`."""
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, Trace([]))
     prompt, mask = inputs["inputs.input_ids"], inputs.get("inputs.attention_mask")
     batch, vocabulary = len(prompt), len(weights["model.embed_tokens.weight"])
-    tokens_BS = np.full((batch, steps), run.sizes.pad_id, np.int64)
+    tokens_BS = np.zeros((batch, steps), np.int64)
     lengths_B = np.full(batch, steps, np.int64)
     logits_BSK = np.zeros((batch, steps, vocabulary), run.ar.work)
     gap_BS = np.full((batch, steps), np.inf)
     running_B = np.ones(batch, bool)
     for step in range(steps):
-        ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=tokens_BS[:, :step])
+        ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=tokens_BS[:, :step], placeholder=run.sizes.placeholder)
         last_BK = run.text(ids_BT, keep_BT, Trace([]))[np.arange(batch), keep_BT.sum(axis=1) - 1]
         for b in np.flatnonzero(running_B):
             logits_BSK[b, step] = last_BK[b]
@@ -158,7 +161,7 @@ def teacher_forced(
     pass over prompt and tokens[:-1] holds them all, because the text is causal."""
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, Trace([]))
     prompt, mask = inputs["inputs.input_ids"], inputs.get("inputs.attention_mask")
-    ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=np.asarray(tokens_BS)[:, :-1])
+    ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=np.asarray(tokens_BS)[:, :-1], placeholder=run.sizes.placeholder)
     all_BTK = run.text(ids_BT, keep_BT, Trace([]))
     steps = np.asarray(tokens_BS).shape[1]
     first_B = keep_BT.sum(axis=1) - steps  # the prompt's last token: T_b = prompt + steps - 1

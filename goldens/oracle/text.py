@@ -15,16 +15,17 @@ def pack(
     keep_BS: np.ndarray | None,
     labels_BS: np.ndarray | None = None,
     extra_BN: np.ndarray | None = None,
+    placeholder: int = IMAGE_PLACEHOLDER,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Kept ids moved to the left: (ids_BT, keep_BT, labels_BT or None).
 
-    Kept = the given mask (None: all) and not the image placeholder, wherever the padding or the holes are. `extra_BN`
+    Kept = the given mask (None: all) and not the placeholder, wherever the padding or the holes are. `extra_BN`
     are ids that follow each row's own last kept token (decoding). Padding: id 0, label -100.
     """
     keep_BS = np.ones(ids_BS.shape, bool) if keep_BS is None else np.asarray(keep_BS).astype(bool)
     if keep_BS.shape != ids_BS.shape:
         raise ValueError(f"attention_mask has shape {keep_BS.shape}, input_ids {ids_BS.shape}; both are (B, S)")
-    keep_BS = keep_BS & (ids_BS != IMAGE_PLACEHOLDER)
+    keep_BS = keep_BS & (ids_BS != placeholder)
     rows = [ids[keep] for ids, keep in zip(ids_BS, keep_BS, strict=True)]
     if extra_BN is not None:
         rows = [np.concatenate([row, extra]) for row, extra in zip(rows, extra_BN, strict=True)]

@@ -32,7 +32,7 @@ def siglip(ar: Arithmetic, sizes: Sizes, w: Weights, frames_F3SS: np.ndarray) ->
 
 def whisper(ar: Arithmetic, sizes: Sizes, w: Weights, mel_PML: np.ndarray) -> np.ndarray:
     """Log-mel pieces (P, M, 2·positions) -> (P, positions, C), after the encoder's last LayerNorm."""
-    root, eps = "model.mm_aud.encoder.", 1e-5
+    root, eps = "model.mm_aud.encoder.", sizes.audio_eps
     x_PLC = np.swapaxes(ar.store(mel_PML), 1, 2)
     x_PLC = ar.store(gelu_erf(_conv3(ar, w, root + "conv1.", x_PLC, stride=1)))
     x_PLC = ar.store(gelu_erf(_conv3(ar, w, root + "conv2.", x_PLC, stride=2)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.benchmarks import steps
 from tests.benchmarks.site import HALF, Kernel, Site
 from vidi.attention import dispatch, limits, unpad
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
 from vidi.bridge import fold
 from vidi.bridge.projector import Projector
@@ -24,6 +25,7 @@ from vidi.decoder.layer import DecoderLayer
 from vidi.decoder.norm import GemmaNorm
 from vidi.fast import ops, plan, streams, weights
 from vidi.fast.bridge import FastProjector
+from vidi.fast.operands import Keys, Queries, Residual, Scores
 
 __all__ = ["KERNELS"]
 
@@ -46,11 +48,11 @@ def attention(
     options: dict[str, Any] = {"scale": head_dim**-0.5, "softcap": softcap, "window": window}
     if causal:
         options["q_pos_BT"] = torch.arange(queries, device=site.device).expand(samples, queries)
-    asked = {"dtype": HALF, "device": site.device, "head_dim": head_dim, "softcap": softcap}
+    asked: dict[str, Any] = {"dtype": HALF, "device": site.device, "head_dim": head_dim, "softcap": softcap}
     able = [b for b in backends if limits.why_not(b, **asked) is None]
 
     def call(backend: str) -> Callable[[], Tensor]:
-        return lambda: dispatch.attend(q, k, v, **options, backend=backend)
+        return lambda: dispatch.attend(AttentionCall(q, k, v, **options), backend)
 
     pairs = queries * keys // 2 if causal else queries * keys
     return Kernel(
@@ -76,11 +78,11 @@ def cross(site: Site, queries: int, keys: int) -> Kernel:
     k, v = (site.randn(queries, groups, head_dim) for _ in range(2))
     cross_SX, out = site.randn(keys, 2 * groups * head_dim), site.randn(3, queries, heads * head_dim)
     pos = torch.arange(queries, device=site.device)
-    split = plan.make(queries, (0, keys), (keys, keys), site.device)
-    fused = ops.pick(site.device)
+    held = Keys(k, v, cross_SX, plan.make(queries, (0, keys), (keys, keys), site.device))
+    asked, scores, fused = Queries(q, rotated, pos), Scores(head_dim**-0.5, cap, None), ops.pick(site.device)
 
     def fast() -> None:
-        fused.attend(q, rotated, pos, k, v, cross_SX, split, None, head_dim**-0.5, cap, out)
+        fused.attend(asked, held, scores, out)
 
     return dataclasses.replace(found, variants=found.variants | {"fast": fast})
 
@@ -153,12 +155,13 @@ def norm_residual(site: Site) -> Kernel:
     post, following = (site.module(GemmaNorm(width, 1e-6)) for _ in range(2))
     own, out = x.clone(), torch.empty_like(x)
     fused = ops.pick(site.device)
+    residual = Residual(own, branch[None], weights.gemma_weight(post), weights.gemma_weight(following))
 
     def plain() -> Tensor:
         return following(x + post(branch))
 
     def fast() -> None:
-        fused.add_gemma_norm(own, branch[None], post.weight, following.weight, 1e-6, out)
+        fused.add_gemma_norm(residual, out)
 
     return Kernel({"plain": plain, "fast": fast}, flops=0, nbytes=4 * x.nbytes)
 
@@ -167,7 +170,7 @@ def stream_update(site: Site) -> Kernel:
     """All tokens of a video of 300 frames through one decoder layer: keys and values, value as attention, MLP."""
     sizes = site.config.decoder
     tokens = 128 if site.small else 61_800
-    layer: Any = site.module(DecoderLayer(sizes, 1))
+    layer = site.module(DecoderLayer(sizes, 1))
     fused = weights.decoder_layer(layer)
     x = site.randn(1, tokens, sizes.hidden_size)
     used = x[0].clone()
@@ -178,7 +181,7 @@ def stream_update(site: Site) -> Kernel:
         return decoder.update_in_chunks(layer, x, v)
 
     def fast() -> None:
-        streams.run(used, [fused], sizes.rms_norm_eps, held, chunk=decoder.STREAM_CHUNK, last_stream=True)
+        streams.run(used, [fused], [held[0]], chunk=decoder.STREAM_CHUNK, last_stream=True)
 
     heads = sizes.num_heads + 2 * sizes.num_kv_heads
     products = sizes.hidden_size * (heads * sizes.head_dim + 3 * sizes.intermediate_size)

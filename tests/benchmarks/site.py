@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from vidi import precision
 from vidi.config import VidiConfig
 
 __all__ = ["HALF", "Kernel", "Site"]
+
+M = TypeVar("M", bound=nn.Module)
 
 HALF = torch.bfloat16
 
@@ -27,7 +29,7 @@ class Site:
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, device=self.device, dtype=torch.float32).to(HALF)
 
-    def module(self, module: nn.Module) -> nn.Module:
+    def module(self, module: M) -> M:
         with torch.no_grad():
             for p in module.parameters():
                 p.normal_(std=p.shape[-1] ** -0.5)

@@ -1,18 +1,19 @@
 """The kernels of one decoding step, each bound by reading its weights; the twins are the plain variant.
 
-A GPU runs all calls as one captured graph, as a step does: launched one by one they would wait for the host.
+They are timed as one captured graph, as a step runs them: launched one by one they would wait for the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests.benchmarks.site import Kernel, Site
-from vidi.fast import ops, twins
+from vidi.fast import ops, plan, twins
+from vidi.fast.operands import GemmaWeight, Keys, Queries, Residual, Rotation
 
 __all__ = ["gate_up", "head", "product", "qkv"]
 
@@ -26,7 +27,11 @@ def _step(site: Site, height: int, width: int, call: Callable[[Any, Tensor], Any
     matrices = [site.randn(height, width) * width**-0.5 for _ in range(count)]
 
     def variant(operations: Any) -> Callable[[], Any]:
-        return _captured(site, [lambda w=w: call(operations, w) for w in matrices])
+        def run() -> None:
+            for w in matrices:
+                call(operations, w)
+
+        return run
 
     return Kernel(
         {"plain": variant(twins), "fast": variant(ops.pick(site.device))},
@@ -36,35 +41,17 @@ def _step(site: Site, height: int, width: int, call: Callable[[Any, Tensor], Any
     )
 
 
-@torch.inference_mode()
-def _captured(site: Site, calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    if site.device.type == "cpu":
-        return run
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
 def qkv(site: Site) -> Kernel:
     """Residual, norm, q k v, rotation, the new key and value into the cache."""
     d = site.config.decoder
     before, groups, head_dim = _before(site, 1), d.num_kv_heads, d.head_dim
-    q, rotated = (site.randn(d.num_heads * head_dim) for _ in range(2))
+    q, rotated = (site.randn(1, d.num_heads * head_dim) for _ in range(2))
     k, v = (site.randn(64, groups, head_dim) for _ in range(2))
-    cos, pos = site.randn(64, head_dim), torch.tensor([40], device=site.device)
+    queries, cos = Queries(q, rotated, torch.tensor([40], device=site.device)), site.randn(64, head_dim)
+    keys = Keys(k, v, site.randn(1, 2 * groups * head_dim), plan.make(64, (0, 0), (0, 0), site.device))
     return _step(
         *(site, (d.num_heads + 2 * groups) * head_dim, d.hidden_size),
-        lambda operations, w: operations.qkv_step(*before, w, pos, cos, cos, q, rotated, k, v),
+        lambda operations, w: operations.qkv_step(*before, w, Rotation(cos, cos), queries, keys),
     )
 
 
@@ -99,11 +86,8 @@ def product(site: Site, rows: int) -> Kernel:
     )
 
 
-def _before(site: Site, branches: int) -> tuple[Any, ...]:
-    """What each step's kernel starts with: x, branches to add, two norms, eps, and where the sum goes."""
-    d = site.config.decoder
-    width = d.hidden_size
-    return (
-        *(site.randn(width), site.randn(branches, width), site.randn(width), site.randn(width)),
-        *(d.rms_norm_eps, site.randn(width)),
-    )
+def _before(site: Site, branches: int) -> tuple[Residual, Tensor]:
+    """What each step's kernel starts with: x, branches to add, two norms; and where the sum goes."""
+    width, eps = site.config.decoder.hidden_size, site.config.decoder.rms_norm_eps
+    post, following = (GemmaWeight(site.randn(width), eps) for _ in range(2))
+    return Residual(site.randn(width), site.randn(branches, width), post, following), site.randn(width)

@@ -3,15 +3,13 @@
     pytest -m bench --benchmark-json results.json
     python tools/compare_benchmarks.py before.json results.json
 
-pytest-benchmark times whole calls with a clock that waits for the device; device events inside give the time on the
-device, which the ratios use. A decoding step's kernel is run as a graph of ``calls`` calls: its figures are one call's,
-pytest-benchmark's own table is of the graph.
+pytest-benchmark times whole calls, launches included, with a clock that waits for the device; the ratios use the time on the
+device (triton.testing). A decoding step's kernel makes ``calls`` calls and is timed as a graph of them: its figures are one
+call's, pytest-benchmark's own table is of all.
 """
 
 from __future__ import annotations
 
-import itertools
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -43,24 +41,13 @@ pytestmark = [
 ]
 
 
-def device_ms(run: Callable[[], Any], device: torch.device, rounds: int = ROUNDS) -> float:
-    """Median milliseconds of one call on the device, between events. The last level of cache holds none of the sizes."""
-    for _ in range(3):
-        run()
-    if device.type == "cpu":
-        times = []
-        for _ in range(3):
-            start = clock()
-            run()
-            times.append(1e3 * (clock() - start))
-        return statistics.median(times)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+def kernel_ms(kernel: Kernel, run: Callable[[], Any], device: torch.device) -> float:
+    """Median milliseconds of one call on the device."""
+    if kernel.calls > 1 or device.type == "cpu":
+        return measure.device_ms(device, run) / kernel.calls
+    from triton.testing import do_bench  # what waits for the host cannot be captured
+
+    return do_bench(run, return_mode="median")
 
 
 def figures(kernel: Kernel, ms: float, plain_ms: float, ceilings: Ceilings) -> dict[str, Any]:
@@ -96,7 +83,7 @@ def test_kernel(name: str, variant: str, device: torch.device, ceilings: Ceiling
         not_run(f"{variant} cannot run {name} on {measure.device_name(device)}")
     with torch.inference_mode():
         run = kernel.variants[variant]
-        plain_ms, ms = (device_ms(x, device) / kernel.calls for x in (kernel.variants["plain"], run))
+        plain_ms, ms = (kernel_ms(kernel, x, device) for x in (kernel.variants["plain"], run))
         benchmark.pedantic(run, rounds=ROUNDS if device.type == "cuda" else 2, warmup_rounds=1)
     benchmark.group = name
     benchmark.extra_info.update(

@@ -8,8 +8,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from vidi.parity import feed, store
-from vidi.parity.trace import Trace
+from stageparity import store
+from stageparity.run import Trace
+from vidi.parity import feed
+from vidi.parity.goldens import goldens_dir
 
 pytestmark = pytest.mark.bench
 
@@ -25,7 +27,7 @@ def fastest(run: Callable[[], object], rounds: int = 7) -> float:
 
 @pytest.mark.parametrize("name", ["single", "batch", "silent"])
 def test_capture_beside_the_plain_pass(name: str, record_property: Callable[[str, object], None]) -> None:
-    case = store.open_case(store.goldens_dir() / "official", name)
+    case = store.open_case(goldens_dir() / "official", name)
     model, batch = feed.load_model(case, torch.float32), feed.batch_of(case.inputs)
 
     def traced() -> None:

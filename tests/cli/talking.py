@@ -16,6 +16,7 @@ import torch
 
 from vidi.checkpoint import save, synthetic
 from vidi.config import VidiConfig
+from vidi.decoder.layer import DecoderLayer
 from vidi.inputs import prompt
 
 __all__ = ["write"]
@@ -40,6 +41,7 @@ def write(folder: Path, pieces: Sequence[str]) -> list[int]:
     chain = [last_of_prompt, *ids, config.end_of_turn_id]
     with torch.no_grad():
         for layer in model.decoder.layers:
+            assert isinstance(layer, DecoderLayer)
             layer.post_attn_norm.weight.fill_(-1)
             layer.post_ffn_norm.weight.fill_(-1)
         model.decoder.embed.weight.zero_()

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from stageparity import dump
+from stageparity import run as runs
 from tests.media import make_video
 from vidi import device
 from vidi.checkpoint import load, synthetic
@@ -14,7 +16,6 @@ from vidi.cli import INTERRUPTED, main
 from vidi.commands import outputs
 from vidi.config import VidiConfig
 from vidi.inputs import prompt
-from vidi.parity import dump, suite
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_an_interrupted_command_ends_without_a_traceback(monkeypatch: pytest.Mon
     def stopped(*_args: object, **_options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(suite, "run", stopped)
+    monkeypatch.setattr(runs, "run", stopped)
     assert main(["parity", "--case", "small/base"]) == INTERRUPTED
     assert "vidi parity: interrupted" in capsys.readouterr().err
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stageparity import store
 from tests.cli.clock import quickest
 from tests.parity.runs import GOLDENS
 from vidi.cli import COMMANDS, main
-from vidi.parity import store
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
@@ -27,7 +27,7 @@ def test_equal_is_0_with_a_row_for_every_stage(capsys):
     code, out, _ = run(capsys, "--case", "small/oneframe")
     assert code == 0
     assert "85 stages of 1 cases in float32 with eager: all equal" in out
-    for stage in store.open_case(GOLDENS / "small", "oneframe").variant("official"):
+    for stage in store.open_case(GOLDENS / "small", "oneframe").variant("cast"):
         assert stage in out
 
 
@@ -43,17 +43,21 @@ def test_different_is_1_and_names_the_first_stage(capsys, spoiled, tmp_path):
     arguments = "--case", "small/base", "--dtype", "float64", "--json", str(tmp_path / "run.json")
     code, out, _ = run(capsys, *arguments)
     assert code == 1
-    assert "first divergence at vision.norm" in out
-    assert "rerun: vidi parity" in out
+    assert "WRONG: vision.norm{g} (vision.norm of small/base" in out
+    assert out.splitlines()[-1].startswith("next: vidi parity --case small/base --stage vision.norm")
     told = json.loads((tmp_path / "run.json").read_text())
     assert (told["verdict"], told["exit_code"], told["dtype"]) == ("different", 1, "float64")
+    assert told["first_divergence"] == {"case": "small/base", "stage": "vision.norm"}
+    assert told["findings"][0]["kind"] == "stage"
+    assert {"date", "backend", "path"} <= set(told)
     (case,) = told["cases"]
+    assert len(case["golden"]) == 64
     assert case["first_divergence"] == "vision.norm"
     stages = {row["stage"]: row for row in case["stages"]}
     assert stages["vision.projector"]["ok"]
-    assert not stages["vision.norm"]["isolated"]["ok"]
-    assert stages["vision.space_to_depth"]["isolated"]["ok"]
-    assert stages["vision.norm"]["isolated"]["ratio"] > 1
+    assert not stages["vision.norm"]["alone"]["ok"]
+    assert stages["vision.space_to_depth"]["alone"]["ok"]
+    assert stages["vision.norm"]["alone"]["ratio"] > 1
     assert told["fingerprint"]["libraries"]["torch"] == torch.__version__
 
 
@@ -82,6 +86,18 @@ def test_unusable_is_2_with_the_reason_on_stderr_alone(capsys, tmp_path, argumen
     assert "Traceback" not in err
 
 
+def test_cases_are_chosen_by_name_set_or_pattern_and_add_up(capsys):
+    arguments = ("--case", "one*", "--case", "small/no*", "--stage", "logits", "--chained", "--quiet")
+    assert "3 stages of 3 cases" in run(capsys, *arguments)[1]
+    assert "12 stages of 12 cases" in run(capsys, "--case", "small", "--stage", "logits", "--chained", "--quiet")[1]
+
+
+def test_json_to_a_pipe(capsys):
+    code, out, err = run(capsys, "--case", "oneframe", "--stage", "logits", "--chained", "--json", "-")
+    assert (code, json.loads(out)["verdict"]) == (0, "equal")
+    assert "all equal" in err
+
+
 def test_a_dump_that_would_mix_two_cases_is_2(capsys, tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
@@ -105,7 +121,9 @@ def test_altered_goldens_are_2(capsys, tmp_path):
 
 
 def test_nothing_compared_is_3(capsys):
-    assert run(capsys, "--case", "small/base", "--stage", "no.such.stage")[0] == 3
+    code, out, err = run(capsys, "--case", "small/base", "--stage", "no.such.stage")
+    assert (code, out) == (2, "")
+    assert "--stage 'no.such.stage' matches none of the" in err
     code, out, _ = run(capsys, "--case", "official/single", "--dtype", "float64")
     assert code == 3
     assert "nothing compared" in out

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from stageparity import fingerprint
 from tests.not_run import not_run
 from vidi.attention import limits
-from vidi.parity import fingerprint
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vidi import generate, precision
 from vidi.checkpoint import synthetic
 from vidi.config import DecoderConfig, VidiConfig
 from vidi.fast import accelerate, ops, plan, twins
+from vidi.fast.operands import Affine, GemmaWeight, Keys, LayerNorm, Queries, Residual, Rotation, Scores
 from vidi.inputs import pixels
 from vidi.inputs.batch import Batch
 
@@ -32,21 +35,24 @@ class Case:
     def draw(self, *shape: int, scale: float = 1.0, base: float = 0.0) -> Tensor:
         return (torch.randn(shape, generator=self.random) * scale + base).to(self.device, self.dtype)
 
-    def judge(self, name: str, outputs: list[int], *args: object) -> None:
+    def residual(self, x: Tensor, branches: Tensor | None) -> Residual:
+        width = x.shape[-1]
+        post = None if branches is None else GemmaWeight(self.draw(width, scale=0.1, base=-0.5), 1e-6)
+        return Residual(x, branches, post, GemmaWeight(self.draw(width, scale=0.1), 1e-6))
+
+    def judge(self, name: str, outputs: Callable[..., list[Tensor]], *args: object) -> None:
         """Run ``name`` of the device's operations and of the twins (this dtype, and float64 on the CPU).
 
-        ``outputs``: which arguments it writes. They start poisoned (NaN) unless they are inputs too (finite).
+        ``outputs``: what it writes of its arguments. It starts poisoned (NaN) unless it is an input too (finite).
         """
 
-        def copies(dtype: torch.dtype, device: torch.device) -> list[object]:
-            return [
-                a.to(device=device, dtype=_own(a, dtype), copy=True)
-                if isinstance(a, Tensor)
-                else tuple(x.to(device=device, dtype=dtype) for x in a)
-                if isinstance(a, tuple)
-                else a
-                for a in args
-            ]
+        def copied(x: Any, dtype: torch.dtype, device: torch.device) -> Any:
+            if isinstance(x, Tensor):
+                return x.to(device=device, dtype=_own(x, dtype), copy=True)
+            if not dataclasses.is_dataclass(x):
+                return x
+            parts = {f.name: copied(getattr(x, f.name), dtype, device) for f in dataclasses.fields(x)}
+            return dataclasses.replace(x, **parts)  # type: ignore[type-var]
 
         runs = []
         for module, dtype, device in (
@@ -54,9 +60,9 @@ class Case:
             (twins, torch.float64, torch.device("cpu")),
             (twins, self.dtype, self.device),
         ):
-            given = copies(dtype, device)
+            given = [copied(x, dtype, device) for x in args]
             getattr(module, name)(*given)
-            runs.append([given[i] for i in outputs])
+            runs.append(outputs(*given))
         for found, truth, naive in zip(*runs, strict=True):
             shape = (1, -1, truth.shape[-1])
             result = judge(found.reshape(shape), truth.reshape(shape), [naive.reshape(shape)], self.dtype, ROWS)
@@ -79,20 +85,21 @@ def test_row_kernels(device, dtype, rows, width):
     case = Case(device, dtype)
     x = case.draw(rows, width, scale=3)
     for branches in (None, case.draw(1, rows, width), case.draw(3, rows, width)):
-        post = None if branches is None else case.draw(width, scale=0.1, base=-0.5)
-        case.judge("add_gemma_norm", [0, 5], x, branches, post, case.draw(width, scale=0.1), 1e-6, poison(x))
-    case.judge("add_gemma_norm", [0], x, branches, post, None, 1e-6, x)
+        residual = case.residual(x, branches)
+        case.judge("add_gemma_norm", lambda residual, out: [residual.x, out], residual, poison(x))
+    last = dataclasses.replace(residual, following=None)
+    case.judge("add_gemma_norm", lambda residual, out: [residual.x], last, x)
     gate_up = case.draw(rows, 2 * 4 * width, scale=2)
-    case.judge("gelu_mul", [1], gate_up, poison(gate_up[:, : 4 * width].contiguous()))
-    norm = (case.draw(width, base=1), case.draw(width))
+    case.judge("gelu_mul", lambda *given: [given[1]], gate_up, poison(gate_up[:, : 4 * width].contiguous()))
+    norm = LayerNorm(case.draw(width, base=1), case.draw(width), 1e-6)
     pending = case.draw(width).float()
-    case.judge("layer_norm", [4], x, pending, norm, 1e-6, poison(x))
-    case.judge("layer_norm", [4], x, pending, None, 1e-6, poison(x))
-    case.judge("rms_norm", [2], x, case.draw(width, base=1), poison(x))
+    case.judge("layer_norm", lambda *given: [given[3]], x, pending, norm, poison(x))
+    case.judge("layer_norm", lambda *given: [given[3]], x, pending, None, poison(x))
+    case.judge("rms_norm", lambda *given: [given[2]], x, case.draw(width, base=1), poison(x))
     for exact in (True, False):
-        weight, bias = case.draw(2 * width, width, scale=width**-0.5), case.draw(2 * width)
+        linear = Affine(case.draw(2 * width, width, scale=width**-0.5), case.draw(2 * width))
         out = poison(case.draw(rows, 2 * width))
-        case.judge("gelu_product", [4], x, weight, bias, exact, out)
+        case.judge("gelu_product", lambda *given: [given[3]], x, linear, exact, out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,30 +120,34 @@ def test_step_kernels(device, dtype, branches, size):
     case, config = Case(device, dtype), getattr(VidiConfig, size)().decoder
     width, heads, groups, head_dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
     x = case.draw(width, scale=3)
-    before = (
-        x,
-        None if branches is None else case.draw(branches, width),
-        None if branches is None else case.draw(width, scale=0.1, base=-0.5),
-        case.draw(width, scale=0.1),
-        1e-6,
-        poison(x),
-    )
+    before = (case.residual(x, None if branches is None else case.draw(branches, width)), poison(x))
     spread = width**-0.5
     qkv = case.draw((heads + 2 * groups) * head_dim, width, scale=spread)
     angle = case.draw(9, head_dim // 2).repeat(1, 2)
-    q, cache = poison(case.draw(heads * head_dim)), case.draw(9, groups, head_dim)
-    pos = torch.tensor([5], device=device)
-    case.judge("qkv_step", [5, 10, 11, 12, 13], *before, qkv, pos, angle.cos(), angle.sin(), q, q, cache, cache)
+    q, cache = poison(case.draw(1, heads * head_dim)), case.draw(9, groups, head_dim)
+    queries = Queries(q, q, torch.tensor([5], device=device))
+    keys = Keys(cache, cache, case.draw(1, 2 * groups * head_dim), plan.make(9, (0, 0), (0, 0), device))
+    case.judge(
+        "qkv_step",
+        lambda residual, x, qkv, rotation, q, keys: [x, q.q_TX, q.rotated_TX, keys.k_SGH, keys.v_SGH],
+        *(*before, qkv, Rotation(angle.cos(), angle.sin()), queries, keys),
+    )
     inner = config.intermediate_size
     out = poison(case.draw(inner))
-    case.judge("gate_up_step", [5, 7], *before, case.draw(2 * inner, width, scale=spread), out)
+    case.judge(
+        "gate_up_step",
+        lambda residual, x, weight, out: [x, out],
+        *(*before, case.draw(2 * inner, width, scale=spread), out),
+    )
     out = poison(case.draw(1000))
-    case.judge("head_step", [5, 8], *before, case.draw(1000, width, scale=spread), 30.0, out)
+    case.judge(
+        "head_step",
+        lambda residual, x, weight, cap, out: [x, out],
+        *(*before, case.draw(1000, width, scale=spread), 30.0, out),
+    )
     for rows, columns in ((3, heads * head_dim), (1, inner)):
-        given = case.draw(rows, columns)
-        case.judge(
-            "product_step", [2], given, case.draw(width, columns, scale=columns**-0.5), poison(case.draw(rows, width))
-        )
+        given, weight = case.draw(rows, columns), case.draw(width, columns, scale=columns**-0.5)
+        case.judge("product_step", lambda *given: [given[2]], given, weight, poison(case.draw(rows, width)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -160,9 +171,10 @@ def test_attention_kernel(device, dtype, rows, pos, window, visual, audio):
     cross = case.draw(max(visual[1], audio[1], 1), 2 * groups * head_dim)
     out = poison(case.draw(3, rows, heads * head_dim))
     pos_T = torch.arange(pos, pos + rows, device=device)
-    split = plan.make(keys, visual, audio, device)
+    held = Keys(k, v, cross, plan.make(keys, visual, audio, device))
     # The cap bites: scores have a spread of about 3 · 16 / 16 under a cap of 5.
-    case.judge("attend", [10], q, rotated, pos_T, k, v, cross, split, window, config.scale, 5.0, out)
+    scores = Scores(config.scale, 5.0, window)
+    case.judge("attend", lambda *given: [given[3]], Queries(q, rotated, pos_T), held, scores, out)
 
 
 def wide(layers: int) -> VidiConfig:
@@ -189,7 +201,12 @@ def video(config: VidiConfig, frames: int, samples: int = 1, text: int = 24) -> 
 
 def stages(runner: object, batch: Batch) -> dict[str, Tensor]:
     found: dict[str, list[Tensor]] = {}
-    runner(batch, last_stream=True, tap=lambda stage, x: found.setdefault(stage, []).append(x.cpu()))  # type: ignore
+
+    def tap(stage: str, x: Tensor) -> Tensor:
+        found.setdefault(stage, []).append(x.cpu())
+        return x
+
+    runner(batch, last_stream=True, tap=tap)  # type: ignore[operator]
     return {stage: torch.cat(parts) for stage, parts in found.items()}
 
 

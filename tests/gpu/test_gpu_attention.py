@@ -14,6 +14,7 @@ from tests.gpu.judge import judge
 from tests.unit.attention import cases, naive
 from tests.unit.attention.cases import Case
 from vidi.attention import dispatch, limits
+from vidi.attention.call import AttentionCall
 
 pytestmark = [
     pytest.mark.gpu,
@@ -95,7 +96,7 @@ def hold(
     weight = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
     def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return dispatch.attend(q, k, v, **options)  # eager, held to NumPy in tests/unit/attention
+        return dispatch.attend(AttentionCall(q, k, v, **options))  # eager, held to NumPy in tests/unit/attention
 
     def simple(seed: int) -> Callable[..., Tensor]:
         order = torch.randperm(case.keys, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -103,7 +104,7 @@ def hold(
         return lambda q, k, v: naive.rounded(q, k[:, order], v[:, order], **plain, keep_BTS=keep)
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return dispatch.attend(q, k, v, **options, backend=backend)
+        return dispatch.attend(AttentionCall(q, k, v, **options), backend)
 
     truth = outcomes(exact, tuple(x.double() for x in tensors), weight.double())
     runs = [outcomes(simple(seed), tensors, weight) for seed in range(4)]
@@ -148,7 +149,7 @@ def test_kernel(
     if limits.why_not(backend, device=device, **asked):
         q = torch.zeros(1, 2, 2, head_dim, dtype=DTYPES[dtype], device=device)
         with pytest.raises(ValueError, match=f"backend '{backend}' cannot .* can$"):
-            dispatch.attend(q, q, q, scale=1.0, softcap=case.softcap, backend=backend)
+            dispatch.attend(AttentionCall(q, q, q, scale=1.0, softcap=case.softcap), backend)
         return
     hold(case, backend, DTYPES[dtype], device, note)
 
@@ -169,8 +170,8 @@ def test_long_keys_of_the_full_model(
     ]
     options = {"scale": 1.0, "softcap": 50.0}
     with torch.no_grad():
-        out = dispatch.attend(*tensors, **options, backend=backend)
-        truth = dispatch.attend(*(x.double() for x in tensors), **options)
+        out = dispatch.attend(AttentionCall(*tensors, **options), backend)
+        truth = dispatch.attend(AttentionCall(*(x.double() for x in tensors), **options))
         plain = naive.rounded(*tensors, **options)
     result = judge(out, truth, [plain], torch.bfloat16)
     note("error over budget", f"{result.ratio:.3g}")
@@ -191,7 +192,9 @@ def test_what_is_not_kept_never_matters(
         x[~options[keep].keep_BL] = torch.nan
     with torch.set_grad_enabled(grad):
         clean, marked = (
-            dispatch.attend(*(x.requires_grad_(grad and device.type == "cuda") for x in xs), **options, backend=backend)
+            dispatch.attend(
+                AttentionCall(*(x.requires_grad_(grad and device.type == "cuda") for x in xs), **options), backend
+            )
             for xs in (tensors, dirty)
         )
     assert torch.equal(clean, marked)
@@ -206,7 +209,7 @@ def test_flash_gradients_repeat_bit_for_bit(name: str, device: torch.device, abl
     torch.use_deterministic_algorithms(True)
     try:
         first, second = (
-            outcomes(lambda q, k, v: dispatch.attend(q, k, v, **options, backend="flash"), tensors, weight)
+            outcomes(lambda q, k, v: dispatch.attend(AttentionCall(q, k, v, **options), "flash"), tensors, weight)
             for _ in range(2)
         )
     finally:
@@ -224,7 +227,7 @@ def test_a_window_is_w_plus_1_keys(backend: str, window: int, device: torch.devi
     v = torch.zeros_like(q)
     v[:, 5] = 1
     out = dispatch.attend(
-        q, q, v, scale=1.0, q_pos_BT=torch.arange(length, device=device)[None], window=window, backend=backend
+        AttentionCall(q, q, v, scale=1.0, q_pos_BT=torch.arange(length, device=device)[None], window=window), backend
     )[0, :, 0, 0]
     assert out.nonzero().flatten().tolist() == list(range(5, min(5 + window + 1, length)))
     late = range(window, 5 + window + 1)
@@ -241,8 +244,8 @@ def test_a_decoding_step_is_captured_in_a_graph(device: torch.device, able: Call
 
         def step() -> tuple[Tensor, Tensor]:
             return (
-                dispatch.attend(*own, **own_options, q_pos_BT=pos_BT, backend="flash"),
-                dispatch.attend(*cross, **cross_options, backend="flash"),
+                dispatch.attend(AttentionCall(*own, **own_options, q_pos_BT=pos_BT), "flash"),
+                dispatch.attend(AttentionCall(*cross, **cross_options), "flash"),
             )
 
         side = torch.cuda.Stream()
@@ -268,7 +271,7 @@ def test_flash_refuses_what_its_kernels_lack(device: torch.device, able: Callabl
     ):
         q = torch.zeros(1, 2, 2, head_dim, dtype=dtype, device=device)
         with pytest.raises(ValueError, match=f"'flash' cannot {text}.*'eager'"):
-            dispatch.attend(q, q, q, scale=1.0, backend="flash")
+            dispatch.attend(AttentionCall(q, q, q, scale=1.0), "flash")
 
 
 @pytest.mark.parametrize("backend", ["flash", "flex"])

@@ -10,9 +10,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from stageparity import fingerprint, store, tolerance
+from stageparity import run as runs
 from tests.not_run import not_run
 from vidi.bridge import position
-from vidi.parity import feed, fingerprint, store, suite, tolerance
+from vidi.parity import feed
+from vidi.parity.stages import STAGES
+from vidi.parity.subject import VidiSubject
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +26,7 @@ pytestmark = [
 ]
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
-CASES = [(ref.set, ref.name) for ref in suite.select(GOLDENS)]
+CASES = [(ref.set, ref.name) for ref in store.select(GOLDENS)]
 # Decoder and tower backends. sdpa knows no softcap: it serves towers alone.
 BACKENDS = {
     "eager": ("eager", "eager"),
@@ -40,11 +44,12 @@ RUNS = [
 ]
 
 
-def run(name: tuple[str, str], backends: tuple[str, str], dtype: str, device: torch.device) -> suite.CaseRun:
+def run(name: tuple[str, str], backends: tuple[str, str], dtype: str, device: torch.device) -> runs.CaseRun:
     case = store.open_case(GOLDENS / name[0], name[1])
     model = feed.load_model(case, feed.DTYPES[dtype], device, backends[0])
     model.tower_backend = backends[1]
-    return suite.run_case(case, model, tolerance.load(GOLDENS), dtype=dtype)[0]
+    subject = VidiSubject(dtype, device=str(device), backend=backends[0])
+    return runs.run_case(subject, case, model, tolerance.load(GOLDENS, STAGES))[0]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.harness.toy_project import Project
+
+collect_ignore = ["toy"]  # a project of its own: its tests run in a copy
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -15,3 +19,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def toy(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Project:
+    return Project(pytester, monkeypatch)

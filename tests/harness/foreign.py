@@ -17,7 +17,7 @@ import torch
 from safetensors.numpy import save_file
 
 from goldens.oracle import forward, greedy, teacher_forced
-from vidi.parity.golden import stats_of
+from stageparity.golden import stats_of
 
 __all__ = ["CONFIG", "record"]
 
@@ -49,7 +49,7 @@ def record(folder: Path) -> None:
     head = {"lm_head.weight": weights["model.embed_tokens.weight"].copy()}
     save_file(weights | head, folder / "weights.safetensors")
     freq = torch.exp(torch.arange(0, 32, 2, dtype=torch.float32) * (-np.log(10000.0) / 32)).numpy()
-    run = {"casts": "official", "pos_freq": freq}
+    run: dict[str, Any] = {"casts": "official", "pos_freq": freq}
     config = CONFIG | {"vision_config": VISION, "audio_config": AUDIO}
 
     def video(frames: int) -> np.ndarray:
@@ -100,7 +100,8 @@ def _pixels(u8: np.ndarray) -> np.ndarray:
 
 def _write(folder: Path, name: str, tensors: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
     """CASE.f32.safetensors and .json: real values in float32, large ones as sample, row sums and statistics."""
-    listed, stored = {}, {}
+    listed: dict[str, Any] = {}
+    stored: dict[str, np.ndarray] = {}
     for stage, value in tensors.items():
         x = np.ascontiguousarray(value, np.float32 if value.dtype.kind == "f" else None)
         listed[stage] = {

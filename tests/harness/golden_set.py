@@ -8,10 +8,10 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from vidi.parity import sketch
-from vidi.parity.golden import Sampled, Sketched, stats_of, whole
-from vidi.parity.manifest import parse, render
-from vidi.parity.writer import NewCase, write_case, write_weights
+from stageparity import sketch
+from stageparity.golden import Golden, Sampled, Sketched, stats_of, whole
+from stageparity.manifest import parse, render
+from stageparity.writer import NewCase, write_case, write_weights
 
 __all__ = ["make_set", "rebless", "rewrite_tensor"]
 
@@ -36,7 +36,7 @@ def make_set(folder: Path) -> Path:
         np.arange(40),
     )
     sketched = Sketched(stream.shape, "float32", sketch.make(stream.reshape(40, 4), sketch.SketchSpec(block_rows=16)))
-    targets = {
+    targets: dict[str, Golden] = {
         "text.embeds": whole(embeds),
         "text.mask": whole(mask),
         "layer.0.input": whole(embeds),

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidi.parity import casts, sketch, tolerance
-from vidi.parity.compare import EXACT, Rule, as_matrix, compare, nothing_compared
-from vidi.parity.golden import Sampled, Sketched, stats_of, whole
+from stageparity import rounding, sketch, tolerance
+from stageparity.compare import EXACT, Rule, as_matrix, nothing_compared
+from stageparity.golden import Sampled, Sketched, stats_of, whole
+from tests.harness.judged import compare
+from vidi.parity.stages import STAGES
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 RULE = Rule("float32-test", "a reason", max=1e-4)
@@ -199,7 +201,8 @@ def test_a_row_within_its_own_budget_is_no_fault_of_the_whole() -> None:
 
 def test_sketched_finds_the_block_and_the_single_element() -> None:
     x = np.random.default_rng(8).standard_normal((1, 300, 64))
-    golden = Sketched(x.shape, "float64", sketch.make(as_matrix("vision.packed", x), sketch.SketchSpec(block_rows=100)))
+    matrix = as_matrix(x, STAGES.axes("vision.packed"))
+    golden = Sketched(x.shape, "float64", sketch.make(matrix, sketch.SketchSpec(block_rows=100)))
     rule = Rule("sketch", "a reason", max=1e-3, rms=1e-3, row=1e-3)
     assert compare("vision.packed", x * (1 + 1e-5), golden, rule).ok
     y = x.copy()
@@ -214,20 +217,20 @@ def test_sketched_finds_the_block_and_the_single_element() -> None:
 
 
 def test_every_gate_has_a_reason_and_every_baseline_gate_a_floor() -> None:
-    tables = tolerance.load(GOLDENS)
-    assert {"float64-none", "float32-recorded", "float32-official", "bfloat16-official"} <= set(tables.gates)
+    tables = tolerance.load(GOLDENS, STAGES)
+    assert {"float64-none", "float32-recorded", "float32-cast", "bfloat16-cast"} <= set(tables.gates)
     assert tables.rule("float64-none", "layer.0.t2t").max == 1e-9
     assert tables.rule("float32-recorded", "grad.none.model.norm.weight").max == 2e-4
     mid = tables.rule("float32-recorded", "loss.mid")
     assert mid == Rule("float32-recorded", mid.why, max_abs=1e-5, sums=1e-4, bias_ulp=4, eps=2**-23)
-    assert tables.rule("bfloat16-official", "vision.mask", "small/base") is EXACT
+    assert tables.rule("bfloat16-cast", "vision.mask", "small/base") is EXACT
     for kind in tolerance.KINDS:
         measured = tables.baselines[kind]["bfloat16"]["small/base"]["layer.1.t2v"]
-        rule = tables.rule("bfloat16-official", "layer.1.t2v", "small/base", kind=kind)
+        rule = tables.rule("bfloat16-cast", "layer.1.t2v", "small/base", kind=kind)
         assert rule.rms == (1.5 if kind == "chained" else 1.3) * measured["rms"]
         assert rule.floor_ulp > 0
     with pytest.raises(ValueError, match=r"no chained baseline for bfloat16 small/nowhere layer\.0\.t2v"):
-        tables.rule("bfloat16-official", "layer.0.t2v", "small/nowhere")
+        tables.rule("bfloat16-cast", "layer.0.t2v", "small/nowhere")
     with pytest.raises(ValueError, match="no gate named 'float8-none'"):
         tables.rule("float8-none", "layer.0.t2v")
 
@@ -244,7 +247,7 @@ def test_every_gate_has_a_reason_and_every_baseline_gate_a_floor() -> None:
 def test_a_bad_tolerance_file(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "tolerances.toml").write_text(text)
     with pytest.raises(ValueError, match=said):
-        tolerance.load(tmp_path)
+        tolerance.load(tmp_path, STAGES)
 
 
 @pytest.mark.parametrize(("allowed", "ok"), [(0.3, True), (0.05, False)])
@@ -253,6 +256,6 @@ def test_casts_that_are_within_their_share_are_no_problem(allowed: float, ok: bo
     theirs = np.ones((1, 5, 20), np.float32)
     mine = theirs.copy()
     mine[0, :, :2] = 2
-    result = casts._result("layer.0.t2t", mine, theirs, allowed)
+    result = rounding.compare("layer.0.t2t", mine, theirs, STAGES.axes("layer.0.t2t"), allowed)
     said = () if ok else ("10.0% of the values have other bits than the specified casts give",)
     assert (result.ok, result.problems) == (ok, said)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from stageparity import store
 from vidi import cli
-from vidi.parity import ids, store
-from vidi.parity.stages import STAGES, find
+from vidi.parity.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,7 +77,7 @@ def check(words: list[str]) -> None:
             assert not word.startswith("tests/") or (ROOT / word.split("::")[0]).exists(), word
         if "-m" in words[3:]:
             marker = words[words.index("-m", 3) + 1]
-            assert f'"{marker}":' in (ROOT / "conftest.py").read_text("utf-8"), f"no marker {marker}"
+            assert f' "{marker}: ' in (ROOT / "pyproject.toml").read_text("utf-8"), f"no marker {marker}"
     elif words[0] == "python" and words[1].startswith("tools/"):
         check_tool(words[1:])
     elif words[0].startswith("tools/"):
@@ -192,15 +192,13 @@ def test_an_old_drawing_is_seen(
 
 def test_every_stage_is_drawn_once_above_what_it_feeds(draw) -> None:
     nodes = draw.layout()
-    assert {draw.drawn_as(s.template) for s in STAGES} <= set(nodes)
+    assert {draw.drawn_as(s.name) for s in draw.DRAWN} <= set(nodes)
     assert len({(node.lane, node.row) for node in nodes.values()}) == len(nodes)
-    for stage in STAGES:
+    for stage in draw.DRAWN:
         for name in draw.feeds(stage):
-            assert nodes[name].row < nodes[draw.drawn_as(stage.template)].row, (
-                f"{name} feeds {stage.template} from below"
-            )
+            assert nodes[name].row < nodes[draw.drawn_as(stage.name)].row, f"{name} feeds {stage.name} from below"
     text = draw.dataflow_svg()
-    assert all(text.count(f">{draw.drawn_as(stage.template)}</text>") == 1 for stage in STAGES)
+    assert all(text.count(f">{draw.drawn_as(stage.name)}</text>") == 1 for stage in draw.DRAWN)
 
 
 @pytest.mark.parametrize("name", ["single", "batch", "longvideo"])
@@ -211,13 +209,13 @@ def test_shapes_on_the_drawing_are_those_of_the_goldens(draw, name: str) -> None
     size = {"C": config["vision_config"]["hidden_size"], "D": config["hidden_size"], "U": config["vocab_size"]}
     seen = set()
     for stage in case.targets:
-        found = find(stage)
-        template = found[0].template if found else stage.replace(f"layer.{ids.order(stage)[1]}.", "layer.{i}.")
-        if template not in draw.SHAPES:
+        found = STAGES.find(stage)
+        assert found is not None
+        if not found[0].shape:
             continue
-        seen.add(template)
+        seen.add(found[0].name)
         shape = case.manifest["targets"]["recorded"][stage]["shape"]
-        letters = draw.SHAPES[template].split()
+        letters = found[0].shape.split()
         assert len(letters) == len(shape), f"{stage}: {letters} for {shape}"
         for letter, length in zip(letters, shape, strict=True):
             number, symbol = re.fullmatch(r"(\d*)(.*)", letter).groups()

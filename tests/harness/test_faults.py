@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
+from stageparity import fingerprint
+from stageparity.code import code, part
+from stageparity.faults import judge as judges
+from stageparity.faults.plant import Fault, expected, planted
+from stageparity.golden import GoldenError
 from tests.not_run import not_run
 from vidi.attention import unpad
 from vidi.bridge import fold, norm
 from vidi.commands import faults as command
-from vidi.parity import faults, fingerprint, store
-from vidi.parity.faults import judge as judges
-from vidi.parity.faults import plant
-from vidi.parity.faults.plant import Fault, expected_stage, planted
-from vidi.parity.golden import GoldenError
+from vidi.parity import faults
+from vidi.parity.goldens import goldens_dir
+from vidi.parity.stages import STAGES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,12 +34,12 @@ RECORDINGS = Path(os.environ.get("VIDI_RECORDINGS", ROOT.parent / "shared" / "of
 
 
 @pytest.fixture(scope="module")
-def bench() -> faults.Bench:
-    return faults.Bench.open(store.goldens_dir())
+def bench() -> judges.Bench:
+    return faults.bench(goldens_dir())
 
 
-def _judged(chosen: list[Fault], bench: faults.Bench) -> list[faults.Verdict]:
-    return faults.judge_all(chosen, bench)
+def _judged(chosen: list[Fault], bench: judges.Bench) -> list[judges.Verdict]:
+    return judges.judge_all(chosen, bench)
 
 
 def _sample() -> list[Fault]:
@@ -60,7 +63,7 @@ def test_measured_faults_are_among_them() -> None:
 
 
 @pytest.mark.slow
-def test_seen_where_they_are(bench: faults.Bench) -> None:
+def test_seen_where_they_are(bench: judges.Bench) -> None:
     """Silent, seen, first at the own stage. The slow tier and `vidi faults` run them all."""
     verdicts = _judged(_sample(), bench)
     wrong = {v.fault.name: (v.stage, v.expected_stage, v.strays, v.loud, v.crashed) for v in verdicts if not v.not_run}
@@ -70,22 +73,22 @@ def test_seen_where_they_are(bench: faults.Bench) -> None:
 
 
 @pytest.mark.slow
-def test_all_silent_all_seen_all_different(bench: faults.Bench) -> None:
+def test_all_silent_all_seen_all_different(bench: judges.Bench) -> None:
     verdicts = _judged(list(faults.FAULTS.values()), bench)
     ran = [v for v in verdicts if v.not_run is None]
     assert [v.fault.name for v in ran if not v.silent] == []
     assert [v.fault.name for v in ran if not v.killed] == []
     assert sum(v.localised for v in ran) >= 0.95 * len(ran)
-    assert faults.exit_code(verdicts) == 0
+    assert judges.exit_code(verdicts) == 0
     assert _twins(ran, bench) == []
 
 
-def _twins(ran: list[faults.Verdict], bench: faults.Bench) -> list[tuple[str, str]]:
+def _twins(ran: list[judges.Verdict], bench: judges.Bench) -> list[tuple[str, str]]:
     """Pairs that patch one piece of code, or show at one stage of one case, and do the same to it: in the settings of
     both, where these are different ones."""
     found = []
     for a, b in itertools.combinations([v for v in ran if v.crashed is None], 2):
-        one_target = set(map(_bare, a.fault.targets)) & set(map(_bare, b.fault.targets))
+        one_target = {t.bare for t in a.fault.targets} & {t.bare for t in b.fault.targets}
         if (one_target or (_setting(a) == _setting(b) and a.stage == b.stage)) and (
             _alike(a, _again(b, a, bench)) and _alike(_again(a, b, bench), b)
         ):
@@ -93,52 +96,56 @@ def _twins(ran: list[faults.Verdict], bench: faults.Bench) -> list[tuple[str, st
     return found
 
 
-def _bare(target: str) -> str:
-    return target.partition("[")[0]
+def _same(a: Any, b: Any) -> bool:
+    """Equal but for rounding in double precision."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    x, y = a.double(), b.double()
+    return bool((x - y).abs().max() <= 1e-11 * y.abs().max().clamp(min=1e-300)) if x.numel() else True
 
 
-def _setting(v: faults.Verdict) -> tuple[str, str, bool]:
-    return v.fault.case, v.dtype, v.fault.unpadded
+def _setting(v: judges.Verdict) -> tuple[str, str, str]:
+    return v.fault.case, v.dtype, v.fault.setting
 
 
-_AGAIN: dict[tuple[Any, ...], faults.Verdict] = {}
+_AGAIN: dict[tuple[Any, ...], judges.Verdict] = {}
 
 
-def _again(v: faults.Verdict, other: faults.Verdict, bench: faults.Bench) -> faults.Verdict:
+def _again(v: judges.Verdict, other: judges.Verdict, bench: judges.Bench) -> judges.Verdict:
     """The fault of ``v`` where ``other`` was planted."""
-    case, dtype, unpadded = setting = _setting(other)
+    case, dtype, way = setting = _setting(other)
     if setting == _setting(v):
         return v
     if (v.fault.name, setting) not in _AGAIN:
         with fingerprint.ieee():
-            moved = dataclasses.replace(v.fault, case=case, unpadded=unpadded)
+            moved = dataclasses.replace(v.fault, case=case, setting=way)
             _AGAIN[v.fault.name, setting] = judges.judge(moved, bench, dtype)
     return _AGAIN[v.fault.name, setting]
 
 
-def _alike(a: faults.Verdict, b: faults.Verdict) -> bool:
+def _alike(a: judges.Verdict, b: judges.Verdict) -> bool:
     """Both change nothing, or the same stage to the same tensor."""
     if (a.killed, a.stage, a.crashed) != (b.killed, b.stage, b.crashed):
         return False
-    return not a.killed or (a.tensor is not None and b.tensor is not None and plant.same(a.tensor, b.tensor))
+    return not a.killed or (a.tensor is not None and b.tensor is not None and _same(a.tensor, b.tensor))
 
 
 @pytest.mark.parametrize(("case", "dtype"), [("base", "float64"), ("novideo", "float64"), ("base", "float32")])
-def test_twins_are_found_in_any_setting(case: str, dtype: str, bench: faults.Bench) -> None:
+def test_twins_are_found_in_any_setting(case: str, dtype: str, bench: judges.Bench) -> None:
     eps = faults.FAULTS["norms.rms_eps"]
     moved = dataclasses.replace(eps, name="t.twin", case=case, dtype=dtype)
     verdicts = _judged([eps, moved, faults.FAULTS["norms.rms_centred"], faults.FAULTS["norms.rms_as_l2"]], bench)
     assert _twins(verdicts, bench) == [("norms.rms_eps", "t.twin")]
 
 
-def test_a_fault_that_changes_nothing_is_not_seen(bench: faults.Bench) -> None:
+def test_a_fault_that_changes_nothing_is_not_seen(bench: judges.Bench) -> None:
     idle = Fault("test.idle", "Nothing.", ("vidi.bridge.fold.pad",), lambda original: lambda *given: original(*given))
     (verdict,) = _judged([idle], bench)
     assert (verdict.killed, verdict.silent, verdict.expected_stage) == (False, True, "vision.pad")
-    assert faults.exit_code([verdict]) == 1
+    assert judges.exit_code([verdict]) == 1
 
 
-def test_a_fault_of_another_place_is_not_localised(bench: faults.Bench) -> None:
+def test_a_fault_of_another_place_is_not_localised(bench: judges.Bench) -> None:
     astray = Fault(
         "test.astray", "Late.", ("vidi.bridge.fold.pad",), lambda original: lambda x, pool=2: original(x, pool)
     )
@@ -157,10 +164,10 @@ def test_a_fault_of_another_place_is_not_localised(bench: faults.Bench) -> None:
     assert verdict.killed
     assert verdict.stage == "vision.norm"
     assert not verdict.localised
-    assert faults.exit_code([verdict]) == 1
+    assert judges.exit_code([verdict]) == 1
 
 
-def test_crashes_and_loud_faults_are_counted_apart(bench: faults.Bench) -> None:
+def test_crashes_and_loud_faults_are_counted_apart(bench: judges.Bench) -> None:
     def crash(original: Any) -> Any:
         return lambda *given: 1 / 0
 
@@ -171,19 +178,19 @@ def test_crashes_and_loud_faults_are_counted_apart(bench: faults.Bench) -> None:
     verdicts = _judged([Fault("t.crash", "C.", target, crash), Fault("t.loud", "L.", target, loud)], bench)
     assert verdicts[0].crashed == "ZeroDivisionError: division by zero"
     assert verdicts[1].loud[0] == "vision.space_to_depth"
-    result = faults.as_json(verdicts, 0)
+    result = judges.as_json(verdicts, 0)
     assert (result["total"], result["crashed"], result["loud"]) == (0, 1, 1)
-    assert faults.exit_code(verdicts) == 1  # nothing silent ran
+    assert judges.exit_code(verdicts) == 1  # nothing silent ran
 
 
-def test_a_model_that_differs_already_is_refused(bench: faults.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_differs_already_is_refused(bench: judges.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(norm, "EPS", 1e-6)
     with pytest.raises(GoldenError, match=r"small/base in float64 differs at vision\.norm without any fault"):
-        _judged([faults.FAULTS["bridge.pad_top_left"]], faults.Bench.open(store.goldens_dir()))
+        _judged([faults.FAULTS["bridge.pad_top_left"]], faults.bench(goldens_dir()))
 
 
-def test_patches_are_undone(bench: faults.Bench) -> None:
-    model = bench.model("base", "float64")
+def test_patches_are_undone(bench: judges.Bench) -> None:
+    model = bench.model("small/base", "float64")
     before = fold.pad, vars(unpad.Rows)["indices"], norm.EPS, model.bridge.llm_norm.weight.data_ptr()
     names = ("bridge.pad_top_left", "unpadding.indices_off_by_one", "norms.rms_eps", "norms.llm_norm_one_percent")
     for name in names:
@@ -201,7 +208,7 @@ def test_patches_are_undone(bench: faults.Bench) -> None:
         ("vidi.bridge.norm.", "vidi.bridge.norm.rms", True),
         ("vidi.bridge.norm.rms", "vidi.bridge.norm.rms", True),
         ("vidi.bridge.norm.rms", "vidi.bridge.norm.EPS", False),
-        ("vidi.bridge.norm.rms", "vidi.bridge.norm.rms_other", False),
+        ("vidi.bridge.norm.RMSNorm", "vidi.bridge.norm.rms", False),
         ("vidi.bridge.position.add[h]", "vidi.bridge.position.add[w]", False),
         ("vidi.bridge.position.add[h]", "vidi.bridge.position.add", True),
         ("model.decoder.layers.0.input_norm", "model.decoder.layers.*.input_norm.eps", True),
@@ -209,28 +216,29 @@ def test_patches_are_undone(bench: faults.Bench) -> None:
     ],
 )
 def test_sites(site: str, target: str, at: bool) -> None:
-    assert plant._is_at(site, target) is at
+    own, patched = (part(name[6:]) if name.startswith("model.") else code(name) for name in (site, target))
+    assert own.covers(patched, {}) is at
 
 
 def test_expected_stage_comes_from_the_registry() -> None:
     """In pipeline order, of the case's own ids: a case without pictures sees a shared norm first in audio."""
     rms = faults.FAULTS["norms.rms_eps"]
-    assert expected_stage(rms, ["vision.pad", "vision.norm", "audio.norm"]) == "vision.norm"
-    assert expected_stage(rms, ["audio.trim", "audio.norm"]) == "audio.norm"
-    assert expected_stage(rms, ["rope.cos"]) is None
+    assert expected(rms, STAGES, ["vision.pad", "vision.norm", "audio.norm"]) == ("vision.norm", "stage")
+    assert expected(rms, STAGES, ["audio.trim", "audio.norm"]) == ("audio.norm", "stage")
+    assert expected(rms, STAGES, ["rope.cos"]) is None
     later = faults.FAULTS["attention.window_on_odd_layer"]
-    assert expected_stage(later, ["layer.0.t2t", "layer.1.t2t"]) == "layer.1.t2t"
+    assert expected(later, STAGES, ["layer.0.t2t", "layer.1.t2t"]) == ("layer.1.t2t", "stage")
 
 
-def test_weakest_by_stage(bench: faults.Bench) -> None:
+def test_weakest_by_stage(bench: judges.Bench) -> None:
     chosen = [faults.FAULTS[n] for n in ("norms.rms_eps", "norms.rms_centred", "bridge.pad_replicate")]
     verdicts = _judged(chosen, bench)
-    weakest = faults.weakest_by_stage(verdicts)
+    weakest = judges.weakest_by_stage(verdicts)
     assert weakest["vision.norm"][0] == "norms.rms_eps"
     assert weakest["vision.pad"] == ("bridge.pad_replicate", verdicts[2].margin)
 
 
-def test_precision_switches_are_restored(bench: faults.Bench) -> None:
+def test_precision_switches_are_restored(bench: judges.Bench) -> None:
     _judged([faults.FAULTS["bridge.pad_replicate"]], bench)
     with fingerprint.ieee():
         fingerprint.assert_ieee()
@@ -266,12 +274,12 @@ def _arguments(*given: str) -> Any:
 
 def test_a_verdict_counts_only_silent_faults_that_ran() -> None:
     fault = faults.FAULTS["bridge.pad_top_left"]
-    seen = judges.Verdict(fault, "float64", True, "vision.pad", "vision.pad", 5.0)
-    missed = judges.Verdict(fault, "float64", False, None, "vision.pad", 0.5)
-    elsewhere = judges.Verdict(fault, "float64", True, "vision.norm", "vision.pad", 1.5)
-    assert faults.exit_code([seen] * 20) == 0
-    assert faults.exit_code([seen] * 20 + [missed]) == 1
-    assert faults.exit_code([seen] * 19 + [elsewhere]) == 0  # 95 %
-    assert faults.exit_code([seen] * 18 + [elsewhere]) == 1
-    assert faults.as_json([seen, elsewhere], 0)["margins_under_2"] == [fault.name]
-    assert faults.as_json([seen, elsewhere], 0)["minimum_margin"] == 1.5
+    seen = judges.Verdict(fault, "float64", True, "vision.pad", "stage", "vision.pad", "stage", 5.0)
+    missed = judges.Verdict(fault, "float64", False, None, None, "vision.pad", "stage", 0.5)
+    elsewhere = judges.Verdict(fault, "float64", True, "vision.norm", "stage", "vision.pad", "stage", 1.5)
+    assert judges.exit_code([seen] * 20) == 0
+    assert judges.exit_code([seen] * 20 + [missed]) == 1
+    assert judges.exit_code([seen] * 19 + [elsewhere]) == 0  # 95 %
+    assert judges.exit_code([seen] * 18 + [elsewhere]) == 1
+    assert judges.as_json([seen, elsewhere], 0)["margins_under_2"] == [fault.name]
+    assert judges.as_json([seen, elsewhere], 0)["minimum_margin"] == 1.5

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from stageparity import store
+from stageparity.golden import Sampled
 from tests.harness import foreign
 from tools import import_official
 from vidi import cli
 from vidi.bridge import fold, position
 from vidi.decoder.decoder import Decoder
-from vidi.parity import feed, store
-from vidi.parity.golden import Sampled
+from vidi.parity import feed
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_a_wrong_fold_is_seen_at_the_fold(
     code, found = parity(imported, tmp_path, "--case", "pair")
     assert code == 1
     assert found["cases"][0]["first_divergence"] == "vision.space_to_depth"
-    assert "first divergence at vision.space_to_depth" in capsys.readouterr().out
+    assert "WRONG: vision.space_to_depth{g} (vision.space_to_depth of " in capsys.readouterr().out
 
 
 def test_a_wrong_factor_is_seen_in_decoding_and_loss(

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stageparity import ledger, store
+from stageparity.golden import Sketched
+from stageparity.manifest import content_sha256, set_sha256
 from tools import make_full_golden
 from vidi.config import VidiConfig
-from vidi.parity import full, ledger, store
-from vidi.parity.golden import Sketched
-from vidi.parity.manifest import content_sha256, set_sha256
+from vidi.parity import full
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
 WHY = "the test's reason"

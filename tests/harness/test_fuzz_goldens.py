@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stageparity import store
+from stageparity.golden import GoldenError
+from stageparity.manifest import parse, render
 from tests.harness.golden_set import make_set, rebless
-from vidi.parity import store
-from vidi.parity.golden import GoldenError
-from vidi.parity.manifest import parse, render
 
 FILES = ("tiny.json", "tiny.h5", "weights.safetensors")
 

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 
+from stageparity import store
 from vidi import generate
 from vidi.attention import dispatch, eager, sdpa, unpad
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
 from vidi.bridge import audio, fold, mask, position, visual
 from vidi.cache import Cache
 from vidi.config import VidiConfig
 from vidi.inputs import batch as batches
 from vidi.model import VidiModel, frame_chunks
-from vidi.parity import feed, store
+from vidi.parity import feed
+from vidi.parity.goldens import inputs_of
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens" / "small"
 
@@ -45,7 +48,7 @@ def test_training_draws_noise_of_its_own(train: store.Case) -> None:
     model = feed.load_model(train, torch.float64)
     asked = []
     model.position_noise = lambda axis, length: asked.append((axis, length)) or torch.zeros(length)
-    batch = feed.batch_of(train.inputs)
+    batch = feed.batch_of(inputs_of(train))
     quiet = model(batch)
     assert not asked
     model.train()
@@ -58,7 +61,7 @@ def test_loss_of_the_model_is_the_golden_one(train: store.Case) -> None:
     noise = feed.noise_of(train.inputs)
     model.train()
     model.position_noise = lambda axis, length: noise[axis]
-    batch = feed.batch_of(train.inputs)
+    batch = feed.batch_of(inputs_of(train))
     golden, losses = train.targets["loss.none"].array, train.targets["loss.per_token"].array
     np.testing.assert_allclose(model.loss(batch).detach().numpy(), golden, rtol=1e-12)
     kept = np.sort(losses[losses > 0])
@@ -163,10 +166,10 @@ def test_sdpa_is_eager(heads: int, window: int | None, monkeypatch: pytest.Monke
     options = {"scale": 0.3, "keep_q": Rows(torch.tensor([[True] * 5, [True] * 3 + [False] * 2])), "keep_k": keep}
     if window is not None:
         options |= {"q_pos_BT": torch.arange(5).expand(2, 5), "window": window}
-    theirs = sdpa.attend(q, k, v, **options)
+    theirs = sdpa.attend(AttentionCall(q, k, v, **options))
     for chunk in (8192, 5, 2, 1):
         monkeypatch.setattr(eager, "KEY_CHUNK", chunk)
-        torch.testing.assert_close(eager.attend(q, k, v, **options), theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(eager.attend(AttentionCall(q, k, v, **options)), theirs, rtol=1e-12, atol=1e-12)
     assert (theirs[1] == 0).all()
     assert theirs.isfinite().all()
 
@@ -174,20 +177,20 @@ def test_sdpa_is_eager(heads: int, window: int | None, monkeypatch: pytest.Monke
 def test_dispatch_refuses() -> None:
     q, k, v = _qkv(2, 3)
     with pytest.raises(ValueError, match="a window needs query positions"):
-        dispatch.attend(q, k, v, scale=1.0, window=2)
+        dispatch.attend(AttentionCall(q, k, v, scale=1.0, window=2))
     with pytest.raises(ValueError, match="still counts the image placeholder"):
-        dispatch.attend(q, k, v, scale=1.0, keep_q=Rows.all_kept(2, 3))
+        dispatch.attend(AttentionCall(q, k, v, scale=1.0, keep_q=Rows.all_kept(2, 3)))
     with pytest.raises(ValueError, match="unknown attention backend 'best'"):
-        dispatch.attend(q, k, v, scale=1.0, backend="best")
+        dispatch.attend(AttentionCall(q, k, v, scale=1.0), "best")
     with pytest.raises(ValueError, match="backend 'sdpa' cannot cap"):
-        dispatch.attend(q, k, v, scale=1.0, softcap=5.0, backend="sdpa")
-    one = dispatch.attend(q[:, :1], k, v, scale=1.0, keep_q=Rows(torch.zeros(2, 7, dtype=torch.bool)))
+        dispatch.attend(AttentionCall(q, k, v, scale=1.0, softcap=5.0), "sdpa")
+    one = dispatch.attend(AttentionCall(q[:, :1], k, v, scale=1.0, keep_q=Rows(torch.zeros(2, 7, dtype=torch.bool))))
     assert one.abs().min() > 0  # a single query row consults no mask
 
 
 def test_greedy_limits_and_progress(decode: store.Case) -> None:
     model = feed.load_model(decode, torch.float64)
-    batch = feed.batch_of(decode.inputs)
+    batch = feed.batch_of(inputs_of(decode))
     calls: list[tuple[int, int]] = []
     found = generate.greedy(model, batch, max_new_tokens=2, progress=lambda done, limit: calls.append((done, limit)))
     assert calls == [(1, 2), (2, 2)]
@@ -211,7 +214,7 @@ def _free(model: VidiModel, batch: batches.Batch) -> tuple[list[list[int]], list
 def test_prefill_room(decode: store.Case) -> None:
     """The cache holds at least the prompt, and what was asked for."""
     model = feed.load_model(decode, torch.float64)
-    batch = feed.batch_of(decode.inputs)
+    batch = feed.batch_of(inputs_of(decode))
     assert model.prefill(batch, 1)[1].capacity == 6
     cache = model.prefill(batch, 30)[1]
     assert (cache.capacity, len(cache.text), len(cache.cross)) == (30, 3, 3)
@@ -277,7 +280,7 @@ def test_unpadding_names_the_placeholder() -> None:
 def test_nothing_stays_on_the_host(train: store.Case) -> None:
     """Inputs follow the model's device, and what attention makes follows its tensors (a device without memory will do)."""
     meta = torch.device("meta")
-    model, batch = feed.load_model(train, torch.float32).to(meta), feed.batch_of(train.inputs)
+    model, batch = feed.load_model(train, torch.float32).to(meta), feed.batch_of(inputs_of(train))
     embeds, rows, labels = model.embed_text(batch)
     assert labels is not None
     assert {embeds.device, rows.keep_BL.device, labels.device} == {meta}
@@ -289,7 +292,9 @@ def test_nothing_stays_on_the_host(train: store.Case) -> None:
     assert {x.dtype for x in (*moved.images, *moved.audios)} == {torch.float16}
     q, k, v = (x.to(meta) for x in _qkv(5, 5))
     for kernel in (eager, sdpa):
-        out = kernel.attend(q, k, v, scale=1.0, q_pos_BT=torch.arange(5, device=meta).expand(2, 5), window=1)
+        out = kernel.attend(
+            AttentionCall(q, k, v, scale=1.0, q_pos_BT=torch.arange(5, device=meta).expand(2, 5), window=1)
+        )
         assert (out.device, out.shape) == (meta, q.shape)
     kept = batches.keep_from_lengths([1, 2], 3, device=meta)
     assert (kept.device, kept.shape) == (meta, (2, 3))
@@ -305,7 +310,7 @@ def test_backends_are_asked_what_they_can_do(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(dispatch.limits, "check", lambda backend, **given: asked.append((backend, given)))
     q, k, v = _qkv(3, 5)
     wanted = {"dtype": torch.float64, "device": torch.device("cpu"), "head_dim": 4, "softcap": 7.0}
-    dispatch.attend(q, k, v, scale=1.0, softcap=7.0, backend="sdpa")
+    dispatch.attend(AttentionCall(q, k, v, scale=1.0, softcap=7.0), "sdpa")
     assert asked == [("sdpa", wanted), ("sdpa", wanted)]
 
 
@@ -320,7 +325,7 @@ def test_sdpa_trusts_no_kernel_with_rows_that_see_nothing(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(sdpa.nnf, "scaled_dot_product_attention", kernel)
     q, k, v = _qkv(3, 5)
-    out = sdpa.attend(q, k, v, scale=1.0, keep_k=Rows(torch.tensor([[True] * 5, [False] * 5])))
+    out = sdpa.attend(AttentionCall(q, k, v, scale=1.0, keep_k=Rows(torch.tensor([[True] * 5, [False] * 5]))))
     assert out[0].abs().min() > 0
     assert (out[1] == 0).all()
 
@@ -328,9 +333,7 @@ def test_sdpa_trusts_no_kernel_with_rows_that_see_nothing(monkeypatch: pytest.Mo
 def test_towers_take_the_backend_they_are_given(decode: store.Case, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = feed.load_model(decode, torch.float64), []
     own = dispatch.attend
-    monkeypatch.setattr(
-        dispatch, "attend", lambda *given, **named: asked.append(named["backend"]) or own(*given, **named)
-    )
+    monkeypatch.setattr(dispatch, "attend", lambda call, backend: asked.append(backend) or own(call, backend))
     images, audios = torch.zeros(1, 3, 22, 22, dtype=torch.float64), torch.zeros(1, 4, 40, dtype=torch.float64)
     for backend in ("sdpa", "eager"):
         model.vision_tower(images, backend)

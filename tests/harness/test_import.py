@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from stageparity import store
+from stageparity.golden import GoldenError, Sampled, Whole, stats_of
+from stageparity.manifest import set_sha256
 from tests.not_run import not_run
 from tools import import_official
-from vidi.parity import store
-from vidi.parity.golden import GoldenError, Sampled, Whole, stats_of
-from vidi.parity.manifest import set_sha256
+from vidi.parity.goldens import inputs_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "goldens"
@@ -131,7 +132,7 @@ def test_frames_that_follow_from_bytes_are_left_out_and_given_back(foreign: Path
     assert case.left_out["inputs.images.0"] == import_official.FROM_U8
     assert "inputs.images.0" not in case.manifest["inputs"]
     np.testing.assert_array_equal(
-        case.inputs["inputs.images.0"], store.open_case(full, "odd").inputs["inputs.images.0"]
+        inputs_of(case)["inputs.images.0"], store.open_case(full, "odd").inputs["inputs.images.0"]
     )
 
 

@@ -6,6 +6,7 @@ import html.parser
 import io
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,17 +14,23 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from stageparity import run as runs
+from stageparity import store
+from stageparity.golden import Whole
+from stageparity.report import figures, page, terminal, verdict
+from stageparity.report.verdict import Context, References
+from stageparity.result import EXACT, Rule
+from stageparity.run import CaseRun, Row, Run
+from tests.harness.judged import GOLDENS, compare, rules
 from vidi import cli
 from vidi.attention import mask
-from vidi.parity import feed, figures, fingerprint, report, store, suite, tolerance
-from vidi.parity import html as page
-from vidi.parity.compare import EXACT, Rule, compare
-from vidi.parity.golden import Whole
-from vidi.parity.suite import CaseRun, Row, Run
+from vidi.commands import outputs
+from vidi.parity.faults import FAULTS
+from vidi.parity.stages import SECTIONS, STAGES
+from vidi.parity.subject import VidiSubject
 
-GOLDENS = Path(__file__).parents[2] / "goldens"
 RULE = Rule("float64-none", "because", max=1e-9, row=1e-9)
-NOTHING = page.References({}, {})
+CONTEXT = Context(STAGES, SECTIONS, FAULTS, References(), ("vidi", "parity"), ("--backend", "eager"))
 
 
 def one_key_short(q_pos, k_pos, window=None):
@@ -37,12 +44,11 @@ SEES = mask.sees
 @pytest.fixture(scope="module")
 def planted() -> Run:
     """small/base in float64 with a sliding window that is one key too short."""
-    with pytest.MonkeyPatch.context() as patch, fingerprint.ieee():
+    subject = VidiSubject("float64")
+    with pytest.MonkeyPatch.context() as patch, subject.scope():
         patch.setattr(mask, "sees", one_key_short)
-        case = store.open_case(GOLDENS / "small", "base")
-        model = feed.load_model(case, feed.DTYPES["float64"])
-        done, _ = suite.run_case(case, model, tolerance.load(GOLDENS), dtype="float64")
-    return Run((replace(done, seconds=1.0),), "float64", "eager", {"device": "x", "libraries": {"torch": "2"}})
+        done, _ = runs.run_case(subject, store.open_case(GOLDENS / "small", "base"), None, rules())
+    return Run((replace(done, seconds=1.0),), "float64", subject.about, {"device": "x", "libraries": {"torch": "2"}})
 
 
 def result(stage: str, error: float = 0.0, rule: Rule = RULE, shape: tuple[int, ...] = (1, 6, 4), at: int = 0):
@@ -56,49 +62,56 @@ def result(stage: str, error: float = 0.0, rule: Rule = RULE, shape: tuple[int, 
 
 
 def run_of(*rows: Row, not_run: tuple[tuple[str, str], ...] = ()) -> Run:
-    return Run((CaseRun("case", "set", "none", rows, not_run, 1.0),), "float64", "eager")
+    return Run((CaseRun("case", "set", "none", rows, not_run, 1.0),), "float64", {"backend": "eager"})
 
 
 # ---- the failure text ----------------------------------------------------------------------------------------------------
 
 
 def test_the_text_of_a_planted_fault(planted: Run) -> None:
-    text = "\n".join(report.diagnosis(planted.cases[0], planted))
-    why = tolerance.load(GOLDENS).rule("float64-none", "layer.0.t2t", "base").why
+    text = "\n".join(terminal.diagnosis(verdict.findings(planted, STAGES)[0], planted, CONTEXT))
     alike = re.search(r"faults that look like this: (.*)", text)
     assert alike is not None
     assert text == (
-        "small/base: first divergence at layer.0.t2t (local 2.3e9×, inherited 0×)\n"
+        "small/base: layer.0.t2t and in 1 more places (local 2.3e9×, forced 2.3e9×, inherited 0×)\n"
+        "  its own error: fed its golden inputs alone, it differs\n"
         "  causal self-attention, window on even layers (§7 of the specification)\n"
         "  layer.0.t2t: DIFFERENT under float64-none\n"
         "    168 of 384 values over budget\n"
         "    worst |d| 3.1216 at [0, 5, 3]: candidate -0.127234284, golden -3.24883188\n"
         "    max: 2.34 of rms, budget 1e-09  <-- over\n"
         "    7 of 16 rows differ, first: [0, 3], [0, 4], [0, 5], ...\n"
-        f"    budget: {why}\n"
         f"  {alike[0]}\n"
-        "  rerun: vidi parity --case small/base --stage 'layer.0.t2t' --dtype float64 --backend eager"
+        "  rerun: vidi parity --case small/base --stage layer.0.t2t --dtype float64 --backend eager"
     )
 
 
 def test_the_planted_fault_is_among_those_that_look_like_it(planted: Run) -> None:
-    alike = report.lookalikes(planted.cases[0], "layer.0.t2t")
+    alike = verdict.lookalikes(planted.cases[0], "layer.0.t2t", CONTEXT)
     assert "attention.window_one_short" in alike
     assert "bridge.pad_replicate" not in alike
 
 
 def test_the_rerun_command_runs_just_that_stage(planted: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    command = report.rerun(planted.cases[0], planted.cases[0].rows[0], planted, "--device cpu")
-    words = [word.strip("'") for word in command.split()]
+    context = replace(CONTEXT, options=("--device", "cpu"))
+    words = shlex.split(verdict.rerun(planted.cases[0], planted.cases[0].rows[0], planted, context))
     assert words[0] == "vidi"
     assert cli.main(words[1:]) == 0
     assert capsys.readouterr().out.rstrip().endswith("1 stages of 1 cases in float64 with eager: all equal")
 
 
 def test_cached_logits_are_rerun_with_their_target() -> None:
-    row = Row("decode.cached.logits", result("decode.cached.logits", 1.0), None)
+    row = Row("decode.cached.logits", result("decode.cached.logits", 1.0))
     run = run_of(row)
-    assert "--stage 'decode.nocache.logits'" in report.rerun(run.cases[0], row, run)
+    assert "--stage decode.nocache.logits" in verdict.rerun(run.cases[0], row, run, CONTEXT)
+
+
+def test_a_hostile_name_is_one_word_of_the_rerun_command() -> None:
+    """It stands in a terminal and on a page, to be pasted."""
+    row = Row("logits'; rm -rf ~; '", result("logits", 1.0))
+    run = Run((CaseRun("$(touch x) `y`\nz", "set", "none", (row,)),), "float64", {"backend": "eager"})
+    words = shlex.split(verdict.rerun(run.cases[0], row, run, CONTEXT))
+    assert words[:6] == ["vidi", "parity", "--case", "set/$(touch x) `y`\nz", "--stage", row.stage]
 
 
 @pytest.mark.parametrize(
@@ -111,27 +124,27 @@ def test_cached_logits_are_rerun_with_their_target() -> None:
     ],
 )
 def test_local_and_inherited(chained: float, alone: float, said: str) -> None:
-    assert report.split(Row("logits", result("logits", chained), result("logits", alone))) == said
+    assert verdict.split(Row("logits", result("logits", chained), None, result("logits", alone))) == said
 
 
 def test_what_cannot_be_split_says_so() -> None:
-    assert "not fed alone" in report.split(Row("logits", result("logits", 1.0), None))
+    assert "not fed alone" in verdict.split(Row("logits", result("logits", 1.0)))
     exact = result("vision.mask", 1.0, EXACT, (1, 6))
-    assert report.split(Row("vision.mask", exact, exact)) == "local ∞, inherited not told apart"
+    assert verdict.split(Row("vision.mask", exact, None, exact)) == "local ∞, inherited not told apart"
 
 
 # ---- the terminal --------------------------------------------------------------------------------------------------------
 
 LONG = "grad.none.model.layers.0.self_attn.q_proj.weight"
 ROWS = (
-    Row("vision.space_to_depth", result("vision.space_to_depth", 1e-10), result("vision.space_to_depth")),
-    Row(LONG, result(LONG, 1e-3), None),
+    Row("vision.space_to_depth", result("vision.space_to_depth", 1e-10), None, result("vision.space_to_depth")),
+    Row(LONG, result(LONG, 1e-3)),
 )
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 100, 200, None])
 def test_no_width_cuts_a_stage(width: int | None) -> None:
-    lines = [line for line, _ in report.table(run_of(*ROWS).cases[0], width)]
+    lines = [line for line, _ in terminal.table(run_of(*ROWS).cases[0], width)]
     assert "…" not in "".join(lines)
     for row, line in zip(ROWS, lines[1:], strict=True):
         assert line.startswith(row.stage + " ")
@@ -142,20 +155,20 @@ def test_columns_give_way_one_by_one() -> None:
     case = run_of(*ROWS).cases[0]
 
     def header(width: int | None) -> str:
-        return next(report.table(case, width))[0]
+        return next(terminal.table(case, width))[0]
 
     shown = [len(header(width).split()) for width in (None, 112, 104, 92, 80, 20)]
     assert shown == sorted(shown, reverse=True)
     assert header(20).split() == ["stage", "verdict", "of", "budget"]
     assert header(None).split()[-1] == "values"
     for width in (112, 104, 92, 84):
-        assert all(len(line) <= width for line, _ in report.table(case, width))
+        assert all(len(line) <= width for line, _ in terminal.table(case, width))
 
 
 def printed(**options: object) -> str:
     out = io.StringIO()
     console = Console(file=out, width=80, **options)  # type: ignore[arg-type]
-    report.print_run(run_of(*ROWS, not_run=(("logits", "no baseline for logits"),)), console)
+    terminal.print_run(run_of(*ROWS, not_run=(("logits", "no baseline for logits"),)), console, CONTEXT)
     return out.getvalue()
 
 
@@ -163,10 +176,33 @@ def test_plain_where_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     text = printed()
     assert "\x1b" not in text
-    for line, _ in report.table(run_of(*ROWS).cases[0]):
+    for line, _ in terminal.table(run_of(*ROWS).cases[0]):
         assert f"{line}\n" in text
     assert "NOT RUN set/case logits: no baseline for logits\n" in text
-    assert text.endswith("2 stages of 1 cases in float64 with eager: 1 different, 1 NOT RUN\n")
+    assert "\n2 stages of 1 cases in float64 with eager: 1 different, 1 NOT RUN\n" in text
+
+
+def test_the_last_three_lines_say_what_is_wrong_how_sure_that_is_and_what_to_type(planted: Run) -> None:
+    references = References({"layer.{i}.t2t": 0.01}, {"layer.{i}.t2t": 7e8})
+    out = io.StringIO()
+    terminal.print_run(planted, Console(file=out, width=80), replace(CONTEXT, references=references), verbose=False)
+    *_, wrong, sure, what_next = out.getvalue().splitlines()
+    assert wrong.startswith(
+        "WRONG: layer.{i}.t2t (layer.0.t2t of small/base, in 2 places): 3e9× its budget, its own error"
+    )
+    assert sure.startswith(
+        "how sure: noise never passed 0.01 of this budget; the weakest known fault here reaches 7e8; "
+    )
+    assert re.search(r"\d+ of \d+ rows that differ only inherit$", sure)
+    assert what_next == "next: vidi parity --case small/base --stage layer.0.t2t --dtype float64 --backend eager"
+
+
+def test_a_reason_is_given_once(planted: Run) -> None:
+    again = replace(planted, cases=tuple(replace(planted.cases[0], case=f"copy{n}") for n in range(16)))
+    out = io.StringIO()
+    terminal.print_run(again, Console(file=out, width=80), CONTEXT, verbose=False)
+    assert out.getvalue().count("same mathematics: rounding in double precision") == 1
+    assert len(out.getvalue().splitlines()) < 30
 
 
 def test_colour_for_a_terminal_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +216,8 @@ def test_colour_for_a_terminal_that_has_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_pipe_without_unicode() -> None:
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii", write_through=True)
-    report.print_run(run_of(Row("logits", result("logits", 1.0), result("logits", 1.0))), Console(file=out, width=80))
+    row = Row("logits", result("logits", 1.0), None, result("logits", 1.0))
+    terminal.print_run(run_of(row), Console(file=out, width=80), CONTEXT)
     assert b"(local 1e9x, inherited 0x)" in raw.getvalue()
 
 
@@ -215,7 +252,7 @@ class Tags(html.parser.HTMLParser):
 
 
 def test_the_page_stands_alone(planted: Run) -> None:
-    text = page.render(planted, NOTHING)
+    text = page.render(planted, CONTEXT)
     tags = Tags(text)
     assert tags.hrefs
     assert all(href.startswith("#") and href[1:] in tags.ids for href in tags.hrefs)
@@ -224,39 +261,39 @@ def test_the_page_stands_alone(planted: Run) -> None:
 
 
 def test_the_first_divergence_is_on_top(planted: Run) -> None:
-    text = page.render(planted, NOTHING, "--goldens /x")
+    text = page.render(planted, replace(CONTEXT, options=("--backend", "eager", "--goldens", "/x")))
     top = text[text.index("<main>") : text.index("<h2")]
-    assert "<code>layer.0.t2t</code>" in top
-    assert "<b>local: the stage differs when fed its golden inputs</b>" in top
+    assert "<code>layer.<wbr>0.<wbr>t2t</code>" in top
+    assert "<b>its own error: fed its golden inputs alone, it differs</b>" in top
     assert "7 of 16 rows differ, first: [0, 3]" in top
     assert "--dtype float64 --backend eager --goldens /x" in top
     assert "✗ Different" in text[: text.index("<main>")]
 
 
 def test_an_inherited_divergence_is_said_to_be_one() -> None:
-    text = page.render(run_of(Row("logits", result("logits", 5e-9), result("logits", 1e-12))), NOTHING)
-    assert "<b>inherited: alone, the stage is within its budget</b>" in text
+    text = page.render(run_of(Row("logits", result("logits", 5e-9), None, result("logits", 1e-12))), CONTEXT)
+    assert "<b>inherited: fed its golden inputs, it is within its budget</b>" in text
 
 
 def test_an_equal_run_names_what_is_closest() -> None:
-    rows = [Row(s, result(s, e), None) for s, e in (("vision.norm", 1e-12), ("logits", 4e-10))]
-    text = page.render(run_of(*rows), NOTHING)
+    rows = [Row(s, result(s, e)) for s, e in (("vision.norm", 1e-12), ("logits", 4e-10))]
+    text = page.render(run_of(*rows), CONTEXT)
     assert "✓ Equal" in text
     assert text.index("0.4×") < text.index("<code>logits</code>") < text.index("<code>vision.norm</code>")
 
 
 def test_what_was_not_run_is_named() -> None:
     run = run_of(
-        Row("logits", result("logits"), None), not_run=(("vision.norm", "no <baseline>"), ("loss.mid", "no <baseline>"))
+        Row("logits", result("logits")), not_run=(("vision.norm", "no <baseline>"), ("loss.mid", "no <baseline>"))
     )
-    text = page.render(run, NOTHING)
+    text = page.render(run, CONTEXT)
     assert "as far as it ran" in text
     assert '2 stages. <span class="soft">no &lt;baseline&gt;</span>' in text
     assert "vision.norm, loss.mid" in text
 
 
 def test_nothing_compared_is_no_success() -> None:
-    text = page.render(run_of(not_run=(("logits", "why"),)), NOTHING)
+    text = page.render(run_of(not_run=(("logits", "why"),)), CONTEXT)
     assert "∅ Nothing compared" in text
     assert "✓" not in text
 
@@ -277,15 +314,17 @@ def test_errors_stand_between_noise_and_fault(tmp_path: Path) -> None:
     (tmp_path / "noise.json").write_text(json.dumps(noise))
     faults[0]["name"], low = "known", {"float32": {"margins": {"known": 5.0}}}
     (tmp_path / "faults.json").write_text(json.dumps({"faults": faults, "dtypes": low}))
-    assert page.References.load(tmp_path, "float32").of("layer.1.t2t") == (None, 5.0)
-    references = page.References.load(tmp_path, "float64")
-    assert references.of("layer.1.t2t") == (1e-4, 100.0)
-    assert references.of("vision.mask") == references.of("logits") == (None, None)
-    assert references.of("layer.2.input") == (0.1, None)
-    text = page.render(run_of(Row("layer.1.t2t", result("layer.1.t2t", 1e-10), None)), references)
+    single = References.load(tmp_path, "float32", STAGES)
+    assert (single.noise, single.faults) == ({}, {"layer.{i}.t2t": 5.0})
+    references = References.load(tmp_path, "float64", STAGES)
+    assert references.noise == {"layer.{i}.t2t": 1e-4, "layer.{i}.input": 0.1}
+    assert references.faults == {"layer.{i}.t2t": 100.0}
+    text = page.render(
+        run_of(Row("layer.1.t2t", result("layer.1.t2t", 1e-10))), replace(CONTEXT, references=references)
+    )
     assert "<rect class=n width=25%" in text
     assert re.search(r"<use href=#fault x=62.5% /><use href=#chained x=43.[78]% />", text)
-    assert page.References.load(tmp_path / "none", "float64") == NOTHING
+    assert References.load(tmp_path / "none", "float64", STAGES) == References()
 
 
 @pytest.mark.parametrize(
@@ -312,25 +351,42 @@ def test_a_whole_run_is_small() -> None:
         Whole(np.ones((1, 9600, 2)), "float64"),
         RULE,
     )
-    rows = tuple(Row(f"layer.{i}.t2t", replace(noisy, stage=f"layer.{i}.t2t"), noisy) for i in range(120))
+    rows = tuple(Row(f"layer.{i}.t2t", replace(noisy, stage=f"layer.{i}.t2t"), None, noisy) for i in range(120))
     cases = tuple(CaseRun(f"case{n}", "set", "none", rows) for n in range(17))
-    assert len(page.render(Run(cases, "float64", "eager"), NOTHING).encode()) < 2_000_000
+    assert len(page.render(Run(cases, "float64"), CONTEXT).encode()) < 2_000_000
 
 
-def test_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "deep" / "run.html"
-    page.write(run_of(*ROWS), out, references=NOTHING)
+def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    out = tmp_path / "run.html"
+    outputs.write(out, lambda: page.render(run_of(*ROWS), CONTEXT))
     before = out.read_bytes()
-    monkeypatch.setattr(page, "render", lambda *a: "half" + str(1 // 0))
     with pytest.raises(ZeroDivisionError):
-        page.write(run_of(*ROWS), out, references=NOTHING)
+        outputs.write(out, lambda: "half" + str(1 // 0))
     assert out.read_bytes() == before
     assert list(out.parent.iterdir()) == [out]
 
 
 def test_the_case_on_top_is_the_one_that_parts_earliest() -> None:
     late, early = (
-        CaseRun(n, "set", "none", (Row(s, result(s, 1.0), None),))
-        for n, s in (("late", "logits"), ("early", "vision.pad"))
+        CaseRun(n, "set", "none", (Row(s, result(s, 1.0)),)) for n, s in (("late", "logits"), ("early", "vision.pad"))
     )
-    assert page.worst_case(Run((late, early), "float64", "eager")) is early
+    found = verdict.findings(Run((late, early), "float64"), STAGES)
+    assert [f.first[0] for f in found] == [early, late]
+
+
+def test_independent_errors_are_named_at_once() -> None:
+    """Two stages wrong alone, one wrong through its caller, one that inherits."""
+    rows = (
+        Row("vision.pad", result("vision.pad", 1e-3), None, result("vision.pad", 1e-3)),
+        Row("vision.projector", result("vision.projector", 1e-3), None, result("vision.projector", 1e-12)),
+        Row("vision.pos_h", *(result("vision.pos_h", e) for e in (1e-3, 1e-3, 0.0)), "vidi/bridge/visual.py"),
+        Row("logits", result("logits", 1e-3), None, result("logits", 1e-3)),
+    )
+    found = verdict.findings(run_of(*rows), STAGES)
+    assert [(f.name, f.kind) for f in found] == [
+        ("vision.pad", "stage"), ("vision.pos_h{g}", "wiring"), ("logits", "stage"),
+    ]  # fmt: skip
+    assert "vidi/bridge/visual.py: fed goldens in the run it differs and alone it does not" in found[1].whose
+    wrong, sure, _ = verdict.conclusion(run_of(*rows), CONTEXT)
+    assert "Also wrong by themselves: vision.pos_h{g}, logits." in wrong
+    assert sure.endswith("1 of 4 rows that differ only inherit")

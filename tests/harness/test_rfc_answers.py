@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from vidi.attention import dispatch
+from stageparity import store
+from stageparity.golden import Sampled, Whole
+from stageparity.store import Case
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows, _unpad_xattn_input
 from vidi.config import VidiConfig
-from vidi.parity import store
-from vidi.parity.golden import Sampled, Whole
-from vidi.parity.store import Case
+from vidi.parity.goldens import inputs_of
 
 ROOT = Path(__file__).parents[2]
 OFFICIAL = ROOT / "goldens" / "official"
@@ -41,7 +42,7 @@ def rms(x: np.ndarray) -> np.ndarray:
 def test_tokens_a_frame(name: str, frames: int, side: int) -> None:
     """196 for a short video, 169 once 330 frames share the budget: neither 1 nor 4."""
     held = case(name)
-    assert len(held.inputs["inputs.images.0"]) == frames
+    assert len(inputs_of(held)["inputs.images.0"]) == frames
     assert held.targets["vision.packed"].shape[1] == frames * side * side
     assert held.targets["vision.mask"].array.sum() == frames * side * side
 
@@ -80,7 +81,7 @@ def test_projector_input_is_four_patches_side_by_side() -> None:
 def test_image_features_before_cross_attention() -> None:
     """(B, V, D): all tokens of a video on one axis, videos of a batch padded with exact zeros at the right."""
     held = case("batch")
-    frames = [len(held.inputs[f"inputs.images.{b}"]) for b in (0, 1)]
+    frames = [len(inputs_of(held)[f"inputs.images.{b}"]) for b in (0, 1)]
     stream = held.targets["layer.0.image_input"]
     assert stream.shape == (2, max(frames) * 196, 64)
     assert stream.shape not in ((2, max(frames), 64), (2, max(frames) * 4, 64))
@@ -96,7 +97,7 @@ def test_masks() -> None:
     """Visual: not all zero, and the video not black. Text: attention mask and not the placeholder, packed to the left."""
     held = case("silent")
     packed = held.targets["vision.packed"]
-    assert not held.inputs["inputs.images.1"].any()
+    assert not inputs_of(held)["inputs.images.1"].any()
     assert golden("silent", "vision.mask").sum(1).tolist() == [packed.shape[1], 0]
     assert golden("silent", "audio.mask").sum(1).tolist() == [0, 8]
     held = case("batch")
@@ -151,7 +152,7 @@ def test_no_helper_of_flash_attn_unpads() -> None:
 
 
 def test_attention_has_no_dropout() -> None:
-    assert not [name for name in inspect.signature(dispatch.attend).parameters if "dropout" in name]
+    assert not [name for name in inspect.signature(AttentionCall).parameters if "dropout" in name]
     official = VidiConfig.full().to_official() | {"attention_dropout": 0.1}
     with pytest.raises(ValueError, match="attention_dropout"):
         VidiConfig.from_official(official)

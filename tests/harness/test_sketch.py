@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vidi.parity import sketch
-from vidi.parity.sketch import SketchSpec
+from stageparity import sketch
+from stageparity.sketch import SketchSpec
 
 MASK = (1 << 64) - 1
 

@@ -1,4 +1,5 @@
-"""The tiers themselves: a run says of each whether it passed, failed or was NOT RUN, and a silent gap fails it."""
+"""Tiers of the harness's plugin, with what is ours of them: a run says of each whether it passed, failed or was NOT RUN, and a
+silent gap fails it."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-MARKERS = "-o", "markers=gpu\nslow\nbench\nfull"
+TIERS = "-o", "stageparity_tiers=cpu\nslow: long\ngpu: needs a GPU\nfull\nbench"
 TESTS = """
 import pytest
-from tests.not_run import not_run
+from stageparity.plugin import not_run
 
 def test_good(): pass
 
@@ -31,10 +32,11 @@ def run(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     """run(text of a test file, *arguments) -> result, on a machine without a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("VIDI_REHEARSE", raising=False)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
     def go(text: str, *arguments: str) -> pytest.RunResult:
         pytester.makepyfile(test_it=text)
-        return pytester.runpytest_inprocess("-p", "tests.plugin.tiers", *MARKERS, *arguments)
+        return pytester.runpytest_inprocess("-p", "stageparity.plugin", "-p", "tests.plugin.tiers", *TIERS, *arguments)
 
     return go
 
@@ -79,7 +81,14 @@ def test_a_rehearsal_is_no_gpu_run(run, monkeypatch):
     result = run(TESTS, "-m", "gpu")
     assert result.ret == 1
     result.assert_outcomes(passed=1, deselected=3)
-    result.stdout.fnmatch_lines(["FAILED: only a rehearsal: no test ran on a GPU"])
+    result.stdout.fnmatch_lines(["FAILED: only a rehearsal: no CUDA device"])
+
+
+def test_whatever_needs_a_gpu_beside_its_tier_is_not_run(run):
+    """A benchmark with the marker of a tier that this machine lacks."""
+    text = "import pytest\n@pytest.mark.gpu\n@pytest.mark.bench\ndef test_a(): pass\ndef test_b(): pass"
+    result = run(text, "-m", "bench or not bench")
+    result.stdout.fnmatch_lines(["cpu: passed (1 passed)", "bench: NOT RUN (no CUDA device)"])
 
 
 def test_a_gpu_run_with_gpu_passes(run, monkeypatch):
@@ -89,6 +98,19 @@ def test_a_gpu_run_with_gpu_passes(run, monkeypatch):
     result.stdout.fnmatch_lines(["gpu: passed (1 passed)"])
 
 
+def test_markers_are_those_of_the_tiers(run):
+    result = run(TESTS, "--markers")
+    result.stdout.fnmatch_lines(["@pytest.mark.slow: long", "@pytest.mark.gpu: needs a GPU"])
+    assert "@pytest.mark.cpu" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("option", ["--rehearse", "--tiers-md=tiers.md"])
+def test_an_option_of_tiers_without_tiers_is_an_error(run, option):
+    result = run(TESTS, "-o", "stageparity_tiers=", option)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*declare them in the ini entry stageparity_tiers"])
+
+
 def test_nothing_selected_is_no_success(run):
     assert run(TESTS, "-m", "bench").ret == pytest.ExitCode.NO_TESTS_COLLECTED
 
@@ -96,12 +118,12 @@ def test_nothing_selected_is_no_success(run):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("import pytest\ndef test_a(): pytest.skip('NOT RUN: out of habit')", "skipped outside tests.not_run"),
+        ("import pytest\ndef test_a(): pytest.skip('NOT RUN: out of habit')", "skipped outside not_run"),
         (
             "import pytest\n@pytest.mark.skip(reason='later')\ndef test_a(): pass",
-            "skipped outside tests.not_run: later",
+            "skipped outside not_run: later",
         ),
-        ("import pytest\npytest.importorskip('no_such_module')\ndef test_a(): pass", "skipped outside tests.not_run"),
+        ("import pytest\npytest.importorskip('no_such_module')\ndef test_a(): pass", "skipped outside not_run"),
         ("import pytest\n@pytest.mark.xfail\ndef test_a(): assert False", "expected failures are not used here"),
         ("import pytest\n@pytest.mark.xfail\ndef test_a(): pass", "expected failures are not used here"),
     ],

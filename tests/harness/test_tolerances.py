@@ -4,24 +4,21 @@ the noise and below the faults, as far as these were measured."""
 from __future__ import annotations
 
 import json
-import shutil
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.not_run import not_run
-from tools import false_alarms, measure_noise
-from tools.made_from import model_code, moved_code
-from tools.measure_baselines import dtypes_of, reference
+from stageparity import evidence, ledger, store, tolerance
 from tools.regen_goldens import LEDGER_FILES
-from vidi.parity import ledger, store, tolerance
-from vidi.parity.ids import is_exact
+from tools.studies import LEDGER, alarms, noise
+from tools.studies.baselines import dtypes_of, reference
+from vidi.parity.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDENS = ROOT / "goldens"
 TOML = tomllib.loads((GOLDENS / "tolerances.toml").read_text())
-TABLES = tolerance.load(GOLDENS)
+TABLES = tolerance.load(GOLDENS, STAGES)
 
 
 def entries() -> list[tuple[str, dict]]:
@@ -43,8 +40,6 @@ def test_every_number_has_a_reason(name: str, table: dict) -> None:
 
 @pytest.mark.parametrize(("subject", "file"), LEDGER_FILES.items())
 def test_the_ledger_covers_every_file_of_numbers(subject: str, file: str) -> None:
-    if not (GOLDENS / file).exists():
-        not_run(f"goldens/{file} was not measured yet")
     assert ledger.stale(GOLDENS, subject, ledger.file_sha256(GOLDENS / file)) is None
 
 
@@ -70,8 +65,8 @@ def test_loosening_needs_an_entry(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ref", store.list_cases(GOLDENS), ids=lambda ref: f"{ref.set}-{ref.name}")
 def test_every_stage_of_every_case_has_a_rule_in_every_dtype(ref: store.CaseRef) -> None:
     case = store.open_case(ref.folder, ref.name)
-    variant = "recorded" if "recorded" in case.variants else "official"
-    stages = [stage for stage in reference(case) if not is_exact(stage)]
+    variant = "recorded" if "recorded" in case.variants else "cast"
+    stages = [stage for stage in reference(case) if not STAGES.is_exact(stage)]
     for dtype in ("float32", "bfloat16", "float16"):
         for stage in stages:
             rule = TABLES.rule(f"{dtype}-{variant}", stage, f"{ref.set}/{ref.name}")
@@ -94,7 +89,7 @@ def test_two_cases_of_one_name_do_not_share_a_baseline() -> None:
 
 def test_a_stage_fed_alone_is_held_tighter() -> None:
     """What bfloat16 hides in a chain shows where the stage is fed its golden inputs."""
-    gate, case = "bfloat16-official", "small/base"
+    gate, case = "bfloat16-cast", "small/base"
     pairs = [
         (TABLES.rule(gate, stage, case).rms, TABLES.rule(gate, stage, case, kind="isolated").rms)
         for stage in ("layer.2.t2t", "layer.2.t2v", "layer.2.output", "final.norm", "logits")
@@ -118,8 +113,8 @@ def test_budgets_of_an_exception_replace_the_gates(tmp_path: Path) -> None:
         '[[gate.float16-b.stage]]\nglob = "loss.none"\nwhy = "y"\nlike = "loss.per_token"\nc_max = 2\n'
     )
     body = {"columns": ["isolated float16", "chained float16"], "errors": {"s/c": {"loss.per_token": [0, [0.1, 0.3]]}}}
-    (tmp_path / "baselines.json").write_text(json.dumps(body))
-    tables = tolerance.load(tmp_path)
+    evidence.write(tmp_path / LEDGER["baselines"], body)
+    tables = tolerance.load(tmp_path, STAGES)
     rule = tables.rule("a", "grad.x")
     assert (rule.max, rule.rms, rule.sums, rule.why) == (1e-2, None, 1e-2, "y")
     mean = tables.rule("float16-b", "loss.none", "s/c")
@@ -129,49 +124,14 @@ def test_budgets_of_an_exception_replace_the_gates(tmp_path: Path) -> None:
 
 
 def test_no_false_alarm_in_300_runs() -> None:
-    """The stored result, and that it was judged by today's numbers."""
-    if not (GOLDENS / "false_alarms.json").exists():
-        not_run("goldens/false_alarms.json is missing: python tools/false_alarms.py --run")
-    document = false_alarms.read(GOLDENS / "false_alarms.json")
-    assert len(document["runs"]) == false_alarms.RUNS == 300
-    missing = document["runs"].count(None)
-    assert not missing, f"{missing} runs are missing: python tools/false_alarms.py --run goes on with them"
-    assert document["summary"] == false_alarms.summary(document["runs"])
-    assert document["summary"]["with_alarm"] == 0
+    document = json.loads((GOLDENS / LEDGER["alarms"]).read_text())
+    assert len(document["runs"]) == alarms.RUNS == 300
+    assert document["summary"] == alarms.summary(alarms.unpacked(document))
+    assert alarms.problems(document, GOLDENS) == []
     assert document["summary"]["different_results"] > 100, "settings that move no bit prove nothing"
-    assert false_alarms.main([]) == 0
-
-
-@pytest.mark.slow
-def test_the_false_alarm_runs_were_made_with_this_code() -> None:
-    """Code may move between two studies; then this one says nothing of it, and that is said."""
-    if not (GOLDENS / "false_alarms.json").exists():
-        not_run("goldens/false_alarms.json is missing: python tools/false_alarms.py --run")
-    other = moved_code(false_alarms.read(GOLDENS / "false_alarms.json")["code"], model_code())
-    if other:
-        not_run(f"false alarms: made from other code, {len(other)} files changed since: {', '.join(other)}")
-
-
-@pytest.mark.slow
-def test_the_code_of_a_judged_run(tmp_path: Path) -> None:
-    code = model_code()
-    assert {"vidi/bridge/fold.py", "vidi/decoder/layer.py", "vidi/parity/suite.py", "tools/one_run.py"} <= set(code)
-    assert not [file for file in code if file.startswith(("vidi/parity/faults", "vidi/cli", "tests/"))]
-    (tmp_path / "tools").mkdir()
-    shutil.copytree(ROOT / "vidi", tmp_path / "vidi", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "tools" / "one_run.py", tmp_path / "tools")
-    assert moved_code(code, model_code(tmp_path)) == []
-    fold = tmp_path / "vidi" / "bridge" / "fold.py"
-    fold.write_text(fold.read_text() + "\n# a comment\n")
-    assert moved_code(code, model_code(tmp_path)) == []
-    fold.write_text(fold.read_text() + "EPS = 1\n")
-    assert moved_code(code, model_code(tmp_path)) == ["vidi/bridge/fold.py"]
 
 
 def test_noise_lies_below_every_tolerance() -> None:
-    if not (GOLDENS / "noise.json").exists():
-        not_run("goldens/noise.json is missing: python tools/measure_noise.py --measure")
-    noise = measure_noise.read(GOLDENS / "noise.json")
-    assert measure_noise.overlaps(noise, None) == []
-    assert measure_noise.stale(noise, GOLDENS) == []
-    assert sum(setting["counts"] for setting in noise["settings"]) > 30
+    document = json.loads((GOLDENS / LEDGER["noise"]).read_text())
+    assert noise.overlaps(document, None) == []
+    assert sum(setting["counts"] for setting in document["settings"]) > 30

@@ -23,7 +23,7 @@ CPU, BACKENDS = torch.device("cpu"), ("eager", "sdpa")
     ],
 )
 def test_each_fault_is_red(name: str) -> None:
-    with pytest.raises(AssertionError, match="DIFFERENT under float32-official"):
+    with pytest.raises(AssertionError, match="DIFFERENT under float32-cast"):
         width.hold(True, CPU, BACKENDS, "float32", fault=faults.FAULTS[name])
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from goldens import recipes
 from goldens.oracle import forward
-from vidi.parity import ids
+from vidi.parity.stages import STAGES
 
 CASES = recipes.cases()
 
@@ -68,7 +68,7 @@ def test_rounding_alone_errs_less_than_rounding_in_a_chain() -> None:
         errors[kind] = {
             stage: float(np.sqrt(np.mean((low[stage] - truth[stage]) ** 2) / np.mean(truth[stage] ** 2)))
             for stage in truth
-            if truth[stage].dtype.kind == "f" and not ids.is_exact(stage)
+            if truth[stage].dtype.kind == "f" and not STAGES.is_exact(stage)
         }
     deep = [stage for stage in errors["chained"] if stage.startswith(("layer.2.", "xattn.2.", "final", "logits"))]
     assert all(errors["isolated"][stage] <= errors["chained"][stage] for stage in deep)

@@ -143,7 +143,7 @@ def _rounded_factor(patch: pytest.MonkeyPatch) -> None:
 
 def _mask_ignored(patch: pytest.MonkeyPatch) -> None:
     pack = text.pack
-    patch.setattr(run, "pack", lambda ids, keep, labels=None: pack(ids, None, labels))
+    patch.setattr(run, "pack", lambda ids, keep, labels=None, **rest: pack(ids, None, labels, **rest))
 
 
 BITES: dict[str, tuple[str, Patch, float]] = {

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from stageparity import sketch, store, writer
+from stageparity.golden import GoldenError, Sketched, Whole
 from vidi.config import VidiConfig
 from vidi.fast import twins
-from vidi.parity import full, sketch, store, writer
-from vidi.parity.golden import GoldenError, Sketched, Whole
+from vidi.parity import full
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from stageparity import store, tolerance
 from tests.parity.runs import GOLDENS
 from vidi import generate
-from vidi.parity import feed, store, tolerance
+from vidi.parity import feed
+from vidi.parity.goldens import inputs_of
+from vidi.parity.stages import STAGES
 
-RULES = tolerance.load(GOLDENS)
+RULES = tolerance.load(GOLDENS, STAGES)
 
 
 @pytest.mark.parametrize(
@@ -21,9 +24,9 @@ RULES = tolerance.load(GOLDENS)
         ("float32-recorded", "generate.nocache.logits", "max", 1e-4),
         ("float32-recorded", "grad.none.model.norm.weight", "max", 2e-4),
         ("float32-recorded", "loss.mid", "max_abs", 1e-5),
-        ("float64-official", "logits", "max", 5e-6),
-        ("float64-official", "logits", "rms", 1e-6),
-        ("float64-official", "vision.projector", "max", 1e-11),
+        ("float64-cast", "logits", "max", 5e-6),
+        ("float64-cast", "logits", "rms", 1e-6),
+        ("float64-cast", "vision.projector", "max", 1e-11),
     ],
 )
 def test_budgets_stay_where_they_were_promised(gate: str, stage: str, field: str, most: float) -> None:
@@ -52,7 +55,7 @@ TOKENS = {
 def test_free_running_greedy_tokens(variant: str, dtype: torch.dtype) -> None:
     case = store.open_case(GOLDENS / "official", "generate")
     model = feed.with_window(feed.load_model(case, dtype), case.info["generate"][variant]["window"])
-    found = generate.greedy(model, feed.batch_of(case.inputs, f"{variant}.prompt_ids"), max_new_tokens=16)
+    found = generate.greedy(model, feed.batch_of(inputs_of(case), f"{variant}.prompt_ids"), max_new_tokens=16)
     wanted = TOKENS[variant] or case.inputs[f"{variant}.tokens"][0].tolist()
     assert found.tokens == [wanted]
     assert found.stopped == [False]

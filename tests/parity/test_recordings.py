@@ -15,13 +15,15 @@ import numpy as np
 import pytest
 import torch
 
+from stageparity import fingerprint, run, store, tolerance
+from stageparity.golden import Whole
+from tests.harness.judged import compare
 from tests.not_run import not_run
 from tests.oracle.recordings import FOLDER
 from tools.import_official import import_recordings
-from vidi.parity import feed, fingerprint, store, suite, tolerance, trace
-from vidi.parity.compare import compare
-from vidi.parity.golden import Whole
-from vidi.parity.ids import is_exact
+from vidi.parity import feed, trace
+from vidi.parity.stages import STAGES
+from vidi.parity.subject import VidiSubject
 
 GOLDENS = Path(__file__).parents[2] / "goldens"
 # Before the first norm nothing is float32 in a float64 run of the release; behind it our float64 run is another
@@ -59,7 +61,7 @@ def opened(imported: Path, name: str) -> store.Case:
 def test_float32_chained_from_raw_inputs(imported: Path, name: str, record_property) -> None:
     case = opened(imported, name)
     model = feed.load_model(case, torch.float32)
-    done, _ = suite.run_case(case, model, tolerance.load(GOLDENS), dtype="float32", isolate=False)
+    done, _ = run.run_case(VidiSubject("float32"), case, model, tolerance.load(GOLDENS, STAGES), alone=False)
     assert len(done.rows) >= len(case.targets) > 0
     assert not done.not_run
     worst = max((r.errors.get("max", 0.0), row.stage) for row in done.rows for r in row.results)
@@ -74,8 +76,8 @@ def test_float64_before_any_float32_step(imported: Path, name: str) -> None:
     wanted = [s for s in targets if s in PURE or targets[s].dtype in ("bool", "int64", "int32")]
     assert {"vision.projector", "audio.projector", "vision.mask", "audio.mask"} <= set(wanted)
     found = trace.capture(case, feed.load_model(case, torch.float64))
-    rules = tolerance.load(GOLDENS)
-    results = [suite.compare_tensor(s, found[s], targets[s], rules.rule("float64-recorded", s)) for s in wanted]
+    rules = tolerance.load(GOLDENS, STAGES)
+    results = [compare(s, found[s], targets[s], rules.rule("float64-recorded", s)) for s in wanted]
     assert all(r.rule.max == 1e-11 for r in results if r.stage in PURE)
     assert not [r.text() for r in results if not r.ok]
 
@@ -84,21 +86,21 @@ def test_float64_before_any_float32_step(imported: Path, name: str) -> None:
 def test_half_precision_errs_no_more_than_the_release(imported: Path, short: str, dtype: str, record_property) -> None:
     exact, low = opened(imported, "single.f64"), opened(imported, f"single.{short}")
     found = trace.capture(low, feed.load_model(low, feed.DTYPES[dtype]))
-    rules, ratios, wrong = tolerance.load(GOLDENS), {}, []
+    rules, ratios, wrong = tolerance.load(GOLDENS, STAGES), {}, []
     recorded, truth = low.variant("recorded"), exact.variant("recorded")
     for stage in recorded:
         golden, theirs = truth[stage], recorded[stage]
         assert isinstance(golden, Whole)
         assert isinstance(theirs, Whole)
-        if is_exact(stage) or golden.array.dtype.kind in "bi":
+        if STAGES.is_exact(stage) or golden.array.dtype.kind in "bi":
             # pos.freq and masks do not depend on the dtype.
-            result = suite.compare_tensor(stage, found[stage], theirs, rules.rule(f"{dtype}-recorded", stage))
+            result = compare(stage, found[stage], theirs, rules.rule(f"{dtype}-recorded", stage))
         else:
             judge = rules.rule("float32-recorded", stage)
             own = tolerance.baseline_of([compare(stage, theirs.array, golden, judge)])
             rule = rules.rule(f"{dtype}-recorded", stage, baseline=own)
             assert rule.rms == 1.5 * own["rms"]
-            result = suite.compare_tensor(stage, found[stage], golden, rule)
+            result = compare(stage, found[stage], golden, rule)
             ratios[stage] = result.errors["rms"] / own["rms"] if own["rms"] else 0.0
         if not result.ok:
             wrong.append(result.text())

@@ -13,7 +13,7 @@ __all__: list[str] = []
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--hypothesis-profile", None) == "random" and core.global_force_seed is None:
-        core.global_force_seed = random.SystemRandom().randrange(2**32)
+        vars(core)["global_force_seed"] = random.SystemRandom().randrange(2**32)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis.extra import numpy as hnp
 
 from vidi.attention import dispatch, mask, unpad
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
 from vidi.inputs import batch as batches
 
@@ -69,10 +70,10 @@ def test_what_stands_in_padding_never_reaches_a_kept_row(keep_BL, seed, queries,
     q = torch.randn(samples, queries, 4, 8, generator=rng, dtype=torch.float64)
     k, v = (torch.randn(samples, length, 2, 8, generator=rng, dtype=torch.float64) for _ in range(2))
     keep_k = Rows(keep_BL)
-    settings = {"scale": 0.3, "softcap": 5.0 if backend == "eager" else None, "backend": backend}
-    clean = dispatch.attend(q, k, v, keep_k=keep_k, **settings)
+    settings = {"scale": 0.3, "softcap": 5.0 if backend == "eager" else None}
+    clean = dispatch.attend(AttentionCall(q, k, v, keep_k=keep_k, **settings), backend)
     dirty = [x.masked_fill(~keep_BL[:, :, None, None], torch.nan) for x in (k, v)]
-    assert torch.equal(dispatch.attend(q, *dirty, keep_k=keep_k, **settings), clean)
+    assert torch.equal(dispatch.attend(AttentionCall(q, *dirty, keep_k=keep_k, **settings), backend), clean)
     assert clean.isfinite().all()
     for b in range(samples):
         if not keep_BL[b].any():
@@ -88,8 +89,8 @@ def test_key_order_changes_nothing_beyond_noise(keep_BL, seed):
     k, v = (torch.randn(samples, length, 2, 8, generator=rng, dtype=torch.float64) for _ in range(2))
     order = torch.randperm(length, generator=rng)
     settings = {"scale": 0.3, "softcap": 5.0}
-    straight = dispatch.attend(q, k, v, keep_k=Rows(keep_BL), **settings)
-    shuffled = dispatch.attend(q, k[:, order], v[:, order], keep_k=Rows(keep_BL[:, order]), **settings)
+    straight = dispatch.attend(AttentionCall(q, k, v, keep_k=Rows(keep_BL), **settings))
+    shuffled = dispatch.attend(AttentionCall(q, k[:, order], v[:, order], keep_k=Rows(keep_BL[:, order]), **settings))
     assert (straight - shuffled).abs().max() <= 1e-13
 
 

@@ -95,8 +95,8 @@ def test_black_pixels_are_a_picture():
 
 
 def test_one_frame_and_one_audio_token_stand_at_position_0():
-    seen = {}
-    out = tiny.model()(tiny.make([tiny.sample(5, 1, 10)]), tap=lambda stage, x: seen.update({stage: x}))
+    seen = tiny.Seen()
+    out = tiny.model()(tiny.make([tiny.sample(5, 1, 10)]), tap=seen)
     assert out.isfinite().all()
     assert seen["audio.pos_t"].shape[0] == 1
     module = tiny.model().bridge.pos_t

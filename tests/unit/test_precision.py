@@ -61,11 +61,9 @@ def test_a_float64_model_computes_nothing_in_float32():
 def test_every_stage_of_a_half_precision_model_is_in_its_dtype(dtype):
     model = precision.cast_model(copy.deepcopy(tiny.model()), dtype)
     sample = tiny.sample(12, 3, 60)
-    seen = {}
-    out = model(
-        tiny.make([sample]).to(dtype=dtype), last_stream=True, tap=lambda stage, x: seen.update({stage: x.dtype})
-    )
+    seen = tiny.Seen()
+    out = model(tiny.make([sample]).to(dtype=dtype), last_stream=True, tap=seen)
     assert out.dtype == dtype
-    real = {stage: kind for stage, kind in seen.items() if kind.is_floating_point}
+    real = {stage: x.dtype for stage, x in seen.items() if x.is_floating_point()}
     assert len(real) > 60
     assert {stage for stage, kind in real.items() if kind != dtype} == set()

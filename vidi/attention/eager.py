@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vidi import precision
 from vidi.attention import mask
-from vidi.attention.unpad import Rows
+from vidi.attention.call import AttentionCall
 
 __all__ = ["KEY_CHUNK", "attend", "softcapped"]
 
@@ -23,39 +23,28 @@ def softcapped(scores: Tensor, cap: float | None) -> Tensor:
     return scores if cap is None else cap * torch.tanh(scores / cap)
 
 
-def attend(
-    q_BTNH: Tensor,
-    k_BSGH: Tensor,
-    v_BSGH: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    keep_q: Rows | None = None,
-    keep_k: Rows | None = None,
-    q_pos_BT: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """(B, T, N, H) out of q, k, v; see `dispatch.attend` for the arguments."""
-    samples, queries, heads, head_dim = q_BTNH.shape
-    keys, groups = k_BSGH.shape[1:3]
-    work = precision.promoted(q_BTNH.dtype)
+def attend(call: AttentionCall) -> Tensor:
+    """(B, T, N, H); serves every call."""
+    samples, queries, heads, head_dim = call.q_BTNH.shape
+    keys, groups = call.k_BSGH.shape[1:3]
+    keep_k, work = call.keep_k, precision.promoted(call.q_BTNH.dtype)
     # Query head n reads key/value head n // (N/G): split N into (G, N/G).
-    q = q_BTNH.to(work).unflatten(2, (groups, heads // groups))
+    q = call.q_BTNH.to(work).unflatten(2, (groups, heads // groups))
     top = q.new_full((samples, groups, heads // groups, queries, 1), -torch.inf)
     total = torch.zeros_like(top)
     out = q.new_zeros(samples, groups, heads // groups, queries, head_dim)
     for start in range(0, keys, KEY_CHUNK):
         part = slice(start, min(start + KEY_CHUNK, keys))
-        k, v = k_BSGH[:, part].to(work), v_BSGH[:, part].to(work)
+        k, v = call.k_BSGH[:, part].to(work), call.v_BSGH[:, part].to(work)
         keep = None  # (B, T or 1, S')
         if keep_k is not None and not keep_k.full:
             keep = keep_k.keep_BL[:, None, part]
             # A masked key has weight 0, and 0 · NaN is NaN: what stands in padding must not matter.
             v = v.masked_fill(~keep_k.keep_BL[:, part, None, None], 0)
-        if q_pos_BT is not None:
-            sees = mask.sees(q_pos_BT, torch.arange(part.start, part.stop, device=q.device), window)
+        if call.q_pos_BT is not None:
+            sees = mask.sees(call.q_pos_BT, torch.arange(part.start, part.stop, device=q.device), call.window)
             keep = sees if keep is None else keep & sees
-        scores = softcapped(torch.einsum("btgrh,bsgh->bgrts", q, k) * scale, softcap)
+        scores = softcapped(torch.einsum("btgrh,bsgh->bgrts", q, k) * call.scale, call.softcap)
         if keep is not None:
             scores = scores.masked_fill(~keep[:, None, None], -torch.inf)
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
@@ -67,5 +56,5 @@ def attend(
         out = out * fade + torch.einsum("bgrts,bsgh->bgrth", weights, v)
         top = new_top
     out = out / total.masked_fill(total == 0, 1)  # no key at all: 0 / 1, exactly 0
-    out_BTNH = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(q_BTNH.dtype)
-    return mask.zero_rows(out_BTNH, keep_q)
+    out_BTNH = out.permute(0, 3, 1, 2, 4).flatten(2, 3).to(call.q_BTNH.dtype)
+    return mask.zero_rows(out_BTNH, call.keep_q)

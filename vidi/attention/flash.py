@@ -24,39 +24,29 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vidi.attention import mask, unpad
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
 
 __all__ = ["attend"]
 
 
-def attend(
-    q_BTNH: Tensor,
-    k_BSGH: Tensor,
-    v_BSGH: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    keep_q: Rows | None = None,
-    keep_k: Rows | None = None,
-    q_pos_BT: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """See `dispatch.attend`, and `limits` for dtypes, devices and head dims.
+def attend(call: AttentionCall) -> Tensor:
+    """(B, T, N, H); see `limits` for dtypes, devices and head dims.
 
     Raises ValueError for positions that do not rise by one, for padded keys of causal attention whose mask is not the
     queries' own, for a window over holes, and for a gradient through cached keys; ImportError without flash-attn.
     """
-    queries, keys = q_BTNH.shape[1], k_BSGH.shape[1]
+    queries, keys = call.q_BTNH.shape[1], call.k_BSGH.shape[1]
+    keep_q, keep_k, q_pos_BT, needs_grad = call.keep_q, call.keep_k, call.q_pos_BT, call.needs_grad
     causal = q_pos_BT is not None
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q_BTNH, k_BSGH, v_BSGH))
     padded_k = keep_k is not None and not (keep_k.full if causal or needs_grad else keep_k.prefix)
     padded_q = needs_grad and queries > 1 and keep_q is not None and not keep_q.full
     options: dict[str, Any] = {
-        "softmax_scale": scale,
-        "softcap": softcap or 0.0,
+        "softmax_scale": call.scale,
+        "softcap": call.softcap or 0.0,
         "causal": causal,
         # (left, right); with an open left side flash-attn closes the right one itself, and may then pack grouped heads.
-        "window_size": (-1, -1) if window is None else (window, 0),
+        "window_size": (-1, -1) if call.window is None else (call.window, 0),
     }
 
     if q_pos_BT is not None:
@@ -68,33 +58,31 @@ def attend(
                 raise _refusal("mask padded keys, or return gradients, where the queries are only a part of the keys")
             if (padded_k or padded_q) and not _same(keep_q, keep_k):
                 raise _refusal("give queries and keys of causal attention different masks")
-            if padded_k and window is not None and keep_k is not None and not keep_k.prefix:
+            if padded_k and call.window is not None and keep_k is not None and not keep_k.prefix:
                 raise _refusal("apply a window across holes in the keys")
 
     if padded_k or padded_q:
-        return _varlen(q_BTNH, k_BSGH, v_BSGH, keep_q, keep_k, options)
+        return _varlen(call, options)
     flash_attn = _library()
     if needs_grad:
-        out = flash_attn.flash_attn_func(q_BTNH, k_BSGH, v_BSGH, deterministic=_deterministic(), **options)
+        out = flash_attn.flash_attn_func(*call.tensors, deterministic=_deterministic(), **options)
     else:
         lengths_B = None
         if q_pos_BT is not None:
             lengths_B = (q_pos_BT[:, -1] + 1).to(torch.int32)
         elif keep_k is not None:
             lengths_B = keep_k.lengths_B
-        out = flash_attn.flash_attn_with_kvcache(q_BTNH, k_BSGH, v_BSGH, cache_seqlens=lengths_B, **options)
+        out = flash_attn.flash_attn_with_kvcache(*call.tensors, cache_seqlens=lengths_B, **options)
     return mask.zero_rows(out, keep_q)
 
 
-def _varlen(
-    q_BTNH: Tensor, k_BSGH: Tensor, v_BSGH: Tensor, keep_q: Rows | None, keep_k: Rows | None, options: dict[str, Any]
-) -> Tensor:
-    samples, queries = q_BTNH.shape[:2]
-    if keep_k is None:
-        keep_k = Rows.all_kept(samples, k_BSGH.shape[1], k_BSGH.device)
-    rows = unpad._unpad_xattn_input(q_BTNH, k_BSGH, v_BSGH, keep_q, keep_k)
+def _varlen(call: AttentionCall, options: dict[str, Any]) -> Tensor:
+    q, k, v = call.tensors
+    samples, queries = q.shape[:2]
+    keep_k = Rows.all_kept(samples, k.shape[1], k.device) if call.keep_k is None else call.keep_k
+    rows = unpad._unpad_xattn_input(q, k, v, call.keep_q, keep_k)
     if 0 in rows.max_seqlen:  # no kernel for an empty axis: every row is 0
-        return q_BTNH.masked_fill(torch.ones((), dtype=torch.bool, device=q_BTNH.device), 0)
+        return q.masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
     out = _library().flash_attn_varlen_func(
         rows.q,
         rows.k,

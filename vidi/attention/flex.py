@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from vidi.attention import mask
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
 
 __all__ = ["COMPILATIONS", "SMALLEST_HEAD", "attend"]
@@ -31,45 +32,33 @@ BLOCK = 128  # of a block mask, in queries and keys: torch's default
 Mod = Callable[..., Tensor]
 
 
-def attend(
-    q_BTNH: Tensor,
-    k_BSGH: Tensor,
-    v_BSGH: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    keep_q: Rows | None = None,
-    keep_k: Rows | None = None,
-    q_pos_BT: Tensor | None = None,
-    window: int | None = None,
-) -> Tensor:
-    """See `dispatch.attend`, and `limits` for dtypes and devices. Raises ValueError for a gradient on a CPU."""
-    tensors = (q_BTNH, k_BSGH, v_BSGH)
-    on_cpu = q_BTNH.device.type == "cpu"
-    if on_cpu and torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+def attend(call: AttentionCall) -> Tensor:
+    """(B, T, N, H); see `limits` for dtypes and devices. Raises ValueError for a gradient on a CPU."""
+    q, k, v = call.tensors
+    on_cpu = q.device.type == "cpu"
+    if on_cpu and call.needs_grad:
         raise ValueError("backend 'flex' cannot return gradients on a CPU; 'eager' can, and 'sdpa' without a softcap")
-    if keep_k is not None and keep_k.full:
-        keep_k = None
+    keep_k = None if call.keep_k is None or call.keep_k.full else call.keep_k
     if keep_k is not None:
         # A masked key has weight 0, and 0 · NaN is NaN: what stands in padding must not matter.
         hidden = ~keep_k.keep_BL[:, :, None, None]
-        k_BSGH, v_BSGH = k_BSGH.masked_fill(hidden, 0), v_BSGH.masked_fill(hidden, 0)
-    head_dim = q_BTNH.shape[-1]
+        k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
+    head_dim = q.shape[-1]
     if not on_cpu and head_dim < SMALLEST_HEAD:
-        q_BTNH, k_BSGH, v_BSGH = (nnf.pad(x, (0, SMALLEST_HEAD - head_dim)) for x in (q_BTNH, k_BSGH, v_BSGH))
+        q, k, v = (nnf.pad(x, (0, SMALLEST_HEAD - head_dim)) for x in (q, k, v))
     run: Any = _uncompiled if on_cpu else _compiled()
     # Numbers become symbols after their second value. Lengths may; a cap must not: a kernel cannot read one from the host.
     limits: dict[str, Any] = {"recompile_limit": COMPILATIONS, "accumulated_recompile_limit": COMPILATIONS}
     with torch._dynamo.config.patch(**limits, specialize_float=True):
         out = run(
-            *(x.transpose(1, 2) for x in (q_BTNH, k_BSGH, v_BSGH)),
-            score_mod=_capped(softcap),
-            block_mask=_listed(q_BTNH.shape[1], k_BSGH.shape[1], q_BTNH.device, _sees(keep_k, q_pos_BT, window)),
-            scale=scale,
-            enable_gqa=q_BTNH.shape[2] != k_BSGH.shape[2],
-            kernel_options=None if on_cpu else _launch_shape(q_BTNH.dtype, q_BTNH.shape[1]),
+            *(x.transpose(1, 2) for x in (q, k, v)),
+            score_mod=_capped(call.softcap),
+            block_mask=_listed(q.shape[1], k.shape[1], q.device, _sees(keep_k, call.q_pos_BT, call.window)),
+            scale=call.scale,
+            enable_gqa=q.shape[2] != k.shape[2],
+            kernel_options=None if on_cpu else _launch_shape(q.dtype, q.shape[1]),
         )
-    return mask.zero_rows(out[..., :head_dim].transpose(1, 2), keep_q)
+    return mask.zero_rows(out[..., :head_dim].transpose(1, 2), call.keep_q)
 
 
 def _sees(keep_k: Rows | None, q_pos_BT: Tensor | None, window: int | None) -> Mod | None:

@@ -57,23 +57,18 @@ def encode(
 
     ``sizes_B``: mel frames of sound per sample. ``signal_B`` (B,) bool: that sample's log-mel is not all zero.
     """
-    tap("audio.tower", tower_PLC)
+    tower_PLC = tap("audio.tower", tower_PLC)
     positions_B = [num_positions(size, config) for size in sizes_B]
     tokens_B = [n // config.audio_pool_size for n in positions_B]
-    trimmed_BLC = trim(tower_PLC, num_pieces_B, positions_B)
-    tap("audio.trim", trimmed_BLC)
-    pooled_BDA = pool(trimmed_BLC, bridge.audio_pool)
-    tap("audio.pool", pooled_BDA)
+    trimmed_BLC = tap("audio.trim", trim(tower_PLC, num_pieces_B, positions_B))
+    pooled_BDA = tap("audio.pool", pool(trimmed_BLC, bridge.audio_pool))
     x = torch.cat([row.T[:n] for row, n in zip(pooled_BDA, tokens_B, strict=True)])
-    x = bridge.audio_projector(x)
-    tap("audio.projector", x)
-    x = bridge.audio_norm(x)
-    tap("audio.norm", x)
+    x = tap("audio.projector", bridge.audio_projector(x))
+    x = tap("audio.norm", bridge.audio_norm(x))
     embeds = []
     for b, length in enumerate(tokens_B):
         if length:
-            embeds.append(position.embed(bridge.pos_t, f"t_a.{b}", length, noise, x.dtype))
-            tap(f"audio.pos_t.embed.{b}", embeds[-1])
-    x = position.add(x, torch.cat(embeds))
-    tap("audio.pos_t", x)
+            embed = position.embed(bridge.pos_t, f"t_a.{b}", length, noise, x.dtype)
+            embeds.append(tap(f"audio.pos_t.embed.{b}", embed))
+    x = tap("audio.pos_t", position.add(x, torch.cat(embeds)))
     return pack.to_stream(x, tokens_B, signal_B, bridge.llm_norm, "audio", tap)

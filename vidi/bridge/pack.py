@@ -22,10 +22,7 @@ def to_stream(
 
     ``signal_B`` (B,) bool: that sample's raw input is not all zero; a silent sample keeps no token.
     """
-    packed_BLD = batch.pad_rows(list(rows_ND.split(list(tokens_B))))
-    tap(f"{modality}.packed", packed_BLD)
-    keep_BL = mask.keep_tokens(packed_BLD, signal_B.to(packed_BLD.device))
-    tap(f"{modality}.mask", keep_BL)
-    x_BLD = llm_norm(packed_BLD) * keep_BL[..., None]
-    tap(f"{modality}.llm_norm", x_BLD)
+    packed_BLD = tap(f"{modality}.packed", batch.pad_rows(list(rows_ND.split(list(tokens_B)))))
+    keep_BL = tap(f"{modality}.mask", mask.keep_tokens(packed_BLD, signal_B.to(packed_BLD.device)))
+    x_BLD = tap(f"{modality}.llm_norm", llm_norm(packed_BLD) * keep_BL[..., None])
     return Stream(x_BLD, keep_BL)

@@ -92,15 +92,16 @@ def encode(
             position.embed(module, axis, group.side // pool, noise, dtype)
             for module, axis in ((bridge.pos_h, "h"), (bridge.pos_w, "w"))
         )
-        along = {"pos_h": pos_h[None, :, None], "pos_w": pos_w[None, None]}
+        along = {
+            "pos_h": tap(f"vision.pos_h.embed{group.suffix}", pos_h[None, :, None]),
+            "pos_w": tap(f"vision.pos_w.embed{group.suffix}", pos_w[None, None]),
+        }
         time = []
         for b in group.videos:
             tokens_B[b] = num_frames_B[b] * (group.side // pool) ** 2
             if num_frames_B[b]:
-                time.append(position.embed(bridge.pos_t, f"t_v.{b}", num_frames_B[b], noise, dtype)[:, None, None])
-                tap(f"vision.pos_t.embed.{b}", time[-1])
-        for name, embedding in along.items():
-            tap(f"vision.{name}.embed{group.suffix}", embedding)
+                embed = position.embed(bridge.pos_t, f"t_v.{b}", num_frames_B[b], noise, dtype)
+                time.append(tap(f"vision.pos_t.embed.{b}", embed[:, None, None]))
         time_F11D = torch.cat(time)
         done = 0
         while done < group.num_frames:
@@ -119,19 +120,13 @@ def _frame_tokens(
     bridge: Bridge, tower_FLC: Tensor, group: Group, embeddings: Mapping[str, Tensor], pool: int, tap: Tap
 ) -> Tensor:
     """(f, L, C) -> (f, h, w, D): fold, project, norm, then the three embeddings in the order height, width, time."""
-    tap("vision.tower", tower_FLC)
-    grid = fold.pad(tower_FLC, pool)
-    tap("vision.pad", grid)
+    tower_FLC = tap("vision.tower", tower_FLC)
+    grid = tap("vision.pad", fold.pad(tower_FLC, pool))
     if grid.shape[-1] != group.side:
-        grid = fold.resize(grid, group.side)
-        tap(f"vision.resize{group.suffix}", grid)
-    folded = fold.space_to_depth(grid, pool)
-    tap(f"vision.space_to_depth{group.suffix}", folded)
-    x = bridge.image_projector(folded.permute(0, 2, 3, 1))
-    tap(f"vision.projector{group.suffix}", x)
-    x = bridge.image_norm(x)
-    tap(f"vision.norm{group.suffix}", x)
+        grid = tap(f"vision.resize{group.suffix}", fold.resize(grid, group.side))
+    folded = tap(f"vision.space_to_depth{group.suffix}", fold.space_to_depth(grid, pool))
+    x = tap(f"vision.projector{group.suffix}", bridge.image_projector(folded.permute(0, 2, 3, 1)))
+    x = tap(f"vision.norm{group.suffix}", bridge.image_norm(x))
     for name, embedding in embeddings.items():
-        x = position.add(x, embedding)
-        tap(f"vision.{name}{group.suffix}", x)
+        x = tap(f"vision.{name}{group.suffix}", position.add(x, embedding))
     return x

@@ -1,5 +1,219 @@
-"""`vidi bench` (see `vidi.bench`)."""
+"""`vidi bench`: speed and memory of the whole model at several video lengths, beside floors of the same run.
 
-from vidi.bench import add_arguments, run
+Synthetic weights straight in device memory; on a CPU the tiny model, which shows that the command works and no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
 __all__ = ["add_arguments", "run"]
+
+FULL_FRAMES, TINY_FRAMES = (60, 150, 300, 1800, 3600), (5, 10, 20, 40, 80)
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Numbers of frames: "60,300" -> (60, 300). Raises ArgumentTypeError for anything but numbers from 1 on."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers of frames are needed, as in 60,300")
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--frames", type=lengths, help="video lengths at one frame a second (default: five lengths)")
+    parser.add_argument("--size", choices=("full", "tiny"), help="model size (default: full on a GPU, tiny on a CPU)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="decoding steps to time (default: 64)")
+    parser.add_argument("--plain", type=lengths, default=(), help="lengths at which the plain path is timed as well")
+    parser.add_argument("--plain-backend", default="eager", help="attention of the plain path (default: eager)")
+    parser.add_argument("--profile", type=lengths, default=(), help="lengths at which kernels are profiled")
+    parser.add_argument(
+        "--frame-batch", type=int, help="frames that pass through the tower together (default: FastModel's)"
+    )
+    parser.add_argument("--device", help="torch device (default: cuda where there is one)")
+    parser.add_argument(
+        "--video", type=Path, help="measure the way from this file to an answer instead of made-up frames"
+    )
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print; 0 when every length ran."""
+    import torch
+
+    from vidi import device as devices
+    from vidi.checkpoint import synthetic
+    from vidi.commands import outputs
+    from vidi.config import VidiConfig
+    from vidi.fast import accelerate, measure
+
+    try:
+        outputs.check(args.json)
+        device = devices.check(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except ValueError as error:
+        print(f"vidi bench: {error}", file=sys.stderr)
+        return 2
+    size = args.size or ("full" if device.type == "cuda" else "tiny")
+    frames = args.frames or (FULL_FRAMES if size == "full" else TINY_FRAMES)
+    if args.max_new_tokens < 1:
+        print(f"--max-new-tokens is {args.max_new_tokens}; at least 1", file=sys.stderr)
+        return 2
+    config = VidiConfig.full() if size == "full" else VidiConfig.tiny()
+    made_s, model = measure.timed(device, lambda: synthetic.create(config, 0, device=device, dtype=torch.bfloat16))
+    options = {} if args.frame_batch is None else {"frame_batch": args.frame_batch}
+    fused_s, fast = measure.timed(device, lambda: accelerate(model, **options))
+    if args.video is not None:
+        return _video(args, fast, made_s + fused_s)
+    limits = measure.ceilings(device)
+    report: dict[str, Any] = {
+        "measured_on": _measured_on(measure.device_name(device)),
+        "size": size,
+        "frame_batch": fast.frame_batch,
+        "dtype": "bfloat16",
+        "product_tflops": limits.product_flops / 1e12,
+        "sustained_product_tflops": limits.sustained_flops / 1e12,
+        "copy_tb_s": limits.copy_bytes / 1e12,
+        "make_weights_s": made_s,
+        "fuse_weights_s": fused_s,
+        "fast": [],
+        "plain": [],
+        "profiles": {},
+    }
+    print(
+        f"device: {report['measured_on']['device']}, torch {torch.__version__}; model: {size}, bfloat16, synthetic weights\n"
+        f"ceilings of this run: product {limits.product_flops / 1e12:.3g} TFLOP/s "
+        f"({limits.sustained_flops / 1e12:.3g} over seconds), copy {limits.copy_bytes / 1e12:.3g} TB/s"
+    )
+    print(HEADER)
+    # The plain path runs over the same parameters.
+    model.backend = args.plain_backend
+    for path, runner, chosen in (("fast", fast, frames), ("plain", model, args.plain)):
+        for num_frames in chosen:
+            batch = measure.make_batch(config, num_frames, device, torch.bfloat16)
+            row = measure.measure(
+                runner, batch, limits, new_tokens=args.max_new_tokens if path == "fast" else min(args.max_new_tokens, 8)
+            )
+            report[path].append(row)
+            print(line(path, row), flush=True)
+            _write(args.json, report)
+    for num_frames in args.profile:
+        batch = measure.make_batch(config, num_frames, device, torch.bfloat16)
+        report["profiles"][str(num_frames)] = _profiles(fast, batch, device)
+        _write(args.json, report)
+    rows = report["fast"]
+    if len(rows) > 2:
+        tokens = [float(row["visual_tokens"] + row["audio_tokens"]) for row in rows]
+        seconds = [float(row["frames"]) for row in rows]
+        report["fits"] = {
+            "encode_s per frame": measure.linear_fit(seconds, [row["encode_s"] for row in rows]),
+            "prefill_s per token": measure.linear_fit(tokens, [row["prefill_s"] for row in rows]),
+            "decode_ms per token": measure.linear_fit(tokens, [row["decode_ms"] for row in rows]),
+        }
+        print(f"linear fit over {len(rows)} lengths:")
+        for name, fit in report["fits"].items():
+            print(
+                f"  {name}: {fit['base']:.4g} + {fit['slope']:.4g} x, off by at most "
+                f"{100 * fit['worst_relative_deviation']:.1f} %"
+            )
+    _write(args.json, report)
+    return 0
+
+
+def _video(args: argparse.Namespace, fast: Any, loading_s: float) -> int:
+    """A file through reader, towers, prefill and decoding, and a second question over the first one's keys."""
+    from vidi import retrieval
+    from vidi.costs import Costs
+    from vidi.fast import measure
+    from vidi.inputs import prompt
+    from vidi.inputs.reader import Reader
+
+    # Weights that mean nothing end an answer at any step, or never: the ids of any prompt will do.
+    ids = prompt.build_ids(prompt.tiny_tokenizer(), "a red car")
+    costs, second = Costs(), Costs()
+    costs.seconds["loading"] = loading_s
+    started = time.perf_counter()
+    try:
+        with Reader(args.video, fast.config) as reader:
+            film = retrieval.encode(fast, reader, costs)
+    except ValueError as error:
+        print(f"vidi bench: {error}", file=sys.stderr)
+        return 2
+    tokens = retrieval.decode(fast, film, ids, max_new_tokens=args.max_new_tokens, costs=costs)
+    whole_s = time.perf_counter() - started
+    retrieval.decode(fast, film, ids, max_new_tokens=args.max_new_tokens, costs=second)
+    device = measure.device_name(fast.device)
+    print(f"device: {device}; {film.duration_sec:.0f} s of video, read {film.reading} {film.why}")
+    print(f"file to answer ({len(tokens)} tokens): {whole_s:.2f} s; {costs.line(film.reading)}")
+    print(f"second question: prefill {second.seconds['prefill']:.2f} s, decoding {second.seconds['decoding']:.2f} s")
+    report: dict[str, Any] = {"measured_on": _measured_on(device), "video_sec": film.duration_sec}
+    report |= {"reading": film.reading, "why": film.why}
+    report |= {"whole_s": whole_s, "seconds": costs.seconds, "second": second.seconds, "peak_gib": costs.peak_gib()}
+    _write(args.json, report)
+    return 0
+
+
+HEADER = (
+    "path   frames  visual+audio tokens   encode s (x floor)   prefill s (x floor)   decode ms (x floor)   peak GiB  "
+    "warm-up s  first step s"
+)
+
+
+def line(path: str, row: dict[str, Any]) -> str:
+    """One row of the table."""
+    ratios = row["ratios"]
+    peak = "-" if row["peak_gib"] is None else f"{row['peak_gib']:.1f}"
+    return (
+        f"{path:6} {row['frames']:6}  {row['visual_tokens']:8} + {row['audio_tokens']:<8}"
+        f"   {row['encode_s']:8.3f} ({ratios['encode_s']:.2f})    {row['prefill_s']:9.3f} ({ratios['prefill_s']:.2f})"
+        f"    {row['decode_ms']:10.2f} ({ratios['decode_ms']:.2f})   {peak:>8}  {row['warmup_s']:9.2f}  "
+        f"{row['first_step_s']:12.3f}"
+    )
+
+
+def _profiles(fast: Any, batch: Any, device: Any) -> dict[str, Any]:
+    """Kernels of each phase at one length."""
+    from vidi.fast import measure
+
+    kept: dict[str, Any] = {}
+
+    def encode() -> None:
+        kept["streams"] = fast.streams(batch)
+
+    def prefill() -> None:
+        kept["logits"], kept["cache"] = fast.prefill(batch, 64, kept["streams"])
+
+    def step() -> None:
+        kept["logits"] = fast.step(kept["logits"].argmax(-1), kept["cache"])
+
+    found = {}
+    for name, phase in (("encode", encode), ("prefill", prefill)):
+        found[name] = measure.profile(phase, device)
+    step()
+    found["decode"] = measure.profile(step, device)
+    for name, rows in found.items():
+        print(f"{name} at {len(batch.images[0])} frames: device time by kernel")
+        for row in rows:
+            print(f"  {row['ms']:10.3f} ms  {row['calls']:6} x  {row['kernel']}")
+    return found
+
+
+def _measured_on(device: str) -> dict[str, Any]:
+    from stageparity import evidence
+
+    root = Path(__file__).resolve().parents[2]
+    basis = evidence.Basis(evidence.code(["vidi/commands/bench.py"], root, evidence.ASIDE))
+    return evidence.measured_on(basis, root, device)
+
+
+def _write(path: Path | None, report: dict[str, Any]) -> None:
+    from stageparity import evidence
+
+    if path is not None:
+        evidence.write(path, report)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import json
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 __all__ = ["add_arguments", "run"]
@@ -32,9 +32,11 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0 all killed (but those known to be below the noise of --dtype) and 95 % localised, 1 not, 2 unusable."""
     import torch
 
+    from stageparity.faults import judge, stored
+    from stageparity.golden import GoldenError
     from vidi.commands import outputs
-    from vidi.parity import faults, store
-    from vidi.parity.golden import GoldenError
+    from vidi.parity import faults
+    from vidi.parity.goldens import goldens_dir
 
     try:
         outputs.check(args.json)
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         return UNUSABLE
     if args.list:
         for fault in chosen:
-            print(f"{fault.name:44} {fault.dtype:9} {fault.case:14} {', '.join(fault.targets)}: {fault.what}")
+            print(f"{fault.name:44} {fault.dtype:9} {fault.case:14} {', '.join(map(str, fault.targets))}: {fault.what}")
         return SEEN
     threads, start, done = torch.get_num_threads(), time.perf_counter(), 0
 
@@ -59,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
 
     torch.set_num_threads(1)  # tensors are small: threads would only wait for each other
     try:
-        bench = faults.Bench.open(store.goldens_dir(args.goldens))
-        known = faults.stored.invisible(faults.stored.read(bench.goldens), args.dtype)
-        verdicts = faults.judge_all(chosen, bench, args.dtype, progress)
+        bench = faults.bench(goldens_dir(args.goldens))
+        known = stored.invisible(stored.read(bench.goldens), args.dtype)
+        verdicts = judge.judge_all(chosen, bench, args.dtype, progress)
     except (GoldenError, ValueError, OSError) as error:
         print(f"vidi faults: {error}", file=sys.stderr)
         return UNUSABLE
@@ -69,18 +71,15 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
-    result = faults.as_json(verdicts, time.perf_counter() - start)
+    result = judge.as_json(verdicts, time.perf_counter() - start)
     _print(verdicts, result, args.dtype, known)
-    if args.json:
-        Path(args.json).write_text(json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
-    return faults.exit_code(verdicts, known)
+    outputs.write(args.json, lambda: json.dumps(result, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    return judge.exit_code(verdicts, known)
 
 
-def _chosen(known: dict[str, Any], glob: str | None) -> list[Any]:
-    from vidi.parity.ids import matching
-
-    names = set(matching(known, glob)) if glob else set(known)
-    return [fault for name, fault in known.items() if name in names]
+def _chosen(known: dict[str, Any], globs: str | None) -> list[Any]:
+    parts = [part.strip() for part in (globs or "*").split(",")]
+    return [fault for name, fault in known.items() if any(fnmatch.fnmatchcase(name, part) for part in parts)]
 
 
 def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None, known: list[str]) -> None:
@@ -88,10 +87,10 @@ def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None, known
     from rich.table import Table
 
     table = Table(title="faults" + (f" in {dtype}" if dtype else ""))
-    for column in ("fault", "first reported at", "expected", "error/tolerance", "verdict"):
+    for column in ("fault", "first reported at", "as", "expected", "error/tolerance", "verdict"):
         table.add_column(column, overflow="fold")
     for v in verdicts:
-        table.add_row(v.fault.name, v.stage or "-", v.expected_stage or "-", _margin(v), _verdict(v, known))
+        table.add_row(v.fault.name, v.stage or "-", v.kind or "-", _expected(v), _margin(v), _verdict(v, known))
     out = Console()
     out.print(table)
     for name, text in _named(verdicts, known).items():
@@ -117,7 +116,13 @@ def _verdict(v: Any, known: list[str]) -> str:
         return "below the noise" if v.fault.name in known else "NOT SEEN"
     if v.localised:
         return "seen"
-    return "seen, elsewhere" if v.stage != v.expected_stage else f"seen, also alone at {', '.join(v.strays)}"
+    if (v.stage, v.kind) != (v.expected_stage, v.expected_kind):
+        return "seen, elsewhere" if v.stage != v.expected_stage else "seen, as another's error"
+    return f"seen, also alone at {', '.join(v.strays)}"
+
+
+def _expected(v: Any) -> str:
+    return f"{v.expected_stage} ({v.expected_kind})" if v.expected_stage else "-"
 
 
 def _named(verdicts: list[Any], known: list[str]) -> dict[str, str]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["check"]
+from stageparity import atomic
+
+__all__ = ["check", "write"]
 
 
 def check(*names: str | Path | None) -> None:
@@ -20,3 +23,9 @@ def check(*names: str | Path | None) -> None:
             raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
         if not os.access(path.parent, os.W_OK):
             raise ValueError(f"{path}: the folder {path.parent} cannot be written to")
+
+
+def write(name: str | Path | None, text: Callable[[], str]) -> None:
+    """Write a file whole or not at all; None is no file. Raises OSError."""
+    if name is not None:
+        atomic.write_text(name, text())

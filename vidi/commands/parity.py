@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shlex
+import fnmatch
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,10 @@ EQUAL, DIFFERENT, UNUSABLE, NOTHING = 0, 1, 2, 3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)")
-    parser.add_argument("--case", metavar="NAME", help="one case, or SET/NAME (default: all)")
+    parser.add_argument(
+        "--case", metavar="GLOB", action="append", default=[],
+        help="only cases whose name, set or SET/NAME matches; may be repeated (default: all)",
+    )  # fmt: skip
     parser.add_argument("--stage", metavar="GLOB", help="only stages that match, such as 'layer.*.t2v,logits'")
     parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, sdpa, flash, flex")
     parser.add_argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), default="float32")
@@ -28,80 +31,112 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="tiny",
         help="full: the 9B sizes on a GPU, fast against plain by ratio",
     )
-    parser.add_argument("--chained", action="store_true", help="only from raw inputs on, no stage fed alone (faster)")
-    parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON")
+    parser.add_argument("--chained", action="store_true", help="only from raw inputs on: no forced run, no stage alone")
+    parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
     parser.add_argument("--dump", metavar="DIR", help="write this run's chained tensors to DIR/CASE.safetensors")
-    parser.add_argument("--quiet", action="store_true", help="no table, only what differs and the summary")
+    parser.add_argument("--quiet", action="store_true", help="no table, only what differs and the verdict")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 equal, 1 different, 2 unusable input, 3 nothing compared."""
     from rich.console import Console
 
+    from stageparity import run as runs
+    from stageparity import store, tolerance
+    from stageparity.dump import Dump
+    from stageparity.golden import GoldenError
+    from stageparity.report import page, terminal
     from vidi import device
     from vidi.commands import outputs
-    from vidi.parity import html, report, store, suite, tolerance
-    from vidi.parity.dump import Dump
-    from vidi.parity.golden import GoldenError
+    from vidi.parity.goldens import goldens_dir
+    from vidi.parity.stages import STAGES
+    from vidi.parity.subject import VidiSubject
 
-    console, status = Console(), Console(stderr=True)
+    to_stdout = args.json == "-"
+    console, status = Console(stderr=to_stdout), Console(stderr=True)
     try:
-        outputs.check(args.json, args.html)
+        outputs.check(None if to_stdout else args.json, args.html)
         if args.size == "full":
-            import torch
-
-            from vidi.parity import full
-
-            if not torch.cuda.is_available():
-                print("NOT RUN full size: no CUDA device; 9B parameters in float32 need a GPU of 80 GB")
-                return NOTHING
-            whole = full.run(args.goldens, device=args.device if args.device != "cpu" else "cuda")
-            console.print(whole.text(), soft_wrap=True, highlight=False, markup=False)
-            return whole.exit_code
+            return _full(args, console)
         device.check(args.device)
-        goldens = store.goldens_dir(args.goldens)
-        refs = suite.select(goldens, args.case)
+        goldens = goldens_dir(args.goldens)
+        refs = store.select(goldens, args.case)
         # Imported recordings bring no tolerances of their own: the embedded ones judge them.
-        own_tolerances = (goldens / "tolerances.toml").exists()
-        tolerances = tolerance.load(goldens if own_tolerances else store.goldens_dir())
+        judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
+        tolerances = tolerance.load(judged_by, STAGES)
+        if args.stage:
+            _check_stages(args.stage, refs)
         dump = Dump(Path(args.dump), [ref.name for ref in refs]) if args.dump else None
-        with status.status("") as line:
+        subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
+        with status.status(f"{len(refs)} cases") as line:
 
-            def on_case(case: suite.CaseRun, tensors: Mapping[str, Any]) -> None:
+            def on_case(case: runs.CaseRun, tensors: Mapping[str, Any]) -> None:
                 line.update(f"{case.name} done")
                 if dump is not None:
                     dump.write(case.case, tensors)
 
-            line.update(f"{len(refs)} cases")
-            found = suite.run(
-                refs,
-                tolerances,
-                dtype=args.dtype,
-                device=args.device,
-                backend=args.backend,
-                glob=args.stage,
-                isolate=not args.chained,
-                fast=args.path == "fast",
-                on_case=on_case,
-            )
+            found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
     except (GoldenError, ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"vidi parity: {error}", file=sys.stderr)
         return UNUSABLE
-    # What a rerun of one stage needs beside case, stage, dtype and backend.
-    given = (
-        ("--goldens", args.goldens),
-        ("--device", args.device if args.device != "cpu" else None),
-        ("--path", args.path if args.path != "plain" else None),
-    )
-    options = shlex.join(word for name, value in given if value for word in (name, value))
-    report.print_run(found, console, verbose=not args.quiet, options=options)
+    context = _context(args, found.dtype, judged_by)
+    terminal.print_run(found, console, context, verbose=not args.quiet)
+    if dump is not None:
+        console.print(f"{dump.bytes / 1e6:,.0f} MB of tensors in {dump.folder}", soft_wrap=True, highlight=False)
     try:
-        if args.json:
-            report.write_json(found, Path(args.json))
-        if args.html:
-            html.write(found, Path(args.html), options=options)
+        if to_stdout:
+            print(terminal.to_text(found, context), end="")
+        outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
+        outputs.write(args.html, lambda: page.render(found, context))
     except OSError as error:
         print(f"vidi parity: {error}", file=sys.stderr)
         return UNUSABLE
     return found.exit_code
+
+
+def _check_stages(globs: str, refs: Any) -> None:
+    """Raises ValueError for a pattern that no stage of these cases matches: sixteen seconds later the table is empty."""
+    from stageparity import manifest
+
+    bodies = (manifest.parse(ref.folder / f"{ref.name}.json") for ref in refs)
+    known = {stage for body in bodies for stages in body["targets"].values() for stage in stages}
+    known |= {stage.replace(".nocache.", ".cached.") for stage in known}
+    for glob in filter(None, (part.strip() for part in globs.split(","))):
+        if not any(fnmatch.fnmatchcase(stage, glob) for stage in known):
+            raise ValueError(f"--stage {glob!r} matches none of the {len(known)} stages of these {len(refs)} cases")
+
+
+def _context(args: argparse.Namespace, dtype: str, judged_by: Path) -> Any:
+    """What the report says beside figures; a rerun of one stage needs these options beside case, stage and dtype."""
+    from stageparity.report.verdict import Context, References
+    from vidi.parity.faults import FAULTS
+    from vidi.parity.stages import SECTIONS, STAGES
+
+    given = [("--backend", args.backend), ("--goldens", args.goldens)]
+    given += [("--device", args.device if args.device != "cpu" else None)]
+    given += [("--path", args.path if args.path != "plain" else None)]
+    options = tuple(word for name, value in given if value for word in (name, value))
+    references = References.load(judged_by / "measured", dtype, STAGES)
+    return Context(STAGES, SECTIONS, FAULTS, references, ("vidi", "parity"), options)
+
+
+def _full(args: argparse.Namespace, console: Any) -> int:
+    import torch
+
+    from stageparity import evidence
+    from vidi.commands import outputs
+    from vidi.parity import full
+
+    if not torch.cuda.is_available():
+        print("NOT RUN full size: no CUDA device; 9B parameters in float32 need a GPU of 80 GB")
+        return NOTHING
+    whole = full.run(args.goldens, device=args.device if args.device != "cpu" else "cuda")
+    console.print(whole.text(), soft_wrap=True, highlight=False, markup=False)
+    if args.json:
+        text = evidence.render(whole.as_json())
+        if args.json == "-":
+            print(text, end="")
+        else:
+            outputs.write(args.json, lambda: text)
+    return whole.exit_code

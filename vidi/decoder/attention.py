@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vidi.attention import dispatch
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
 from vidi.config import DecoderConfig
 
@@ -58,33 +59,17 @@ class DecomposedAttention(nn.Module):
         backend: str,
     ) -> Tensor:
         """Text to text, causal, queries and keys rotated: (B, T, N, H)."""
-        return dispatch.attend(
-            q_BTNH,
-            k_BSGH,
-            v_BSGH,
-            scale=self.config.scale,
-            softcap=self.config.attn_softcap,
-            q_pos_BT=q_pos_BT,
-            window=window,
-            keep_q=keep_q,
-            keep_k=keep_k,
-            backend=backend,
-        )
+        scale, cap = self.config.scale, self.config.attn_softcap
+        call = AttentionCall(q_BTNH, k_BSGH, v_BSGH, scale, cap, q_pos_BT, window, keep_q, keep_k)
+        return dispatch.attend(call, backend)
 
     def attend_stream(
         self, q_BTNH: Tensor, k_BLGH: Tensor, v_BLGH: Tensor, *, keep_q: Rows | None, keep_k: Rows, backend: str
     ) -> Tensor:
         """Text to a stream: no rotation, no order, kept tokens only; a sample without any gets exactly 0. (B, T, N, H)."""
-        return dispatch.attend(
-            q_BTNH,
-            k_BLGH,
-            v_BLGH,
-            scale=self.config.scale,
-            softcap=self.config.attn_softcap,
-            keep_q=keep_q,
-            keep_k=keep_k,
-            backend=backend,
-        )
+        scale, cap = self.config.scale, self.config.attn_softcap
+        call = AttentionCall(q_BTNH, k_BLGH, v_BLGH, scale, cap, keep_q=keep_q, keep_k=keep_k)
+        return dispatch.attend(call, backend)
 
     def attend_own_token(self, v_BLGH: Tensor) -> Tensor:
         """Each stream token attends to itself alone, so its attention is its value: (B, L, D) after projection."""

@@ -5,7 +5,8 @@ Dims: B samples, T text tokens, L stream tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -67,41 +68,44 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Text embeddings (B, T, D) and streams by modality ("v", "a") -> the text after the last layer and final norm.
 
-        ``cache`` is filled for decoding. ``reuse``: an earlier text's cache over the same streams, whose keys and values
-        are read instead of ``streams``. ``last_stream``: also compute the last layer's stream update, which feeds
-        nothing; the recordings hold it.
+        ``cache`` is filled for decoding. ``reuse``: the cache of an earlier text over the same streams, whose keys and values
+        are read in place of ``streams``. ``last_stream``: also compute the last layer's stream update, which feeds nothing;
+        the recordings hold it.
         """
         samples, length = embeds_BTD.shape[:2]
-        pos_BT = torch.arange(length, device=embeds_BTD.device).expand(samples, length)
-        text = self.text_rows(pos_BT, rows, backend, embeds_BTD.dtype)
-        tap("rope.position_ids", pos_BT[:1])
-        tap("rope.cos", text.cos_BTH[:1])
-        tap("rope.sin", text.sin_BTH[:1])
+        pos_1T = tap("rope.position_ids", torch.arange(length, device=embeds_BTD.device)[None])
+        one = self.text_rows(pos_1T, rows, backend, embeds_BTD.dtype)  # every sample's rows stand at the same positions
+        cos_1TH, sin_1TH = tap("rope.cos", one.cos_BTH), tap("rope.sin", one.sin_BTH)
+        text = replace(one, pos_BT=one.pos_BT.expand(samples, length), cos_BTH=cos_1TH, sin_BTH=sin_1TH)
         x_BTD = self.scaled(embeds_BTD)
-        state = {modality: self.scaled(stream.x_BLD) for modality, stream in streams.items()}
-        keep = {modality: Rows(stream.keep_BL) for modality, stream in streams.items()}
-        for modality, s_BLD in state.items():
-            tap(f"layer.0.{STREAM_NAMES[modality]}_input", s_BLD)
-
-        for layer in cast("Sequence[DecoderLayer]", self.layers):
-            tap(f"layer.{layer.layer_idx}.input", x_BTD)
-            if reuse is None:
-                cross = {m: CrossKeys(*layer.stream_keys_values(s_BLD), keep[m]) for m, s_BLD in state.items()}
-            else:
-                cross = dict(reuse.cross[layer.layer_idx])
-            for m, keys in cross.items():
-                tap(f"layer.{layer.layer_idx}.t2{m}.gate", keys.rows.keep_BL.any(-1))
+        layers: Iterable[tuple[DecoderLayer, Mapping[str, CrossKeys]]]
+        if reuse is None:
+            layers = self.carry(streams, last_stream, tap)
+        else:
+            layers = zip(cast("Sequence[DecoderLayer]", self.layers), reuse.cross, strict=True)
+        for layer, cross in layers:
             x_BTD = layer(x_BTD, text, cross, cache.text[layer.layer_idx] if cache else None, tap)
             if cache is not None:
                 cache.cross.append(cross)
+        return tap("final.norm", self.norm(x_BTD))
+
+    def carry(
+        self, streams: Mapping[str, Stream], last_stream: bool = False, tap: Tap = no_tap
+    ) -> Iterator[tuple[DecoderLayer, dict[str, CrossKeys]]]:
+        """Each layer, and the keys and values that text reads in it. No stream ever reads the text, so all of them could be
+        carried first; they are carried a layer at a time, because a video's keys of all 42 layers at once are 43 GB."""
+        state = {m: tap(f"layer.0.{STREAM_NAMES[m]}_input", self.scaled(s.x_BLD)) for m, s in streams.items()}
+        rows = {m: Rows(stream.keep_BL) for m, stream in streams.items()}
+        for layer in cast("Sequence[DecoderLayer]", self.layers):
+            cross = {m: layer.stream_keys(s_BLD, rows[m], m, tap) for m, s_BLD in state.items()}
+            for m in cross:  # recorded, and read by nothing: attention over no key is exactly 0 already
+                tap(f"layer.{layer.layer_idx}.t2{m}.gate", rows[m].keep_BL.any(-1))
+            yield layer, cross
             if layer is self.layers[-1] and not last_stream:
                 break
             for m, s_BLD in state.items():
-                state[m] = update_in_chunks(layer, s_BLD, cross[m].v_BLGH)
-                tap(f"layer.{layer.layer_idx}.{STREAM_NAMES[m]}_stream", state[m])
-        x_BTD = self.norm(x_BTD)
-        tap("final.norm", x_BTD)
-        return x_BTD
+                s_BLD = update_in_chunks(layer, s_BLD, cross[m].v_BLGH)
+                state[m] = tap(f"layer.{layer.layer_idx}.{STREAM_NAMES[m]}_stream", s_BLD)
 
     def step(self, ids_B: Tensor, cache: Cache, *, backend: str = "eager") -> Tensor:
         """One new token a row, read from and written to ``cache``: (B,) ids -> (B, V) logits of the next token."""

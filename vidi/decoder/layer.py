@@ -34,7 +34,7 @@ __all__ = ["DecoderLayer", "TextRows"]
 class TextRows:
     """What every layer needs to know of the text rows it is given.
 
-    pos_BT: positions 0, 1, 2, … of the tokens of each row. cos_BTH, sin_BTH: their rotary factors.
+    pos_BT: positions 0, 1, 2, … of the tokens of each row. cos_BTH, sin_BTH: their rotary factors; one row may serve all.
     rows: which of them are kept; None = all (decoding).
     """
 
@@ -60,6 +60,12 @@ class DecoderLayer(nn.Module):
 
     # ---- streams ------------------------------------------------------------------------------------------------
 
+    def stream_keys(self, s_BLD: Tensor, rows: Rows, modality: str, tap: Tap = no_tap) -> CrossKeys:
+        """What text reads of a stream as it was before this layer; the update reads the same values."""
+        names = (f"xattn.{self.layer_idx}.{modality}.{part}" for part in ("k", "v"))
+        k_BLGH, v_BLGH = map(tap, names, self.stream_keys_values(s_BLD))
+        return CrossKeys(k_BLGH, v_BLGH, rows)
+
     def stream_keys_values(self, s_BLD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each (B, L, G, H), of a stream as it was before this layer."""
         return self.attention.keys_values(self.input_norm(s_BLD))
@@ -83,15 +89,13 @@ class DecoderLayer(nn.Module):
 
         ``cache`` receives this call's keys and values, and self-attention then reads all it holds.
         """
+        here = f"layer.{self.layer_idx}"
+        x_BTD = tap(f"{here}.input", x_BTD)
         n_BTD = self.input_norm(x_BTD)
-        branches = [self.text_to_text(n_BTD, text, cache)]
-        tap(f"layer.{self.layer_idx}.t2t", branches[0])
+        branches = [tap(f"{here}.t2t", self.text_to_text(n_BTD, text, cache))]
         for modality, keys in cross.items():
-            branches.append(self.text_to_stream(n_BTD, text, keys, modality, tap))
-            tap(f"layer.{self.layer_idx}.t2{modality}", branches[-1])
-        x_BTD = self.merge(x_BTD, branches)
-        tap(f"layer.{self.layer_idx}.output", x_BTD)
-        return x_BTD
+            branches.append(tap(f"{here}.t2{modality}", self.text_to_stream(n_BTD, text, keys, modality, tap)))
+        return tap(f"{here}.output", self.merge(x_BTD, branches))
 
     def merge(self, x_BTD: Tensor, branches: Sequence[Tensor]) -> Tensor:
         """The text after this layer, from the text before it and its attentions in the order self, visual, audio."""
@@ -118,13 +122,12 @@ class DecoderLayer(nn.Module):
         self, n_BTD: Tensor, text: TextRows, keys: CrossKeys, modality: str, tap: Tap = no_tap
     ) -> Tensor:
         """Cross-attention of normed text to one modality, after the output projection: (B, T, D)."""
-        q_BTNH = self.attention.queries(n_BTD)
+        here = f"xattn.{self.layer_idx}.{modality}"
+        q_BTNH = tap(f"{here}.q", self.attention.queries(n_BTD))
         heads_BTNH = self.attention.attend_stream(
             q_BTNH, keys.k_BLGH, keys.v_BLGH, keep_q=text.rows, keep_k=keys.rows, backend=text.backend
         )
-        for name, value in (("q", q_BTNH), ("k", keys.k_BLGH), ("v", keys.v_BLGH), ("out", heads_BTNH)):
-            tap(f"xattn.{self.layer_idx}.{modality}.{name}", value)
-        return self.attention.output(heads_BTNH)
+        return self.attention.output(tap(f"{here}.out", heads_BTNH))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.post_ffn_norm(self.mlp(self.pre_ffn_norm(x)))

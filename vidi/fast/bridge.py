@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vidi.bridge.bridge import Bridge
 from vidi.bridge.norm import RMSNorm
 from vidi.bridge.projector import Projector
-from vidi.fast import ops
+from vidi.fast import ops, weights
 from vidi.fast.towers import unfolded
 
 __all__ = ["FastNorm", "FastProjector", "accelerated"]
@@ -36,13 +36,13 @@ class FastProjector(nn.Module):
 
     def __init__(self, projector: Projector) -> None:
         super().__init__()
-        self.fc1, self.fc2 = projector.fc1, projector.fc2
+        self.fc1, self.fc2 = weights.affine(projector.fc1), weights.affine(projector.fc2)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        inner = rows.new_empty(len(rows), self.fc1.out_features)
-        ops.pick(x.device).gelu_product(rows, self.fc1.weight.data, self.fc1.bias.data, True, inner)
-        return torch.addmm(self.fc2.bias.data, inner, self.fc2.weight.data.T).view(*x.shape[:-1], -1)
+        inner = rows.new_empty(len(rows), len(self.fc1.bias_I))
+        ops.pick(x.device).gelu_product(rows, self.fc1, True, inner)
+        return torch.addmm(self.fc2.bias_I, inner, self.fc2.weight_IC.T).view(*x.shape[:-1], -1)
 
 
 class FastPool(nn.Module):

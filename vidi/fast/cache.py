@@ -8,9 +8,8 @@ Dims: L layers, B samples, S tokens or text capacity, X = 2·G·H, G key/value h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,10 +17,8 @@ from torch import Tensor
 from vidi.attention import rope
 from vidi.config import DecoderConfig
 from vidi.fast import plan
+from vidi.fast.operands import Rotation
 from vidi.fast.plan import Plan
-
-if TYPE_CHECKING:
-    from vidi.fast.step import Step
 
 __all__ = ["FastCache", "Span", "spans_of"]
 
@@ -44,19 +41,18 @@ class FastCache:
     """cross_SX: per layer, keys, then values of stream tokens (one tensor a layer: 43 GB in one piece would find no room
     between what came before). text_L2BSGH: rotated keys and values of the text.
 
-    lengths_B: tokens of each row so far (device). cos_SH, sin_SH: rotary factors of every position of the capacity.
-    plans: how the keys of each sample are split. step: the captured decoding step, made by the first one.
+    lengths_B: tokens of each row so far (device). rotation: of every position of the capacity. plans: how the keys of each
+    sample are split. step: the captured decoding step, made by the first one (`vidi.fast.step.Step`).
     """
 
     cross_SX: Sequence[Tensor]
     spans: dict[str, list[Span]]
     text_L2BSGH: Tensor
     lengths_B: Tensor
-    cos_SH: Tensor
-    sin_SH: Tensor
+    rotation: Rotation
     plans: list[Plan]
     held: int = 0  # tokens of the longest row so far, as the host counts them
-    step: Step | None = field(default=None, repr=False)
+    step: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     @classmethod
     def empty(
@@ -79,8 +75,7 @@ class FastCache:
             spans=spans,
             text_L2BSGH=torch.zeros(shape, dtype=dtype, device=device),
             lengths_B=lengths_B,
-            cos_SH=cos_1SH[0],
-            sin_SH=sin_1SH[0],
+            rotation=Rotation(cos_1SH[0], sin_1SH[0]),
             plans=[plan.make(capacity, visual[b], audio[b], device) for b in range(samples)],
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from vidi.fast import floors
 from vidi.fast.floors import Ceilings
 from vidi.inputs.batch import Batch
 
-__all__ = ["ceilings", "device_name", "linear_fit", "make_batch", "measure", "profile"]
+__all__ = ["ceilings", "device_ms", "device_name", "linear_fit", "make_batch", "measure", "profile"]
 
 TEXT_TOKENS = 24
 
@@ -49,29 +49,22 @@ def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16, side: in
     side = side or (8192 if cuda else 1024)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.full_like(a, torch.nan)
-    product = _median(device, lambda: torch.mm(a, b.T, out=out), 50 if cuda else 5)
-    sustained = _median(device, lambda: torch.mm(a, b.T, out=out), 2000 if cuda else 5)
+    product, sustained = (1e-3 * device_ms(device, lambda: torch.mm(a, b.T, out=out), rep_ms) for rep_ms in (10, 300))
     assert torch.isfinite(out).all(), "the product left values unwritten"
     source = torch.randn((1 << 30) if cuda else (1 << 24), device=device)
     target = torch.empty_like(source)
-    copy = _median(device, lambda: target.copy_(source), 20 if cuda else 5)
+    copy = 1e-3 * device_ms(device, lambda: target.copy_(source))
     assert torch.equal(source, target)
     return Ceilings(2 * side**3 / product, 2 * source.nbytes / copy, 2 * side**3 / sustained)
 
 
-def _median(device: torch.device, run: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of one call; device events where there is a device."""
-    for _ in range(3):
-        run()
-    if device.type != "cuda":
-        return sorted(timed(device, run)[0] for _ in range(repeats))[repeats // 2]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    synchronize(device)
-    return sorted(a.elapsed_time(b) for a, b in itertools.pairwise(events))[repeats // 2] / 1e3
+def device_ms(device: torch.device, run: Callable[[], Any], rep_ms: int = 20) -> float:
+    """Median milliseconds of one call: on a GPU of ten replays of a graph that lasts ``rep_ms``; ``run`` must be capturable."""
+    if device.type == "cuda":
+        from triton.testing import do_bench_cudagraph
+
+        return do_bench_cudagraph(run, rep=rep_ms, return_mode="median")
+    return 1e3 * statistics.median(timed(device, run)[0] for _ in range(5))
 
 
 def make_batch(config: VidiConfig, num_frames: int, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Batch:
@@ -97,10 +90,8 @@ def measure(model: Any, batch: Batch, limits: Ceilings, *, new_tokens: int, repe
     device, config = model.device, model.config
     images, audios, sizes = batch.images or (), batch.audios or (), batch.audio_sizes or ()
     capacity = batch.input_ids_BT.shape[1] + new_tokens + 1
-    work = floors.count(
-        *(config, len(images[0]), sizes[0], len(audios[0]), TEXT_TOKENS),
-        width=torch.finfo(model.dtype).bits // 8,
-    )
+    width = torch.finfo(model.dtype).bits // 8
+    work = floors.count(config, len(images[0]), sizes[0], len(audios[0]), TEXT_TOKENS, width)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""`FastModel`: what `vidi.generate` asks of a model, over the fast loops. Inference only; no gradients.
+"""`FastModel`: the pipeline over the fast loops. Inference only; no gradients.
 
 Dims: B samples, T text tokens, R text rows in one line, L layers, S tokens of all streams, D width, V vocabulary.
 """
@@ -12,24 +12,20 @@ from torch import Tensor
 
 from vidi import precision
 from vidi.attention.unpad import Rows
-from vidi.bridge import audio as audio_bridge
-from vidi.bridge import mask
-from vidi.bridge import visual as visual_bridge
 from vidi.fast import bridge, plan, taps, text, weights
 from vidi.fast import streams as stream_pass
 from vidi.fast.cache import FastCache
 from vidi.fast.step import Step
 from vidi.fast.text import TextLine
 from vidi.fast.towers import FastAudioTower, FastVisionTower, even_chunks
-from vidi.inputs.batch import Batch
-from vidi.model import VidiModel, frame_chunks
+from vidi.model import Pipeline, VidiModel, frame_chunks
 from vidi.stream import Stream
 from vidi.tap import Tap, no_tap
 
 __all__ = ["FastModel"]
 
 
-class FastModel:
+class FastModel(Pipeline):
     """A view of ``model`` that shares its parameters (fused in place, `fast.weights`).
 
     stream_chunk: stream tokens that pass through all layers together. frame_batch, piece_batch: frames and 30 s pieces
@@ -46,24 +42,22 @@ class FastModel:
         piece_batch: int = 16,
         graph: bool = True,
     ) -> None:
-        self.plain, self.config = model, model.config
+        self.plain, self.config, self.decoder = model, model.config, model.decoder
         self.train(model.training)
         self.stream_chunk, self.frame_batch, self.piece_batch = stream_chunk, frame_batch, piece_batch
         self.graph = graph
         self.layers = [weights.decoder_layer(layer) for layer in model.decoder.layers]
-        self.final_norm_D = model.decoder.norm.weight.data
-        self.embed_VD = model.decoder.embed.weight.data
+        self.final_norm = weights.gemma_weight(model.decoder.norm)
         self.vision_tower = FastVisionTower(model.vision_tower)
         self.audio_tower = FastAudioTower(model.audio_tower)
         self.bridge = bridge.accelerated(model.bridge)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.plain.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.plain.device
+    streams = torch.no_grad()(Pipeline.streams)
+    encode_frames = torch.no_grad()(Pipeline.encode_frames)
+    forward = torch.no_grad()(Pipeline.forward)
+    decode_text = torch.no_grad()(Pipeline.decode_text)
+    prefill = torch.no_grad()(Pipeline.prefill)
+    __call__ = forward
 
     def train(self, mode: bool = True) -> FastModel:
         """Only ``mode`` False is possible: there are no gradients here, and no noise on positions."""
@@ -74,86 +68,38 @@ class FastModel:
     def eval(self) -> FastModel:
         return self.train(False)
 
-    # ---- towers and bridge --------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def streams(self, batch: Batch, tap: Tap = no_tap) -> dict[str, Stream]:
-        """As `VidiModel.streams`."""
-        found = {}
-        if batch.images is not None and any(map(len, batch.images)):
-            size = next(even_chunks(sum(map(len, batch.images)), self.frame_batch)).stop
-            features = map(self.vision_tower, frame_chunks(batch.images, size))
-            found["v"] = self.fold_features(
-                features, [len(x) for x in batch.images], mask.has_signal(batch.images), tap
-            )
-        sizes_B = batch.audio_sizes or ()
-        if batch.audios is not None and any(audio_bridge.num_tokens(size, self.config) for size in sizes_B):
-            found["a"] = self._audio(batch.audios, sizes_B, tap)
-        return found
-
-    @torch.no_grad()
-    def encode_frames(self, pieces: Iterable[Tensor], num_frames: int, tap: Tap = no_tap) -> Stream:
-        """As `VidiModel.encode_frames`."""
+    def image_features(self, images: Iterable[Tensor], num_frames: int) -> Iterator[Tensor]:
         size = next(even_chunks(num_frames, self.frame_batch)).stop
-        features = map(self.vision_tower, frame_chunks(pieces, size))
-        return self.fold_features(features, [num_frames], torch.ones(1, dtype=torch.bool), tap)
+        return map(self.vision_tower, frame_chunks(images, size))
 
-    def fold_features(
-        self, features: Iterator[Tensor], num_frames_B: Sequence[int], signal_B: Tensor, tap: Tap = no_tap
-    ) -> Stream:
-        """As `VidiModel.fold_features`."""
-        return visual_bridge.encode(self.bridge, features, num_frames_B, signal_B, self.config, tap=tap)
+    def audio_features(self, pieces_PML: Tensor) -> Tensor:
+        chunks = even_chunks(len(pieces_PML), self.piece_batch)
+        return torch.cat([self.audio_tower(pieces_PML[chunk]) for chunk in chunks])
 
-    def _audio(self, audios: Sequence[Tensor], sizes_B: Sequence[int], tap: Tap) -> Stream:
-        pieces = torch.cat(list(audios)).to(self.device, self.dtype)
-        parts = [self.audio_tower(pieces[part]) for part in even_chunks(len(pieces), self.piece_batch)]
-        num_pieces_B, signal_B = [len(x) for x in audios], mask.has_signal(audios)
-        return audio_bridge.encode(self.bridge, torch.cat(parts), num_pieces_B, sizes_B, signal_B, self.config, tap=tap)
-
-    # ---- decoder ------------------------------------------------------------------------------------------------
-
-    def forward(self, batch: Batch, *, last_stream: bool = False, tap: Tap = no_tap) -> Tensor:
-        """As `VidiModel.forward`, with the same stages tapped."""
-        return self.decode_text(batch, self.streams(batch, tap), last_stream=last_stream, tap=tap)
-
-    __call__ = forward
-
-    @torch.no_grad()
-    def decode_text(
-        self, batch: Batch, streams: dict[str, Stream], *, last_stream: bool = False, tap: Tap = no_tap
-    ) -> Tensor:
-        """As `VidiModel.decode_text`."""
-        embeds_BTD, rows, _ = self.plain.embed_text(batch, tap)
-        padded = taps.Padded(rows, streams, tap)
-        normed_RD, _ = self._prefill(embeds_BTD, rows, streams, 0, padded, last_stream)
-        normed_BTD = padded.text(normed_RD)
-        tap("final.norm", normed_BTD)
-        logits_BTV = self.plain.decoder.logits(normed_BTD)
-        tap("logits", logits_BTV)
-        return logits_BTV
-
-    @torch.no_grad()
-    def prefill(
+    def decode(
         self,
-        batch: Batch,
-        capacity: int,
-        streams: dict[str, Stream] | None = None,
+        embeds_BTD: Tensor,
+        rows: Rows,
+        streams: dict[str, Stream],
         *,
-        reuse: FastCache | None = None,
+        last_stream: bool = False,
+        tap: Tap = no_tap,
+    ) -> Tensor:
+        """With the plain path's stages tapped: recorded, not gone on with (`taps.Padded`)."""
+        padded = taps.Padded(rows, streams, tap)
+        normed_RD, _ = self._pass(embeds_BTD, rows, streams, embeds_BTD.shape[1], padded, last_stream)
+        return tap("final.norm", padded.text(normed_RD))
+
+    def fill(
+        self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int, reuse: FastCache | None = None
     ) -> tuple[Tensor, FastCache]:
-        """As `VidiModel.prefill`: logits (B, V) after each row's last kept token, and the cache to decode from."""
-        embeds_BTD, rows, _ = self.plain.embed_text(batch)
-        if reuse is not None:
-            streams = {}
-        elif streams is None:
-            streams = self.streams(batch)
         padded = taps.Padded(rows, streams, no_tap)
-        normed_RD, cache = self._prefill(embeds_BTD, rows, streams, capacity, padded, False, reuse)
-        return self.plain.decoder.logits(normed_RD[rows.cu_seqlens[1:].long() - 1]), cache
+        normed_RD, cache = self._pass(embeds_BTD, rows, streams, capacity, padded, False, reuse)
+        return normed_RD[rows.cu_seqlens[1:].long() - 1], cache
 
     @torch.no_grad()
     def step(self, ids_B: Tensor, cache: FastCache) -> Tensor:
-        """As `VidiModel.step`. One sample: six fused kernels a layer, in a CUDA graph; more: the rows of `text.run`.
+        """One sample: six fused kernels a layer, in a CUDA graph; more: the rows of `text.run`.
 
         Raises ValueError where the cache is full.
         """
@@ -163,16 +109,17 @@ class FastModel:
         config = self.config.decoder
         if len(ids_B) == 1:
             if cache.step is None:
-                cache.step = Step(self.layers, self.embed_VD, self.final_norm_D, config, cache, graph=self.graph)
+                embed_VD = self.decoder.embed.weight.data
+                cache.step = Step(self.layers, embed_VD, self.final_norm, config, cache, graph=self.graph)
             return cache.step(ids_B)
-        x_BD = self.plain.decoder.scaled(self.plain.decoder.embed_tokens(ids_B))
+        x_BD = self.decoder.scaled(self.decoder.embed_tokens(ids_B))
         rows = [slice(b, b + 1) for b in range(len(ids_B))]
         line = TextLine(torch.arange(len(ids_B), device=self.device), cache.lengths_B, rows, cache.plans)
-        n_BD = text.run(x_BD, self.layers, self.final_norm_D, config, cache, line)
+        n_BD = text.run(x_BD, self.layers, self.final_norm, config, cache, line)
         cache.lengths_B = cache.lengths_B + 1
-        return self.plain.decoder.logits(n_BD)
+        return self.decoder.logits(n_BD)
 
-    def _prefill(
+    def _pass(
         self,
         embeds_BTD: Tensor,
         rows: Rows,
@@ -184,20 +131,19 @@ class FastModel:
     ) -> tuple[Tensor, FastCache]:
         """Streams first, then the text against their keys: normed text rows (R, D), and the cache.
 
-        ``reuse``: a cache whose stream keys are shared; there is no stream pass then.
+        ``reuse``: a cache whose stream keys are shared; no stream token is left to pass through the layers then.
         """
         config, length = self.config.decoder, embeds_BTD.shape[1]
         x_SD, spans = stream_pass.flatten(streams, embeds_BTD)
-        cross_SX: Sequence[Tensor]
         if reuse is None:
             shape = (len(x_SD), 2 * config.num_kv_heads * config.head_dim)
-            cross_SX = [x_SD.new_empty(shape) for _ in range(config.num_layers)]
+            cross_SX: Sequence[Tensor] = [x_SD.new_empty(shape) for _ in range(config.num_layers)]
         else:
             cross_SX, spans = reuse.cross_SX, reuse.spans
         # All that the host must ask or tell the device comes before the long pass: the text's launches then wait behind it,
         # not the device for them.
         lengths = rows.lengths_B.tolist()
-        cache = FastCache.empty(config, rows.lengths_B.long(), max(capacity, length), cross_SX, spans)
+        cache = FastCache.empty(config, rows.lengths_B.long(), capacity, cross_SX, spans)
         cache.held = length
         ends = [sum(lengths[: b + 1]) for b in range(len(lengths))]
         line = TextLine(
@@ -206,16 +152,9 @@ class FastModel:
             rows=[slice(end - n, end) for end, n in zip(ends, lengths, strict=True)],
             plans=[plan.make(n, p.visual, p.audio, self.device) for n, p in zip(lengths, cache.plans, strict=True)],
         )
-        x_RD = self.plain.decoder.scaled(embeds_BTD.flatten(0, 1)[rows.indices])
-        if reuse is None:
-            x_SD *= precision.sqrt_in(config.hidden_size, self.dtype)
-            padded.stream_inputs(x_SD, spans)
-            record = padded.recorder(len(x_SD))
-            stream_pass.run(
-                *(x_SD, self.layers, config.rms_norm_eps, cross_SX),
-                chunk=self.stream_chunk,
-                last_stream=last_stream,
-                record=record,
-            )
-        tap = padded.text_taps(cache)
-        return text.run(x_RD, self.layers, self.final_norm_D, config, cache, line, tap), cache
+        x_RD = self.decoder.scaled(embeds_BTD.flatten(0, 1)[rows.indices])
+        x_SD *= precision.sqrt_in(config.hidden_size, self.dtype)
+        padded.stream_inputs(x_SD, spans)
+        record = padded.recorder(len(x_SD))
+        stream_pass.run(x_SD, self.layers, cross_SX, chunk=self.stream_chunk, last_stream=last_stream, record=record)
+        return text.run(x_RD, self.layers, self.final_norm, config, cache, line, padded.text_taps(cache)), cache

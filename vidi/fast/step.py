@@ -18,6 +18,7 @@ from vidi import precision
 from vidi.config import DecoderConfig
 from vidi.fast import ops
 from vidi.fast.cache import FastCache
+from vidi.fast.operands import GemmaWeight, Keys, Queries, Residual
 from vidi.fast.weights import LayerWeights
 
 __all__ = ["Step"]
@@ -30,18 +31,17 @@ class Step:
         self,
         layers: Sequence[LayerWeights],
         embed_VD: Tensor,
-        final_norm_D: Tensor,
+        final_norm: GemmaWeight,
         config: DecoderConfig,
         cache: FastCache,
         *,
         graph: bool,
     ) -> None:
         assert len(cache.plans) == 1, "one sample a step; more go through text.run"
-        self.layers, self.embed_VD, self.final_norm_D = layers, embed_VD, final_norm_D
-        self.config = config
+        self.layers, self.embed_VD, self.final_norm, self.config = layers, embed_VD, final_norm, config
         # What it needs of the cache, not the cache, which holds the step: 40 GB must not wait for a cycle's collection.
-        self.cross_SX, self.text_L2SGH, self.plan = cache.cross_SX, cache.text_L2BSGH[:, :, 0], cache.plans[0]
-        self.cos_SH, self.sin_SH = cache.cos_SH, cache.sin_SH
+        text_L2SGH, plan, self.rotation = cache.text_L2BSGH[:, :, 0], cache.plans[0], cache.rotation
+        self.keys = [Keys(k, v, cross, plan) for (k, v), cross in zip(text_L2SGH, cache.cross_SX, strict=True)]
         self.op = ops.pick(embed_VD.device)
         width, query_width = config.hidden_size, config.num_heads * config.head_dim
 
@@ -50,18 +50,10 @@ class Step:
 
         self.id_1 = torch.zeros(1, dtype=torch.int64, device=embed_VD.device)
         self.pos_1 = cache.lengths_B.clone()
-        self.x_D, self.next_D, self.down_1D, self.branches_3D = (
-            buffer(width),
-            buffer(width),
-            buffer(1, width),
-            buffer(3, width),
-        )
-        self.q_1X, self.rotated_1X, self.mixed_31X = (
-            buffer(1, query_width),
-            buffer(1, query_width),
-            buffer(3, 1, query_width),
-        )
-        self.acted_1I = buffer(1, layers[0].down_DI.shape[1])
+        self.queries = Queries(buffer(1, query_width), buffer(1, query_width), self.pos_1)
+        self.mixed_31X, self.branches_3D = buffer(3, 1, query_width), buffer(3, width)
+        self.acted_1I, self.down_1D = buffer(1, layers[0].down_DI.shape[1]), buffer(1, width)
+        self.x_D, self.sum_D = buffer(width), buffer(width)  # they take turns: a kernel never writes what it reads
         self.logits_V = buffer(config.vocab_size)
         self.graph = self._captured() if graph and embed_VD.is_cuda else None
 
@@ -88,33 +80,23 @@ class Step:
         return graph
 
     def _run(self) -> None:
-        op, config, eps = self.op, self.config, self.config.rms_norm_eps
+        op, config = self.op, self.config
         torch.mul(
             self.embed_VD.index_select(0, self.id_1)[0],
             precision.sqrt_in(config.hidden_size, self.embed_VD.dtype),
             out=self.x_D,
         )
         branch_1D: Tensor | None = None
-        post_D: Tensor | None = None
-        for i, w in enumerate(self.layers):
-            k_SGH, v_SGH = self.text_L2SGH[i]
-            op.qkv_step(
-                *(self.x_D, branch_1D, post_D, w.input_norm_D, eps, self.next_D),
-                *(w.qkv_XD, self.pos_1, self.cos_SH, self.sin_SH, self.q_1X[0], self.rotated_1X[0], k_SGH, v_SGH),
-            )
-            op.attend(
-                *(self.q_1X, self.rotated_1X, self.pos_1, k_SGH, v_SGH, self.cross_SX[i], self.plan),
-                *(w.window, config.scale, config.attn_softcap, self.mixed_31X),
-            )
+        post: GemmaWeight | None = None
+        for w, keys in zip(self.layers, self.keys, strict=True):
+            before = Residual(self.x_D, branch_1D, post, w.input_norm)
+            op.qkv_step(before, self.sum_D, w.qkv_XD, self.rotation, self.queries, keys)
+            op.attend(self.queries, keys, w.scores, self.mixed_31X)
             op.product_step(self.mixed_31X[:, 0], w.o_DX, self.branches_3D)
-            op.gate_up_step(
-                *(self.next_D, self.branches_3D, w.post_attn_norm_D, w.pre_ffn_norm_D, eps, self.x_D),
-                *(w.gate_up_2ID, self.acted_1I[0]),
-            )
+            between = Residual(self.sum_D, self.branches_3D, w.post_attn_norm, w.pre_ffn_norm)
+            op.gate_up_step(between, self.x_D, w.gate_up_2ID, self.acted_1I[0])
             op.product_step(self.acted_1I, w.down_DI, self.down_1D)
-            branch_1D, post_D = self.down_1D, w.post_ffn_norm_D
-        op.head_step(
-            *(self.x_D, branch_1D, post_D, self.final_norm_D, eps, self.next_D),
-            *(self.embed_VD, config.final_softcap, self.logits_V),
-        )
+            branch_1D, post = self.down_1D, w.post_ffn_norm
+        after = Residual(self.x_D, branch_1D, post, self.final_norm)
+        op.head_step(after, self.sum_D, self.embed_VD, config.final_softcap, self.logits_V)
         self.pos_1 += 1

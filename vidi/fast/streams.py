@@ -17,6 +17,7 @@ from torch import Tensor
 from vidi.attention.unpad import Rows
 from vidi.fast import ops
 from vidi.fast.cache import Span, spans_of
+from vidi.fast.operands import Residual
 from vidi.fast.weights import LayerWeights
 from vidi.stream import Stream
 
@@ -51,7 +52,6 @@ def chunk_rows(total: int, most: int) -> int:
 def run(
     x_SD: Tensor,
     layers: Sequence[LayerWeights],
-    eps: float,
     cross_SX: Sequence[Tensor],
     *,
     chunk: int,
@@ -73,18 +73,18 @@ def run(
         x_RD = x_SD[start : start + rows]
         count = len(x_RD)
         n_RD, b_1RD, g_R2I, a_RI = normed[:count], branch[:, :count], gate_up[:count], acted[:count]
-        op.add_gemma_norm(x_RD, None, None, layers[0].input_norm_D, eps, n_RD)
+        op.add_gemma_norm(Residual(x_RD, following=layers[0].input_norm), n_RD)
         for i, w in enumerate(layers):
-            following = layers[i + 1].input_norm_D if i + 1 < len(layers) else None
+            following = layers[i + 1].input_norm if i + 1 < len(layers) else None
             keys_values = cross_SX[i][start : start + count]
             torch.mm(n_RD, w.kv_XD.T, out=keys_values)
             if following is None and not last_stream:
                 break
             torch.mm(keys_values[:, half:], w.own_DX.T, out=b_1RD[0])
-            op.add_gemma_norm(x_RD, b_1RD, w.post_attn_norm_D, w.pre_ffn_norm_D, eps, n_RD)
+            op.add_gemma_norm(Residual(x_RD, b_1RD, w.post_attn_norm, w.pre_ffn_norm), n_RD)
             torch.mm(n_RD, w.gate_up_2ID.T, out=g_R2I)
             op.gelu_mul(g_R2I, a_RI)
             torch.mm(a_RI, w.down_DI.T, out=b_1RD[0])
-            op.add_gemma_norm(x_RD, b_1RD, w.post_ffn_norm_D, following, eps, n_RD)
+            op.add_gemma_norm(Residual(x_RD, b_1RD, w.post_ffn_norm, following), n_RD)
             if record is not None:
                 record(i, start, x_RD)

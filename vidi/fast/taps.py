@@ -21,7 +21,11 @@ __all__ = ["Padded"]
 
 
 class Padded:
-    """Brings rows in one line back to padded batches, exact zeros where nothing is kept. Costs memory: for parity only."""
+    """Brings rows in one line back to padded batches, exact zeros where nothing is kept. Costs memory: for parity only.
+
+    The padded copies are made to be recorded: what the tap returns is not gone on with, so the decoder's fast loops cannot be
+    forced, only traced from raw inputs.
+    """
 
     def __init__(self, rows: Rows, streams: Mapping[str, Stream], tap: Tap) -> None:
         self.rows, self.tap = rows, tap
@@ -70,10 +74,10 @@ class Padded:
         length = self.rows.keep_BL.shape[1]
         pos_1T = torch.arange(length, device=self.rows.keep_BL.device)[None]
         self.tap("rope.position_ids", pos_1T)
-        self.tap("rope.cos", cache.cos_SH[None, :length])
-        self.tap("rope.sin", cache.sin_SH[None, :length])
+        self.tap("rope.cos", cache.rotation.cos_SH[None, :length])
+        self.tap("rope.sin", cache.rotation.sin_SH[None, :length])
 
-        def tap(stage: str, x_R: Tensor) -> None:
+        def tap(stage: str, x_R: Tensor) -> Tensor:
             self.tap(stage, self.text(x_R))
             kind, layer, *rest = stage.split(".")
             if kind == "layer" and rest == ["input"]:
@@ -88,5 +92,6 @@ class Padded:
                 keys_values = self.stream(cache.cross_SX[int(layer)], rest[0]).unflatten(-1, (2 * groups, -1))
                 self.tap(f"xattn.{layer}.{rest[0]}.k", keys_values[:, :, :groups])
                 self.tap(f"xattn.{layer}.{rest[0]}.v", keys_values[:, :, groups:])
+            return x_R
 
         return tap

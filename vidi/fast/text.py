@@ -17,6 +17,7 @@ from vidi.attention import rope
 from vidi.config import DecoderConfig
 from vidi.fast import ops
 from vidi.fast.cache import FastCache
+from vidi.fast.operands import GemmaWeight, Keys, Queries, Residual
 from vidi.fast.plan import Plan
 from vidi.fast.weights import LayerWeights
 from vidi.tap import Tap, no_tap
@@ -40,7 +41,7 @@ class TextLine:
 def run(
     x_RD: Tensor,
     layers: Sequence[LayerWeights],
-    final_norm_D: Tensor,
+    final_norm: GemmaWeight,
     config: DecoderConfig,
     cache: FastCache,
     line: TextLine,
@@ -50,15 +51,14 @@ def run(
 
     ``tap`` gets the plain path's ids, with rows in one line: (R, …) where the plain path has (B, T, …).
     """
-    op, eps = ops.pick(x_RD.device), config.rms_norm_eps
-    count, heads = len(x_RD), config.num_heads
+    op, count, heads = ops.pick(x_RD.device), len(x_RD), config.num_heads
     query_width = heads * config.head_dim
-    cos_RH, sin_RH = cache.cos_SH[line.pos_R], cache.sin_SH[line.pos_R]
+    cos_RH, sin_RH = cache.rotation.cos_SH[line.pos_R], cache.rotation.sin_SH[line.pos_R]
     mixed_3RX = x_RD.new_empty(3, count, query_width)
     branches_3RD = x_RD.new_empty(3, count, x_RD.shape[1])
     acted_RI = x_RD.new_empty(count, layers[0].down_DI.shape[1])
     n_RD = torch.empty_like(x_RD)
-    op.add_gemma_norm(x_RD, None, None, layers[0].input_norm_D, eps, n_RD)
+    op.add_gemma_norm(Residual(x_RD, following=layers[0].input_norm), n_RD)
     for i, w in enumerate(layers):
         tap(f"layer.{i}.input", x_RD)
         qkv_RNH = (n_RD @ w.qkv_XD.T).unflatten(-1, (-1, config.head_dim))
@@ -68,19 +68,9 @@ def run(
         v_BSGH[line.sample_R, line.pos_R] = qkv_RNH[:, heads + config.num_kv_heads :]
         q_RX, rotated_RX = (x[:, :heads].flatten(1).contiguous() for x in (qkv_RNH, turned_RNH))
         for b, rows in enumerate(line.rows):
-            op.attend(
-                q_RX[rows],
-                rotated_RX[rows],
-                line.pos_R[rows],
-                k_BSGH[b],
-                v_BSGH[b],
-                cache.cross_SX[i],
-                line.plans[b],
-                w.window,
-                config.scale,
-                config.attn_softcap,
-                mixed_3RX[:, rows],
-            )
+            queries = Queries(q_RX[rows], rotated_RX[rows], line.pos_R[rows])
+            keys = Keys(k_BSGH[b], v_BSGH[b], cache.cross_SX[i], line.plans[b])
+            op.attend(queries, keys, w.scores, mixed_3RX[:, rows])
         torch.mm(mixed_3RX.flatten(0, 1), w.o_DX.T, out=branches_3RD.flatten(0, 1))
         for branch, modality in enumerate(("t", "v", "a")):
             if modality == "t" or modality in cache.spans:
@@ -89,10 +79,10 @@ def run(
             if modality in cache.spans:
                 tap(f"xattn.{i}.{modality}.q", qkv_RNH[:, :heads])
                 tap(f"xattn.{i}.{modality}.out", mixed_3RX[branch].unflatten(-1, (heads, -1)))
-        op.add_gemma_norm(x_RD, branches_3RD, w.post_attn_norm_D, w.pre_ffn_norm_D, eps, n_RD)
+        op.add_gemma_norm(Residual(x_RD, branches_3RD, w.post_attn_norm, w.pre_ffn_norm), n_RD)
         op.gelu_mul(n_RD @ w.gate_up_2ID.T, acted_RI)
         down_1RD = (acted_RI @ w.down_DI.T)[None]
-        following = layers[i + 1].input_norm_D if i + 1 < len(layers) else final_norm_D
-        op.add_gemma_norm(x_RD, down_1RD, w.post_ffn_norm_D, following, eps, n_RD)
+        following = layers[i + 1].input_norm if i + 1 < len(layers) else final_norm
+        op.add_gemma_norm(Residual(x_RD, down_1RD, w.post_ffn_norm, following), n_RD)
         tap(f"layer.{i}.output", x_RD)
     return n_RD

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from vidi import precision
 from vidi.fast import ops, weights
+from vidi.fast.operands import Affine, LayerNorm
 from vidi.fast.weights import TowerWeights
 from vidi.inputs import pixels
-from vidi.towers.siglip import VisionTower
-from vidi.towers.whisper import AudioTower
+from vidi.towers.siglip import VisionTower, check_frames
+from vidi.towers.whisper import AudioTower, check_pieces
 
 __all__ = ["FastAudioTower", "FastVisionTower", "run_layers"]
 
@@ -25,10 +26,9 @@ def run_layers(
     x_RC: Tensor,
     length: int,
     layers: Sequence[TowerWeights],
-    eps: float,
     *,
     exact_gelu: bool,
-    last_norm: tuple[Tensor, Tensor] | None,
+    last_norm: LayerNorm | None,
 ) -> Tensor:
     """All layers over rows of sequences of ``length`` (R, C), used up; the sum after them, or its last norm.
 
@@ -37,20 +37,20 @@ def run_layers(
     """
     op, width = ops.pick(x_RC.device), x_RC.shape[1]
     n_RC = torch.empty_like(x_RC)
-    inner_RI = x_RC.new_empty(len(x_RC), layers[0].fc1[0].shape[0])
+    inner_RI = x_RC.new_empty(len(x_RC), len(layers[0].fc1.bias_I))
     pending_C = precision.at_least_float32(torch.zeros_like(x_RC[0]))
     for w in layers:
-        op.layer_norm(x_RC, pending_C, w.norm1, eps, n_RC)
-        qkv_RX = torch.addmm(w.qkv[1], n_RC, w.qkv[0].T)
+        op.layer_norm(x_RC, pending_C, w.norm1, n_RC)
+        qkv_RX = torch.addmm(w.qkv.bias_I, n_RC, w.qkv.weight_IC.T)
         q, k, v = qkv_RX.view(-1, length, 3, w.num_heads, width // w.num_heads).permute(2, 0, 3, 1, 4)
         heads_FNLH = nnf.scaled_dot_product_attention(q, k, v, scale=w.scale)
-        x_RC.addmm_(heads_FNLH.transpose(1, 2).reshape(x_RC.shape), w.out[0].T)
-        pending_C = pending_C + w.out[1]
-        op.layer_norm(x_RC, pending_C, w.norm2, eps, n_RC)
-        op.gelu_product(n_RC, *w.fc1, exact_gelu, inner_RI)
-        x_RC.addmm_(inner_RI, w.fc2[0].T)
-        pending_C = pending_C + w.fc2[1]
-    op.layer_norm(x_RC, pending_C, last_norm, eps, n_RC)
+        x_RC.addmm_(heads_FNLH.transpose(1, 2).reshape(x_RC.shape), w.out.weight_IC.T)
+        pending_C = pending_C + w.out.bias_I
+        op.layer_norm(x_RC, pending_C, w.norm2, n_RC)
+        op.gelu_product(n_RC, w.fc1, exact_gelu, inner_RI)
+        x_RC.addmm_(inner_RI, w.fc2.weight_IC.T)
+        pending_C = pending_C + w.fc2.bias_I
+    op.layer_norm(x_RC, pending_C, last_norm, n_RC)
     return n_RC
 
 
@@ -69,16 +69,12 @@ class FastVisionTower:
 
     def __call__(self, images_F3SS: Tensor) -> Tensor:
         """(F, 3, S, S), uint8 or normalised -> (F, L, C)."""
-        frames, length, config = len(images_F3SS), len(self.position_LC), self.config
-        if images_F3SS.shape[1:] != (config.num_channels, config.image_size, config.image_size):
-            raise ValueError(
-                f"frames of {tuple(images_F3SS.shape[1:])} given; the tower reads "
-                f"({config.num_channels}, {config.image_size}, {config.image_size})"
-            )
+        check_frames(images_F3SS, self.config)
+        frames, length = len(images_F3SS), len(self.position_LC)
         patches_RK = self._patches(images_F3SS.to(self.kernel_CK.device))
         x_RC = torch.addmm(self.bias_C, patches_RK, self.kernel_CK.T)
         x_RC.view(frames, length, -1).add_(self.position_LC)
-        x_RC = run_layers(x_RC, length, self.layers, config.layer_norm_eps, exact_gelu=False, last_norm=None)
+        x_RC = run_layers(x_RC, length, self.layers, exact_gelu=False, last_norm=None)
         return x_RC.view(frames, length, -1)
 
     def _patches(self, images_F3SS: Tensor) -> Tensor:
@@ -99,37 +95,28 @@ class FastAudioTower:
         self.config, self.position_LC = tower.config, tower.position.weight.data
         self.layers = [weights.tower_layer(layer) for layer in tower.layers]
         self.convolutions = [_convolution(tower.conv1), _convolution(tower.conv2)]
-        self.last_norm = (tower.norm.weight.data, tower.norm.bias.data)
+        self.last_norm = weights.layer_norm(tower.norm)
 
     def __call__(self, mel_PML: Tensor) -> Tensor:
         """(P, M, mel frames) -> (P, L, C), after the last norm."""
-        config, pieces = self.config, len(mel_PML)
-        if mel_PML.shape[1:] != (config.num_mel_bins, config.mel_frames):
-            raise ValueError(
-                f"log-mel of {tuple(mel_PML.shape[1:])} given; the tower reads pieces of "
-                f"({config.num_mel_bins}, {config.mel_frames})"
-            )
-        op, x_PLC = ops.pick(mel_PML.device), mel_PML.transpose(1, 2)
-        for kernel_CK, bias_C, stride in self.convolutions:
+        check_pieces(mel_PML, self.config)
+        op, pieces, x_PLC = ops.pick(mel_PML.device), len(mel_PML), mel_PML.transpose(1, 2)
+        for kernel, stride in self.convolutions:
             windows = nnf.pad(x_PLC, (0, 0, 1, 1)).unfold(1, 3, stride).transpose(2, 3)
-            rows_RK = windows.reshape(-1, kernel_CK.shape[1])
-            x_RC = rows_RK.new_empty(len(rows_RK), len(kernel_CK))
-            op.gelu_product(rows_RK, kernel_CK, bias_C, True, x_RC)
-            x_PLC = x_RC.view(pieces, -1, len(kernel_CK))
+            rows_RK = windows.reshape(-1, kernel.weight_IC.shape[1])
+            x_RC = rows_RK.new_empty(len(rows_RK), len(kernel.bias_I))
+            op.gelu_product(rows_RK, kernel, True, x_RC)
+            x_PLC = x_RC.view(pieces, -1, x_RC.shape[1])
         x_PLC += self.position_LC
         length = x_PLC.shape[1]
-        x_RC = run_layers(
-            *(x_PLC.flatten(0, 1), length, self.layers, config.layer_norm_eps),
-            exact_gelu=True,
-            last_norm=self.last_norm,
-        )
+        x_RC = run_layers(x_PLC.flatten(0, 1), length, self.layers, exact_gelu=True, last_norm=self.last_norm)
         return x_RC.view(pieces, length, -1)
 
 
-def _convolution(conv: nn.Conv1d) -> tuple[Tensor, Tensor, int]:
-    """Matrix over windows, bias, stride."""
+def _convolution(conv: nn.Conv1d) -> tuple[Affine, int]:
+    """Matrix over windows with its bias, and the stride."""
     assert conv.bias is not None
-    return unfolded(conv.weight.data), conv.bias.data, conv.stride[0]
+    return Affine(unfolded(conv.weight.data), conv.bias.data), conv.stride[0]
 
 
 def unfolded(weight_CIK: Tensor) -> Tensor:

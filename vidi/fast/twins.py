@@ -7,16 +7,19 @@ Dims: R rows, D width, I inner width, K branches, T text rows, S keys, N query h
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from vidi import precision
 from vidi.attention import eager, rope
+from vidi.attention.call import AttentionCall
 from vidi.bridge import norm as bridge_norm
 from vidi.decoder.decoder import softcap
 from vidi.decoder.norm import gemma_norm
-from vidi.fast.plan import Plan
+from vidi.fast.operands import Affine, Keys, LayerNorm, Queries, Residual, Rotation, Scores
 
 __all__ = [
     "add_gemma_norm",
@@ -35,20 +38,19 @@ __all__ = [
 # ---- rows of streams and text ---------------------------------------------------------------------------------------
 
 
-def add_gemma_norm(
-    x_RD: Tensor, branches_KRD: Tensor | None, post_D: Tensor | None, next_D: Tensor | None, eps: float, out_RD: Tensor
-) -> None:
-    """x += post_norm(b0 + b1 + …) in place, then out = next_norm(x).
+def add_gemma_norm(residual: Residual, out_RD: Tensor) -> None:
+    """x += post(b0 + b1 + …) in place, then out = following(x).
 
-    Without branches x stays as it is; without ``next_D`` nothing is written to ``out_RD``.
+    Without branches x stays as it is; without ``following`` nothing is written to ``out_RD``.
     """
-    if branches_KRD is not None and post_D is not None:
-        mixed = branches_KRD[0]
-        for branch in branches_KRD[1:]:
+    x_RD, post, following = residual.x, residual.post, residual.following
+    if residual.branches is not None and post is not None:
+        mixed = residual.branches[0]
+        for branch in residual.branches[1:]:
             mixed = mixed + branch
-        x_RD += gemma_norm(mixed, post_D, eps)
-    if next_D is not None:
-        out_RD.copy_(gemma_norm(x_RD, next_D, eps))
+        x_RD += gemma_norm(mixed, post.weight_D, post.eps)
+    if following is not None:
+        out_RD.copy_(gemma_norm(x_RD, following.weight_D, following.eps))
 
 
 def gelu_mul(gate_up_R2I: Tensor, out_RI: Tensor) -> None:
@@ -57,12 +59,12 @@ def gelu_mul(gate_up_R2I: Tensor, out_RI: Tensor) -> None:
     torch.mul(nnf.gelu(gate, approximate="tanh"), up, out=out_RI)
 
 
-def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, out_RC: Tensor) -> None:
+def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: LayerNorm | None, out_RC: Tensor) -> None:
     """out = LayerNorm(x + pending), or the sum itself without a norm; ``pending`` is at least float32."""
     wide = x_RC + pending_C
     if norm is not None:
-        weight, bias = (precision.at_least_float32(x) for x in norm)
-        wide = nnf.layer_norm(wide, wide.shape[-1:], weight, bias, eps)
+        weight, bias = (precision.at_least_float32(x) for x in (norm.weight_C, norm.bias_C))
+        wide = nnf.layer_norm(wide, wide.shape[-1:], weight, bias, norm.eps)
     out_RC.copy_(wide)
 
 
@@ -71,9 +73,9 @@ def rms_norm(x_RD: Tensor, weight_D: Tensor, out_RD: Tensor) -> None:
     torch.mul(weight_D, bridge_norm.rms(x_RD), out=out_RD)
 
 
-def gelu_product(x_RC: Tensor, weight_IC: Tensor, bias_I: Tensor, exact: bool, out_RI: Tensor) -> None:
+def gelu_product(x_RC: Tensor, linear: Affine, exact: bool, out_RI: Tensor) -> None:
     """out = gelu(x · weightᵀ + bias); ``exact`` is the erf form, otherwise tanh."""
-    torch.addmm(bias_I, x_RC, weight_IC.T, out=out_RI)
+    torch.addmm(linear.bias_I, x_RC, linear.weight_IC.T, out=out_RI)
     out_RI.copy_(nnf.gelu(out_RI, approximate="none" if exact else "tanh"))
 
 
@@ -89,112 +91,57 @@ def cut_patches(pixels_F3SS: Tensor, table_256: Tensor, patch: int, side: int, o
 # ---- attention of text rows -----------------------------------------------------------------------------------------
 
 
-def attend(
-    q_TX: Tensor,
-    rotated_TX: Tensor,
-    pos_T: Tensor,
-    k_SGH: Tensor,
-    v_SGH: Tensor,
-    cross_SX: Tensor,
-    plan: Plan,
-    window: int | None,
-    scale: float,
-    cap: float,
-    out_3TX: Tensor,
-) -> None:
-    """Text rows of one sample to the text, to the visual and to the audio tokens, into out[0], out[1], out[2].
-
-    q, rotated: (T, N·H), before and after rotation. pos: positions of the rows (int64). k, v: the text cache, key s at
-    position s. cross: keys, then values, (S, 2·G·H). An absent modality gives exact zeros.
-    """
-    heads = (k_SGH.shape[1], k_SGH.shape[2])
-    split = (1, q_TX.shape[0], -1, heads[1])
-    text = slice(0, plan.text_keys)
-    out_3TX[0] = eager.attend(
-        rotated_TX.reshape(split),
-        k_SGH[None, text],
-        v_SGH[None, text],
-        scale=scale,
-        softcap=cap,
-        q_pos_BT=pos_T[None],
-        window=window,
-    ).flatten(-2)[0]
-    for branch, (first, stop) in ((1, plan.visual), (2, plan.audio)):
+def attend(queries: Queries, keys: Keys, scores: Scores, out_3TX: Tensor) -> None:
+    """Text rows of one sample to the text (rotated queries), to the visual and to the audio tokens (queries before
+    rotation), into out[0], out[1], out[2]. An absent modality gives exact zeros."""
+    heads = (keys.k_SGH.shape[1], keys.k_SGH.shape[2])
+    q_1TNH, rotated_1TNH = (x.reshape(1, len(x), -1, heads[1]) for x in (queries.q_TX, queries.rotated_TX))
+    k, v = (x[None, : keys.plan.text_keys] for x in (keys.k_SGH, keys.v_SGH))
+    text = AttentionCall(rotated_1TNH, k, v, scores.scale, scores.cap, queries.pos_T[None], scores.window)
+    out_3TX[0] = eager.attend(text).flatten(-2)[0]
+    for branch, (first, stop) in ((1, keys.plan.visual), (2, keys.plan.audio)):
         if first == stop:
             out_3TX[branch] = 0
             continue
-        k, v = (x.unflatten(-1, heads)[None] for x in cross_SX[first:stop].chunk(2, dim=-1))
-        out_3TX[branch] = eager.attend(q_TX.reshape(split), k, v, scale=scale, softcap=cap).flatten(-2)[0]
+        k, v = (x.unflatten(-1, heads)[None] for x in keys.cross_SX[first:stop].chunk(2, dim=-1))
+        stream = AttentionCall(q_1TNH, k, v, scores.scale, scores.cap)
+        out_3TX[branch] = eager.attend(stream).flatten(-2)[0]
 
 
 # ---- one decoding row -----------------------------------------------------------------------------------------------
-# Each starts with what `add_gemma_norm` does, but leaves x alone and writes the sum to x_out.
+# Each starts with what `add_gemma_norm` does, but leaves x alone and writes the sum to sum_D.
 
 
-def _summed(
-    x_D: Tensor, branches_KD: Tensor | None, post_D: Tensor | None, next_D: Tensor, eps: float, x_out_D: Tensor
-) -> Tensor:
-    x_out_D.copy_(x_D)
-    normed = torch.empty_like(x_D)
-    branches = None if branches_KD is None else branches_KD[:, None]
-    add_gemma_norm(x_out_D[None], branches, post_D, next_D, eps, normed[None])
+def _summed(residual: Residual, sum_D: Tensor) -> Tensor:
+    sum_D.copy_(residual.x)
+    normed = torch.empty_like(sum_D)
+    branches = None if residual.branches is None else residual.branches[:, None]
+    add_gemma_norm(replace(residual, x=sum_D[None], branches=branches), normed[None])
     return normed
 
 
 def qkv_step(
-    x_D: Tensor,
-    branches_KD: Tensor | None,
-    post_D: Tensor | None,
-    next_D: Tensor,
-    eps: float,
-    x_out_D: Tensor,
-    qkv_XD: Tensor,
-    pos_1: Tensor,
-    cos_SH: Tensor,
-    sin_SH: Tensor,
-    q_X: Tensor,
-    rotated_X: Tensor,
-    k_SGH: Tensor,
-    v_SGH: Tensor,
+    residual: Residual, sum_D: Tensor, qkv_XD: Tensor, rotation: Rotation, queries: Queries, keys: Keys
 ) -> None:
-    """q before and after rotation; the rotated key and the value into the text cache at position ``pos_1``."""
-    groups, head_dim = k_SGH.shape[1:]
-    heads_NH = (qkv_XD @ _summed(x_D, branches_KD, post_D, next_D, eps, x_out_D)).unflatten(0, (-1, head_dim))
-    turned_NH = rope.apply(heads_NH[None, None], cos_SH[pos_1][None], sin_SH[pos_1][None])[0, 0]
-    q_X.copy_(heads_NH[: -2 * groups].flatten())
-    rotated_X.copy_(turned_NH[: -2 * groups].flatten())
-    k_SGH.index_copy_(0, pos_1, turned_NH[None, -2 * groups : -groups])
-    v_SGH.index_copy_(0, pos_1, heads_NH[None, -groups:])
+    """q before and after rotation into ``queries``; the rotated key and the value into the text cache at its position."""
+    groups, head_dim = keys.k_SGH.shape[1:]
+    heads_NH = (qkv_XD @ _summed(residual, sum_D)).unflatten(0, (-1, head_dim))
+    cos_1H, sin_1H = (x[queries.pos_T] for x in (rotation.cos_SH, rotation.sin_SH))
+    turned_NH = rope.apply(heads_NH[None, None], cos_1H[None], sin_1H[None])[0, 0]
+    queries.q_TX[0] = heads_NH[: -2 * groups].flatten()
+    queries.rotated_TX[0] = turned_NH[: -2 * groups].flatten()
+    keys.k_SGH.index_copy_(0, queries.pos_T, turned_NH[None, -2 * groups : -groups])
+    keys.v_SGH.index_copy_(0, queries.pos_T, heads_NH[None, -groups:])
 
 
-def gate_up_step(
-    x_D: Tensor,
-    branches_KD: Tensor | None,
-    post_D: Tensor | None,
-    next_D: Tensor,
-    eps: float,
-    x_out_D: Tensor,
-    gate_up_2ID: Tensor,
-    out_I: Tensor,
-) -> None:
+def gate_up_step(residual: Residual, sum_D: Tensor, gate_up_2ID: Tensor, out_I: Tensor) -> None:
     """out = gelu_tanh(gate(n)) · up(n)."""
-    both = gate_up_2ID @ _summed(x_D, branches_KD, post_D, next_D, eps, x_out_D)
-    gelu_mul(both[None], out_I[None])
+    gelu_mul((gate_up_2ID @ _summed(residual, sum_D))[None], out_I[None])
 
 
-def head_step(
-    x_D: Tensor,
-    branches_KD: Tensor | None,
-    post_D: Tensor | None,
-    next_D: Tensor,
-    eps: float,
-    x_out_D: Tensor,
-    embed_VD: Tensor,
-    cap: float,
-    out_V: Tensor,
-) -> None:
+def head_step(residual: Residual, sum_D: Tensor, embed_VD: Tensor, cap: float, out_V: Tensor) -> None:
     """out = cap · tanh(embed · n / cap)."""
-    out_V.copy_(softcap(embed_VD @ _summed(x_D, branches_KD, post_D, next_D, eps, x_out_D), cap))
+    out_V.copy_(softcap(embed_VD @ _summed(residual, sum_D), cap))
 
 
 def product_step(rows_KX: Tensor, weight_DX: Tensor, out_KD: Tensor) -> None:

@@ -16,14 +16,29 @@ from torch import Tensor, nn
 
 from vidi import precision
 from vidi.decoder.layer import DecoderLayer
+from vidi.decoder.norm import GemmaNorm
+from vidi.fast.operands import Affine, GemmaWeight, LayerNorm, Scores
 from vidi.towers.layer import TowerLayer
 
-__all__ = ["LayerWeights", "TowerWeights", "decoder_layer", "fold_output", "fuse", "tower_layer"]
+__all__ = [
+    "LayerWeights",
+    "TowerWeights",
+    "affine",
+    "decoder_layer",
+    "fold_output",
+    "fuse",
+    "gemma_weight",
+    "layer_norm",
+    "tower_layer",
+]
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. qkv_XD: q, k and v below each other; kv: its last 2·G·H rows; gate_up_2ID: gate, then up."""
+    """One decoder layer. qkv_XD: q, k and v below each other; kv: its last 2·G·H rows; gate_up_2ID: gate, then up.
+
+    own_DX: the output projection of a stream token's own value (`fold_output`).
+    """
 
     qkv_XD: Tensor
     kv_XD: Tensor
@@ -31,23 +46,23 @@ class LayerWeights:
     o_DX: Tensor
     gate_up_2ID: Tensor
     down_DI: Tensor
-    input_norm_D: Tensor
-    post_attn_norm_D: Tensor
-    pre_ffn_norm_D: Tensor
-    post_ffn_norm_D: Tensor
-    window: int | None
+    input_norm: GemmaWeight
+    post_attn_norm: GemmaWeight
+    pre_ffn_norm: GemmaWeight
+    post_ffn_norm: GemmaWeight
+    scores: Scores
 
 
 @dataclass(frozen=True)
 class TowerWeights:
     """One tower layer: matrices with their biases; q, k and v below each other (a missing bias is 0)."""
 
-    norm1: tuple[Tensor, Tensor]
-    qkv: tuple[Tensor, Tensor]
-    out: tuple[Tensor, Tensor]
-    norm2: tuple[Tensor, Tensor]
-    fc1: tuple[Tensor, Tensor]
-    fc2: tuple[Tensor, Tensor]
+    norm1: LayerNorm
+    qkv: Affine
+    out: Affine
+    norm2: LayerNorm
+    fc1: Affine
+    fc2: Affine
     num_heads: int
     scale: float
 
@@ -83,6 +98,18 @@ def fold_output(o_DX: Tensor, num_heads: int, num_kv_heads: int) -> Tensor:
     return wide.sum(2).flatten(1).to(o_DX.dtype)
 
 
+def affine(module: nn.Linear) -> Affine:
+    return Affine(module.weight.data, module.bias.data)
+
+
+def layer_norm(module: nn.LayerNorm) -> LayerNorm:
+    return LayerNorm(module.weight.data, module.bias.data, module.eps)
+
+
+def gemma_weight(module: GemmaNorm) -> GemmaWeight:
+    return GemmaWeight(module.weight.data, module.eps)
+
+
 def decoder_layer(layer: nn.Module) -> LayerWeights:
     assert isinstance(layer, DecoderLayer)
     attention, mlp, config = layer.attention, layer.mlp, layer.attention.config
@@ -94,30 +121,26 @@ def decoder_layer(layer: nn.Module) -> LayerWeights:
         o_DX=attention.o.weight.data,
         gate_up_2ID=fuse([mlp.gate.weight, mlp.up.weight]),
         down_DI=mlp.down.weight.data,
-        input_norm_D=layer.input_norm.weight.data,
-        post_attn_norm_D=layer.post_attn_norm.weight.data,
-        pre_ffn_norm_D=layer.pre_ffn_norm.weight.data,
-        post_ffn_norm_D=layer.post_ffn_norm.weight.data,
-        window=layer.window,
+        input_norm=gemma_weight(layer.input_norm),
+        post_attn_norm=gemma_weight(layer.post_attn_norm),
+        pre_ffn_norm=gemma_weight(layer.pre_ffn_norm),
+        post_ffn_norm=gemma_weight(layer.post_ffn_norm),
+        scores=Scores(config.scale, config.attn_softcap, layer.window),
     )
 
 
 def tower_layer(layer: nn.Module) -> TowerWeights:
     assert isinstance(layer, TowerLayer)
-
-    def pair(module: nn.Linear | nn.LayerNorm) -> tuple[Tensor, Tensor]:
-        return module.weight.data, module.bias.data
-
     a = layer.attention
     qkv = fuse([a.q.weight, a.k.weight, a.v.weight])
     biases = [m.bias.data if m.bias is not None else m.weight.new_zeros(m.out_features) for m in (a.q, a.k, a.v)]
     return TowerWeights(
-        norm1=pair(layer.norm1),
-        qkv=(qkv, torch.cat(biases)),
-        out=pair(a.out),
-        norm2=pair(layer.norm2),
-        fc1=pair(layer.mlp.fc1),
-        fc2=pair(layer.mlp.fc2),
+        norm1=layer_norm(layer.norm1),
+        qkv=Affine(qkv, torch.cat(biases)),
+        out=affine(a.out),
+        norm2=layer_norm(layer.norm2),
+        fc1=affine(layer.mlp.fc1),
+        fc2=affine(layer.mlp.fc2),
         num_heads=a.num_heads,
         scale=a.scale,
     )

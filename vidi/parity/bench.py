@@ -1,20 +1,27 @@
-"""A stage on the bench: what it is, and a golden case that feeds it alone.
+"""A golden case on the bench: our model, the goldens that feed a stage alone, and what all stages need to know of its shape.
 
-A template stands for a family of ids: ``{i}`` a layer, ``{m}`` a modality (v, a), ``{b}`` a sample, ``{g}`` nothing or the
-number of a video with a token budget of its own, ``{n}`` a name. Derived places: ``{path}`` vision or audio, ``{name}``
-image or audio, ``{stream}`` the stream that enters the layer, ``{last}`` the text after the last layer.
+Derived places of a stage's inputs: ``{path}`` vision or audio, ``{name}`` image or audio, ``{stream}`` the stream that enters
+the layer, ``{before}`` the text that does, ``{last}`` the text after the last layer.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+import contextlib
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stageparity.arrays import to_numpy
+from stageparity.golden import Whole
+from stageparity.stage import NotHeld, Stage, Stages, fill
+from stageparity.store import Case, Targets
+from stageparity.subject import Tap
 from vidi.attention.unpad import Rows
 from vidi.bridge import audio, mask, position, visual
 from vidi.bridge.visual import Group
@@ -22,62 +29,97 @@ from vidi.cache import CrossKeys
 from vidi.decoder.layer import DecoderLayer, TextRows
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
-from vidi.parity import feed
-from vidi.parity.golden import Whole
-from vidi.parity.store import Case, Targets
+from vidi.parity import feed, trace
+from vidi.parity.goldens import inputs_of
 
-__all__ = ["Bench", "NotHeld", "Site", "Stage"]
+__all__ = ["Bench", "Site"]
 
 NAMES = {"v": {"path": "vision", "name": "image"}, "a": {"path": "audio", "name": "audio"}}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One entry of the registry. ``inputs``: templates of the golden tensors that feed it.
-
-    ``sites``: dotted names of functions, classes, modules (all that is in them) or parts of the model (`model.bridge.pos_h`),
-    each with the use it has here in brackets, where another stage uses the same code for something else.
-    """
-
-    template: str
-    inputs: tuple[str, ...]
-    run: Callable[[Site], Tensor]
-    sites: tuple[str, ...]
-    spec: str
-    what: str
-
-    @property
-    def reads_raw(self) -> bool:
-        """Only raw inputs feed this stage, so that run alone or chained it has the same error: its own."""
-        return all(name.startswith("inputs.") for name in self.inputs)
-
-    @cached_property
-    def pattern(self) -> re.Pattern[str]:
-        places = {
-            "i": r"(?P<i>\d+)",
-            "m": r"(?P<m>[va])",
-            "b": r"(?P<b>\d+)",
-            "g": r"(?P<g>(?:\.\d+)?)",
-            "n": r"(?P<n>.+)",
-        }
-        parts = re.split(r"\{(\w)\}", self.template)
-        return re.compile("".join(places[p] if k % 2 else re.escape(p) for k, p in enumerate(parts)) + r"\Z")
-
-
-class NotHeld(LookupError):
-    """The case does not hold an input of the stage whole, so the stage cannot be fed alone."""
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Bench:
-    """A case on the bench: its model, its goldens as tensors, and what all stages need to know of its shape."""
+    """As `stageparity.subject.Bench`, and what its stages ask for."""
 
-    def __init__(self, case: Case, model: VidiModel, targets: Targets) -> None:
-        self.case, self.model, self.targets = case, model, targets
-        self.inputs = case.inputs
-        self.batch: Batch = feed.batch_of(self.inputs)
-        noise = feed.noise_of(self.inputs)
-        self.noise: position.Noise | None = (lambda axis, length: noise[axis]) if noise else None
+    def __init__(self, case: Case, model: VidiModel, targets: Targets, stages: Stages) -> None:
+        self.case, self.model, self.targets, self.stages = case, model, targets, stages
         self._held: dict[str, Tensor] = {}
+        self._features: dict[tuple[Any, ...], Tensor] = {}
+
+    # ---- what the harness asks for ------------------------------------------------------------------------------------
+
+    def run(self, tap: Tap) -> None:
+        with contextlib.ExitStack() as undo:
+            for tower in (self.model.vision_tower, self.model.audio_tower):
+                if isinstance(tower, nn.Module):
+                    undo.enter_context(self._once(tower))
+            trace.run(self.case, self.model, tap)
+
+    @contextlib.contextmanager
+    def _once(self, tower: nn.Module) -> Iterator[None]:
+        """What a tower makes of the same input is computed once for all runs on this bench: it reads raw inputs alone."""
+        forward, own = tower.forward, vars(tower).get("forward")
+
+        def remembered(x: Tensor, *given: str) -> Tensor:
+            content = hashlib.sha256(to_numpy(x)[0].tobytes()).digest()
+            key = (tower, content, given, torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+            if key not in self._features:
+                self._features[key] = forward(x, *given)
+            return self._features[key]
+
+        tower.forward = remembered
+        try:
+            yield
+        finally:
+            del tower.forward
+            if own is not None:
+                tower.forward = own
+
+    def alone(self, stage_id: str) -> Tensor:
+        site = self._site(stage_id)
+        if site.stage.run is None:
+            raise NotHeld(f"no stage feeds {stage_id} alone")
+        self.model.eval()
+        with torch.no_grad():
+            return site.stage.run(site)
+
+    def id(self, template: str, stage_id: str) -> str:
+        return self._site(stage_id).id(template)
+
+    def rounded(self, stage_id: str) -> np.ndarray:
+        site, model = self._site(stage_id), self.model
+        if site.stage.rounded is None or model.dtype not in HALF or self.targets.variant != "cast":
+            raise NotHeld("nothing says where this rounds")
+        if (model.device.type, model.backend) != ("cpu", "eager"):
+            raise NotHeld("other kernels round elsewhere")
+
+        def to(x: np.ndarray) -> np.ndarray:
+            return torch.from_numpy(np.ascontiguousarray(x)).to(model.dtype).float().numpy()
+
+        return site.stage.rounded(site, to)
+
+    def _site(self, stage_id: str) -> Site:
+        found = self.stages.find(stage_id)
+        if found is None:
+            raise NotHeld(f"{stage_id} is no stage")
+        return Site(self, *found)
+
+    # ---- what stages ask for ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def inputs(self) -> dict[str, np.ndarray]:
+        return inputs_of(self.case)
+
+    @cached_property
+    def batch(self) -> Batch:
+        if "inputs.input_ids" not in self.inputs:
+            raise NotHeld("the case holds no ids beside those of its decoding")
+        return feed.batch_of(self.inputs)
+
+    @cached_property
+    def noise(self) -> position.Noise | None:
+        noise = feed.noise_of(self.inputs)
+        return (lambda axis, length: noise[axis]) if noise else None
 
     def golden(self, stage_id: str) -> Tensor:
         """A golden tensor in the model's dtype, on its device. Raises NotHeld where the case has it not, or in part."""
@@ -134,7 +176,12 @@ class Site:
         names = NAMES[m]
         stream = f"layer.0.{names['name']}_input" if i == 0 else f"layer.{i - 1}.{names['name']}_stream"
         last = f"layer.{self.bench.model.config.decoder.num_layers - 1}.output"
-        return template.format(**{**self.places, **names, "stream": stream, "last": last})
+        derived = {**names, "stream": stream, "before": f"layer.{i - 1}.output", "last": last}
+        return fill(template, {"b": "0", "g": "", "m": m, **self.places, **derived})
+
+    @property
+    def sample(self) -> int:
+        return int(self.places["b"])
 
     @property
     def model(self) -> VidiModel:
@@ -147,6 +194,11 @@ class Site:
     @property
     def group(self) -> Group:
         return next(g for g in self.bench.plan if g.suffix == self.places["g"])
+
+    @property
+    def grid(self) -> int:
+        """Visual tokens a side."""
+        return self.group.side // self.model.config.image_pool_size
 
     @property
     def frames(self) -> slice:

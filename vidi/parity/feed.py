@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stageparity import store
+from stageparity.golden import Whole
+from stageparity.store import Case
 from vidi import precision
 from vidi.bridge import position
 from vidi.checkpoint import names
@@ -18,9 +21,7 @@ from vidi.fast import accelerate
 from vidi.fast.model import FastModel
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
-from vidi.parity import store
-from vidi.parity.golden import Whole
-from vidi.parity.store import Case
+from vidi.parity.goldens import position_table
 
 __all__ = [
     "DTYPES",
@@ -72,7 +73,7 @@ def table_of(case: Case) -> np.ndarray | None:
     width = case.config["hidden_size"]
     if (own := _own_table(case)) is not None:
         return own
-    if (embedded := store.position_table(width)) is not None:
+    if (embedded := position_table(width)) is not None:
         return embedded
     others = (store.open_case(ref.folder, ref.name) for ref in store.list_cases(case.folder) if ref.name != case.name)
     return next((t for c in others if c.config["hidden_size"] == width and (t := _own_table(c)) is not None), None)

@@ -21,16 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stageparity import evidence, fingerprint, sketch, store, tolerance, writer
+from stageparity.golden import Golden, GoldenError, Sketched, Whole
+from stageparity.manifest import content_sha256
+from stageparity.sketch import Sketch, SketchSpec
 from vidi import precision
 from vidi.checkpoint import synthetic
 from vidi.config import VidiConfig
 from vidi.fast import accelerate
 from vidi.inputs.batch import Batch
-from vidi.parity import fingerprint, sketch, store, tolerance, writer
-from vidi.parity.golden import Golden, GoldenError, Sketched, Whole
-from vidi.parity.ids import axes, is_exact, sort_ids
-from vidi.parity.manifest import content_sha256
-from vidi.parity.sketch import Sketch, SketchSpec
+from vidi.parity.goldens import goldens_dir
+from vidi.parity.stages import STAGES
 
 __all__ = ["CASE", "FOLDER", "FullRun", "StageRatio", "inputs", "judge", "make", "provenance", "run", "sketched"]
 
@@ -90,7 +91,7 @@ def sketched(stage: str, x: Tensor, spec: SketchSpec = SPEC, like: Golden | None
         return Whole((x.float() if x.is_floating_point() else x).cpu().numpy(), name)
     if not torch.isfinite(x).all():
         raise GoldenError(f"{stage} holds NaN or Inf: nothing to sketch")
-    where = axes(stage, x.ndim).rows
+    where, _ = STAGES.axes(stage).of(x.ndim)
     matrix = x.movedim(where, tuple(range(len(where)))).reshape(math.prod(x.shape[a] for a in where), -1)
     rows, columns = matrix.shape
     blocks, block_max, sum_squares = [], [], 0.0
@@ -117,11 +118,11 @@ def _sketch_run(runner: Any, batch: Batch, like: Mapping[str, Golden] | None = N
     """Every stage of one pass; attention taken apart is left out (its results are `t2v` and `t2a`)."""
     found: dict[str, Golden] = {}
 
-    def tap(stage: str, x: Tensor) -> None:
-        if stage.startswith("xattn."):
-            return
-        assert stage not in found, f"{stage} came in parts; frames must pass in one batch"
-        found[stage] = sketched(stage, x, like=None if like is None else like.get(stage))
+    def tap(stage: str, x: Tensor) -> Tensor:
+        if not stage.startswith("xattn."):
+            assert stage not in found, f"{stage} came in parts; frames must pass in one batch"
+            found[stage] = sketched(stage, x, like=None if like is None else like.get(stage))
+        return x
 
     with torch.no_grad(), fingerprint.ieee():
         runner(batch, tap=tap)
@@ -205,22 +206,47 @@ class StageRatio:
 class FullRun:
     stages: tuple[StageRatio, ...]
     device: str
+    goldens: Path = Path()  #: the folder that judged it
 
     @property
     def exit_code(self) -> int:
         """0 every stage is within its limits, 1 some are not, 3 nothing was compared."""
         return 3 if not self.stages else int(not all(s.ok for s in self.stages))
 
-    def text(self) -> str:
-        """Failures first, then the largest ratio."""
-        bad = [s for s in self.stages if not s.ok]
+    @property
+    def over(self) -> list[str]:
+        return [s.text() for s in self.stages if not s.ok]
+
+    @property
+    def largest(self) -> str | None:
+        """The stage with the largest ratio of rms errors, fast over plain."""
         judged = [s for s in self.stages if s.plain.get("rms")]
         worst = max(judged, key=lambda s: s.fast["rms"] / s.plain["rms"], default=None)
-        lines = [f"full size on {self.device}: {len(self.stages)} stages, {len(bad)} over"]
-        lines += ["  " + s.text() for s in bad]
-        if worst is not None:
-            lines.append("  largest ratio of rms errors, fast over plain: " + worst.text())
+        return None if worst is None else worst.text()
+
+    def text(self) -> str:
+        """Failures first, then the largest ratio."""
+        lines = [f"full size on {self.device}: {len(self.stages)} stages, {len(self.over)} over"]
+        lines += ["  " + line for line in self.over]
+        if self.largest is not None:
+            lines.append("  largest ratio of rms errors, fast over plain: " + self.largest)
         return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """The same for `vidi parity --size full --json`, with every stage's errors, and what it was measured on."""
+        root, refs = Path(__file__).resolve().parents[2], store.list_cases(self.goldens / FOLDER)
+        basis = evidence.Basis(
+            evidence.code(["vidi/parity/full.py"], root, evidence.ASIDE),
+            evidence.goldens(refs),
+            evidence.budgets(self.goldens, [f"{ref.set}/{ref.name}" for ref in refs]),
+        )
+        return {
+            "measured_on": evidence.measured_on(basis, root, self.device),
+            "stages": len(self.stages),
+            "over": self.over,
+            "largest": self.largest,
+            "figures": {s.stage: [s.fast, s.plain] for s in self.stages},
+        }
 
 
 def judge(
@@ -228,14 +254,14 @@ def judge(
 ) -> list[StageRatio]:
     """Every golden stage: exact ones bit for bit, the others by the ratio of errors."""
     rows = []
-    for stage in sort_ids(golden):
+    for stage in STAGES.sort(golden):
         if stage not in plain or stage not in fast:
             rows.append(StageRatio(stage, {}, {}, {}, "missing: a run produced no tensor of this id"))
             continue
         truth, mine = golden[stage], fast[stage]
         if truth.shape != mine.shape:
             rows.append(StageRatio(stage, {}, {}, {}, f"shape {mine.shape}, golden has {truth.shape}"))
-        elif is_exact(stage):
+        elif STAGES.is_exact(stage):
             same = isinstance(truth, Whole) and isinstance(mine, Whole) and np.array_equal(truth.array, mine.array)
             rows.append(StageRatio(stage, {}, {}, {}, "" if same else "exact values differ"))
         else:
@@ -269,9 +295,9 @@ def run(goldens: Path | str | None = None, *, device: str = "cuda", folder: Path
 
     Raises GoldenError where the case cannot be trusted, or its inputs are no longer those that the generator makes.
     """
-    root = store.goldens_dir(goldens)
+    root = goldens_dir(goldens)
     case = store.open_case(folder or root / FOLDER, CASE)
-    gate = tolerance.load(root).gates[GATE]
+    gate = tolerance.load(root, STAGES).gates[GATE]
     limits = {m: float(gate[f"c_{m}"]) for m in METRICS} | {"floor": float(gate["floor_ulp"] * gate["eps"])}
     config, where = VidiConfig.from_official(case.config), torch.device(device)
     arrays = inputs(config, case.info["num_frames"])
@@ -286,4 +312,4 @@ def run(goldens: Path | str | None = None, *, device: str = "cuda", folder: Path
     gc.collect()
     fast = _sketch_run(accelerate(model, frame_batch=case.info["num_frames"]), batch, golden)
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
-    return FullRun(tuple(judge(golden, plain, fast, limits)), name)
+    return FullRun(tuple(judge(golden, plain, fast, limits)), name, root)

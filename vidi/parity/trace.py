@@ -1,91 +1,144 @@
-"""Capture of our model: one run of a case, every stage under its recorded id and in its recorded layout.
+"""A golden case through our model, every stage to a tap under its recorded id and in its recorded layout.
 
-Model code hands tensors to a `Tap` in the layout that it computes in; what the recordings hold in another one (heads
-before tokens, heads repeated, unpadded copies) is rearranged here, after the run.
+Model code hands tensors to its tap in the layout that it computes in; what the recordings hold in another one (heads before
+tokens, heads repeated) is turned there and back on the way, and what they hold beside the model's own stages (unpadded
+copies, losses, gradients, decoding) is added here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from stageparity.golden import Whole
+from stageparity.run import Trace
+from stageparity.store import Case
+from stageparity.subject import Tap
 from vidi import generate, loss
 from vidi.attention import unpad
 from vidi.attention.unpad import Rows
 from vidi.bridge import position
 from vidi.checkpoint import names
+from vidi.config import DecoderConfig
 from vidi.decoder.attention import repeat_heads
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
-from vidi.parity import feed, store
-from vidi.parity.golden import Whole
-from vidi.parity.store import Case
+from vidi.parity import feed
+from vidi.parity.goldens import inputs_of, synthetic_tower
 from vidi.stream import Stream
 
-__all__ = ["Trace", "capture", "cross_attention", "decoding"]
+__all__ = ["Recorded", "capture", "decoding", "run", "unpadded"]
 
-MODALITIES = {"v": "vision.mask", "a": "audio.mask"}
+MASKS = {"v": "vision.mask", "a": "audio.mask"}
 #: in float16: gradients of the recordings reach 23 (beyond 63 they would overflow), those of scores go down to a millionth
 LOSS_SCALE = 1024
-NEEDED = {*MODALITIES.values(), "text.mask", "text.labels"}  # read by what is derived after the run
 
 
-class Trace:
-    """A tap that keeps tensors by stage id; parts of one id are joined along axis 0. ``wanted`` None = everything."""
-
-    def __init__(self, wanted: Callable[[str], bool] | None = None) -> None:
-        self._wanted = wanted or (lambda stage: True)
-        self._parts: dict[str, list[Tensor]] = {}
-
-    def __call__(self, stage_id: str, value: Tensor) -> None:
-        if self._wanted(stage_id):
-            self._parts.setdefault(stage_id, []).append(value)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {stage: parts[0] if len(parts) == 1 else torch.cat(parts) for stage, parts in self._parts.items()}
+def capture(case: Case, model: feed.Runner) -> dict[str, Tensor]:
+    """All tensors of one chained run."""
+    tap = Trace()
+    run(case, model, tap)
+    return tap.tensors()
 
 
-def capture(case: Case, model: feed.Runner, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """Run ``case`` through ``model`` from its raw inputs: every stage that its targets hold (chained), and more.
+def run(case: Case, model: feed.Runner, tap: Tap) -> None:
+    """Run ``case`` through ``model`` from its raw inputs: every stage that its targets hold, and more.
 
     Where the case has labels, losses and the gradients that its targets name are there too; where it decodes, the
     logits along the golden tokens, cached and uncached, and the model's own greedy tokens.
     """
-    found: dict[str, Tensor] = {}
     if "logits" in case.targets:
-        found |= forward(case, model, wanted)
-    if "generate" in case.info:
-        found |= decoding(case, model)
-    return found
+        forward(case, model, tap)
+    for variant in case.info.get("generate", {}):
+        if tap.wants(f"{variant}.nocache.logits") or tap.wants(f"{variant}.tokens"):
+            decoding(case, variant, model, tap)
 
 
-def forward(case: Case, model: feed.Runner, wanted: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+# ---- one whole pass ---------------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """The model's tap: stages in their recorded layout, cross-attention taken apart in the first and last layer (§9)."""
+
+    def __init__(self, config: DecoderConfig, tap: Tap, *, flat_logits: bool = False) -> None:
+        """flat_logits: recordings of losses hold the logits as the loss sees them."""
+        self.tap, self.heads, self.group = tap, config.num_heads, config.num_heads // config.num_kv_heads
+        self.taken = {"0", str(config.num_layers - 1)}
+        self.flat_logits = flat_logits
+        self.gone_on: dict[str, Tensor] = {}  # masks and taken-apart attention, as the run went on with them
+
+    def __call__(self, stage: str, x: Tensor) -> Tensor:
+        kind, *rest = stage.split(".")
+        if kind == "xattn":
+            return self._xattn(stage, x, rest[2]) if rest[0] in self.taken else x
+        if stage == "logits" and self.flat_logits:
+            return self.tap(stage, x.flatten(0, 1)).view_as(x)
+        back = self.tap(stage, x)
+        if stage in (*MASKS.values(), "text.mask", "text.labels"):
+            self.gone_on[stage] = back
+        return back
+
+    def _xattn(self, stage: str, x: Tensor, part: str) -> Tensor:
+        if part == "out":
+            return self.tap(stage, x)
+        recorded = x if part == "q" else repeat_heads(x, self.heads)
+        back = self.tap(stage, turned := recorded.transpose(1, 2))
+        if back is turned:
+            self.gone_on[stage] = recorded
+            return x
+        self.gone_on[stage] = back = back.transpose(1, 2)
+        return back if part == "q" else back[:, :, :: self.group]
+
+    def beside_attention(self) -> None:
+        """Masks, and the unpadded form where some mask is not full."""
+        for layer in sorted(self.taken):
+            for modality, mask in MASKS.items():
+                prefix = f"xattn.{layer}.{modality}"
+                if f"{prefix}.q" not in self.gone_on:
+                    continue
+                text, keys = Rows(self.gone_on["text.mask"]), Rows(self.gone_on[mask])
+                self.tap(f"{prefix}.q_mask", text.keep_BL)
+                self.tap(f"{prefix}.kv_mask", keys.keep_BL)
+                if not (text.full and keys.full):
+                    q, k, v = (self.gone_on[f"{prefix}.{part}"] for part in "qkv")
+                    for name, value in unpadded(q, k, v, text, keys).items():
+                        self.tap(f"{prefix}.unpad.{name}", value)
+
+
+def unpadded(q_BTNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, text: Rows, keys: Rows) -> dict[str, Tensor]:
+    """What a varlen kernel gets, by the last part of its stage id."""
+    flat = unpad._unpad_xattn_input(q_BTNH, k_BLNH, v_BLNH, text, keys)
+    parts = {part: getattr(flat, part) for part in ("q", "k", "v", "indices_q", "cu_seqlens_q", "cu_seqlens_k")}
+    return {**parts, "max_seqlen": torch.tensor(flat.max_seqlen)}
+
+
+def forward(case: Case, model: feed.Runner, tap: Tap) -> None:
     """The stages of one whole pass, with losses and gradients where the case has labels."""
-    inputs, batch = case.inputs, feed.batch_of(case.inputs)
-    grads = [stage for stage in case.targets if stage.startswith("grad.")]
-    tap = Trace(wanted and (lambda stage: wanted(stage) or stage in NEEDED))
-    with training(model, feed.noise_of(inputs)), torch.set_grad_enabled(bool(grads)):
+    inputs = inputs_of(case)
+    batch = feed.batch_of(inputs)
+    recorded = Recorded(model.config.decoder, tap, flat_logits="loss_thresholds" in case.info)
+    grads = [stage for stage in case.targets if stage.startswith("grad.") and tap.wants(stage)]
+    with _training(model, feed.noise_of(inputs)), torch.set_grad_enabled(bool(grads)):
+        tap("pos.freq", position.frequencies(model.config.decoder.hidden_size))
         if "inputs.feat_index" in inputs:
-            features = feed.to_torch(store.synthetic_tower(inputs), model.dtype, model.device)
+            features = feed.to_torch(synthetic_tower(inputs), model.dtype, model.device)
             signal_B = torch.ones(1, dtype=torch.bool)
-            visual = model.fold_features(iter(features.split(64)), [len(features)], signal_B, tap)
-            streams = {"v": visual, **model.streams(batch, tap)}
-            logits_BTV = model.decode_text(batch, streams, last_stream=True, tap=tap)
+            visual = model.fold_features(iter(features.split(64)), [len(features)], signal_B, recorded)
+            streams = {"v": visual, **model.streams(batch, recorded)}
+            logits_BTV = model.decode_text(batch, streams, last_stream=True, tap=recorded)
         else:
-            logits_BTV = model(batch, last_stream=True, tap=tap)
-        found = {"pos.freq": position.frequencies(model.config.decoder.hidden_size), **tap.tensors()}
-        found |= dict(cross_attention(found, model.config.decoder.num_heads))
+            logits_BTV = model(batch, last_stream=True, tap=recorded)
+        recorded.beside_attention()
         if batch.labels_BT is not None and isinstance(model, VidiModel):
-            found |= _losses(case, model, logits_BTV, found, grads)
-    return {stage: value.detach() for stage, value in found.items()}
+            _losses(case, model, logits_BTV, recorded.gone_on["text.labels"], grads, tap)
 
 
 @contextmanager
-def training(model: feed.Runner, noise: Mapping[str, Tensor]) -> Iterator[None]:
+def _training(model: feed.Runner, noise: Mapping[str, Tensor]) -> Iterator[None]:
     """Training mode with a case's own position noise; evaluation where the case has none."""
     if not noise or not isinstance(model, VidiModel):
         yield
@@ -100,53 +153,17 @@ def training(model: feed.Runner, noise: Mapping[str, Tensor]) -> Iterator[None]:
         model.position_noise = drawn
 
 
-def cross_attention(found: Mapping[str, Tensor], heads: int) -> Iterator[tuple[str, Tensor]]:
-    """The taken-apart cross-attentions of the first and last layer as recorded (§9): heads before tokens and repeated,
-    masks beside them, and the unpadded form where some mask is not full."""
-    layers = sorted({int(name.split(".")[1]) for name in found if name.startswith("xattn.")})
-    for i in sorted({*layers[:1], *layers[-1:]}):
-        for modality, mask in MODALITIES.items():
-            prefix = f"xattn.{i}.{modality}"
-            if f"{prefix}.q" not in found:
-                continue
-            q_BTNH = found[f"{prefix}.q"]
-            k_BLNH, v_BLNH = (repeat_heads(found[f"{prefix}.{part}"], heads) for part in ("k", "v"))
-            text, keys = Rows(found["text.mask"]), Rows(found[mask])
-            yield f"{prefix}.q_mask", text.keep_BL
-            yield f"{prefix}.kv_mask", keys.keep_BL
-            if not (text.full and keys.full):
-                yield from unpadded(prefix, q_BTNH, k_BLNH, v_BLNH, text, keys)
-            for part, value in (("q", q_BTNH), ("k", k_BLNH), ("v", v_BLNH)):
-                yield f"{prefix}.{part}", value.transpose(1, 2)
-
-
-def unpadded(
-    prefix: str, q_BTNH: Tensor, k_BLNH: Tensor, v_BLNH: Tensor, text: Rows, keys: Rows
-) -> Iterator[tuple[str, Tensor]]:
-    flat = unpad._unpad_xattn_input(q_BTNH, k_BLNH, v_BLNH, text, keys)
-    for part in ("q", "k", "v", "indices_q", "cu_seqlens_q", "cu_seqlens_k"):
-        yield f"{prefix}.unpad.{part}", getattr(flat, part)
-    yield f"{prefix}.unpad.max_seqlen", torch.tensor(flat.max_seqlen)
-
-
-def _losses(
-    case: Case, model: VidiModel, logits_BTV: Tensor, found: Mapping[str, Tensor], grads: list[str]
-) -> dict[str, Tensor]:
+def _losses(case: Case, model: VidiModel, logits_BTV: Tensor, labels_BT: Tensor, grads: list[str], tap: Tap) -> None:
     """Losses under every threshold of the case, and gradients named ``grad.THRESHOLD.PARAMETER`` (§8)."""
-    labels_BT = found["text.labels"]
-    per_token = loss.per_token(logits_BTV, labels_BT)
-    out = {"loss.per_token": per_token}
-    thresholds = case.info.get("loss_thresholds", {"none": None})
-    if "loss_thresholds" in case.info:  # the recording of this case holds the logits as the loss sees them
-        out["logits"] = logits_BTV.flatten(0, 1)
-    for name, threshold in thresholds.items():
+    per_token = tap("loss.per_token", loss.per_token(logits_BTV, labels_BT))
+    for name, threshold in case.info.get("loss_thresholds", {"none": None}).items():
         value = loss.mean_above(per_token, labels_BT, threshold)
-        out[f"loss.{name}"] = value.reshape(1) if "loss_thresholds" in case.info else value
+        tap(f"loss.{name}", value.reshape(1) if "loss_thresholds" in case.info else value)
         wanted = {stage: stage.removeprefix(f"grad.{name}.") for stage in grads if stage.startswith(f"grad.{name}.")}
         if wanted:
             parameters = [model.get_parameter(str(names.our_name(official))) for official in wanted.values()]
-            out |= dict(zip(wanted, _slopes(value, parameters, model.dtype), strict=True))
-    return out
+            for stage, slope in zip(wanted, _slopes(value, parameters, model.dtype), strict=True):
+                tap(stage, slope)
 
 
 def _slopes(value: Tensor, parameters: list[nn.Parameter], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -157,33 +174,30 @@ def _slopes(value: Tensor, parameters: list[nn.Parameter], dtype: torch.dtype) -
     return slopes if scale == 1 else tuple(slope.float() / scale for slope in slopes)
 
 
-def decoding(case: Case, model: feed.Runner) -> dict[str, Tensor]:
-    """Each variant V of a decoding case: logits along its golden tokens, `V.nocache.logits` by whole passes and
-    `V.cached.logits` step by step, and what the model decodes on its own, `V.tokens` and `V.lengths`."""
-    found = {}
-    with torch.inference_mode():
-        streams = model.streams(feed.batch_of(case.inputs))
-    for variant, settings in case.info["generate"].items():
-        runner = feed.with_window(model, settings["window"])
-        own_prompt = f"{variant}.prompt_ids" in case.inputs
-        batch = feed.batch_of(case.inputs, f"{variant}.prompt_ids" if own_prompt else "inputs.input_ids")
-        golden = case.targets.get(f"{variant}.tokens")
-        tokens = golden.array if isinstance(golden, Whole) else case.inputs[f"{variant}.tokens"]
-        free = generate.greedy(runner, batch, max_new_tokens=tokens.shape[1], streams=streams)
-        rows = [
-            row + [model.config.end_of_turn_id] * ended for row, ended in zip(free.tokens, free.stopped, strict=True)
-        ]
-        found[f"{variant}.tokens"] = torch.nn.utils.rnn.pad_sequence(
-            [torch.tensor(row) for row in rows], batch_first=True
-        )
-        found[f"{variant}.lengths"] = torch.tensor([len(row) for row in rows])
-        forced_BS = torch.from_numpy(tokens)
-        found[f"{variant}.nocache.logits"] = whole_pass_logits(runner, batch, forced_BS, streams)
-        found[f"{variant}.cached.logits"] = generate.forced_logits(runner, batch, forced_BS, streams=streams)
-    return found
+# ---- decoding ---------------------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
+def decoding(case: Case, variant: str, model: feed.Runner, tap: Tap) -> None:
+    """One variant V of a decoding case: logits along its golden tokens, `V.nocache.logits` by whole passes and
+    `V.cached.logits` step by step, and what the model decodes on its own, `V.tokens` and `V.lengths`."""
+    inputs, settings = inputs_of(case), case.info["generate"][variant]
+    streams = model.streams(feed.batch_of(inputs))
+    runner = feed.with_window(model, settings["window"])
+    own_prompt = f"{variant}.prompt_ids" in inputs
+    batch = feed.batch_of(inputs, f"{variant}.prompt_ids" if own_prompt else "inputs.input_ids")
+    golden = case.targets.get(f"{variant}.tokens")
+    tokens = golden.array if isinstance(golden, Whole) else inputs[f"{variant}.tokens"]
+    free = generate.greedy(runner, batch, max_new_tokens=tokens.shape[1], streams=streams)
+    rows = [row + [model.config.end_of_turn_id] * ended for row, ended in zip(free.tokens, free.stopped, strict=True)]
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    tap(f"{variant}.tokens", padded)
+    tap(f"{variant}.lengths", torch.tensor([len(row) for row in rows]))
+    forced_BS = torch.from_numpy(tokens)
+    tap(f"{variant}.nocache.logits", whole_pass_logits(runner, batch, forced_BS, streams))
+    tap(f"{variant}.cached.logits", generate.forced_logits(runner, batch, forced_BS, streams=streams))
+
+
 def whole_pass_logits(model: feed.Runner, batch: Batch, tokens_BS: Tensor, streams: dict[str, Stream]) -> Tensor:
     """(B, S, V) without any cache: entry s from one pass over the prompt and tokens[:s], all of them in one pass, because
     the text is causal. Every row continues from its own last kept token."""

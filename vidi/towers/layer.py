@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from vidi.attention import dispatch
+from vidi.attention.call import AttentionCall
 
 __all__ = ["Attention", "Mlp", "TowerLayer"]
 
@@ -25,7 +26,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BLC: Tensor, backend: str) -> Tensor:
         q, k, v = (proj(x_BLC).unflatten(-1, (self.num_heads, -1)) for proj in (self.q, self.k, self.v))
-        return self.out(dispatch.attend(q, k, v, scale=self.scale, backend=backend).flatten(-2))
+        return self.out(dispatch.attend(AttentionCall(q, k, v, self.scale), backend).flatten(-2))
 
 
 class Mlp(nn.Module):

@@ -12,11 +12,20 @@ from torch import Tensor, nn
 from vidi.config import VisionConfig
 from vidi.towers.layer import TowerLayer
 
-__all__ = ["UnusedHead", "VisionTower", "gelu_tanh"]
+__all__ = ["UnusedHead", "VisionTower", "check_frames", "gelu_tanh"]
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     return nnf.gelu(x, approximate="tanh")
+
+
+def check_frames(images_F3SS: Tensor, config: VisionConfig) -> None:
+    """Raises ValueError for frames of another size than the tower's."""
+    size, channels = config.image_size, config.num_channels
+    if images_F3SS.shape[1:] != (channels, size, size):
+        raise ValueError(
+            f"frames of {tuple(images_F3SS.shape[1:])} given; the tower reads ({channels}, {size}, {size})"
+        )
 
 
 class UnusedHead(nn.Module):
@@ -56,11 +65,7 @@ class VisionTower(nn.Module):
 
         The last layer is part of the checkpoint and never computed (§10). Raises ValueError for another image size.
         """
-        size, channels = self.config.image_size, self.config.num_channels
-        if images_F3SS.shape[1:] != (channels, size, size):
-            raise ValueError(
-                f"frames of {tuple(images_F3SS.shape[1:])} given; the tower reads ({channels}, {size}, {size})"
-            )
+        check_frames(images_F3SS, self.config)
         x_FLC = self.patch_embed(images_F3SS).flatten(2).transpose(1, 2) + self.position.weight
         for layer in self.layers[:-1]:
             x_FLC = layer(x_FLC, backend)

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from vidi.config import AudioConfig
 from vidi.towers.layer import TowerLayer
 
-__all__ = ["AudioTower"]
+__all__ = ["AudioTower", "check_pieces"]
+
+
+def check_pieces(mel_PML: Tensor, config: AudioConfig) -> None:
+    """Raises ValueError for pieces of another length than the tower's."""
+    bins, frames = config.num_mel_bins, config.mel_frames
+    if mel_PML.shape[1:] != (bins, frames):
+        raise ValueError(f"log-mel of {tuple(mel_PML.shape[1:])} given; the tower reads pieces of ({bins}, {frames})")
 
 
 class AudioTower(nn.Module):
@@ -32,11 +39,7 @@ class AudioTower(nn.Module):
 
     def forward(self, mel_PML: Tensor, backend: str = "eager") -> Tensor:
         """Log-mel pieces (P, M, 2L) -> (P, L, C), after the last LayerNorm. Raises ValueError for another piece length."""
-        bins, frames = self.config.num_mel_bins, self.config.mel_frames
-        if mel_PML.shape[1:] != (bins, frames):
-            raise ValueError(
-                f"log-mel of {tuple(mel_PML.shape[1:])} given; the tower reads pieces of ({bins}, {frames})"
-            )
+        check_pieces(mel_PML, self.config)
         x = nnf.gelu(self.conv1(mel_PML))
         x = nnf.gelu(self.conv2(x)).transpose(1, 2) + self.position.weight
         for layer in self.layers:

@@ -72,7 +72,7 @@ def keep_first(lengths: tuple[int, ...], length: int, device: torch.device | str
 def make(
     case: Case, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
-    """(q, k, v) and the keyword arguments of `dispatch.attend`, without a backend."""
+    """(q, k, v) and the keyword arguments of `AttentionCall`."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(length: int, heads: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 
 from tests.unit.attention import cases
 from vidi.attention import dispatch, limits
+from vidi.attention.call import AttentionCall
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
 CUDA = torch.device("cuda")
@@ -19,16 +20,16 @@ CPU = torch.device("cpu")
 def test_sdpa_is_eager(name: str) -> None:
     tensors, options = cases.make(cases.CASES[name])
     options["softcap"] = None
-    expected = dispatch.attend(*tensors, **options)
-    torch.testing.assert_close(dispatch.attend(*tensors, **options, backend="sdpa"), expected, **CLOSE)
+    expected = dispatch.attend(AttentionCall(*tensors, **options))
+    torch.testing.assert_close(dispatch.attend(AttentionCall(*tensors, **options), "sdpa"), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_flex_is_eager(name: str) -> None:
     torch.compiler.reset()
     tensors, options = cases.make(cases.CASES[name])
-    expected = dispatch.attend(*tensors, **options)
-    torch.testing.assert_close(dispatch.attend(*tensors, **options, backend="flex"), expected, **CLOSE)
+    expected = dispatch.attend(AttentionCall(*tensors, **options))
+    torch.testing.assert_close(dispatch.attend(AttentionCall(*tensors, **options), "flex"), expected, **CLOSE)
 
 
 def test_sdpa_gradients_are_eager_s() -> None:
@@ -36,7 +37,7 @@ def test_sdpa_gradients_are_eager_s() -> None:
     options["softcap"] = None
     inputs = [x.requires_grad_() for x in tensors]
     grads = [
-        torch.autograd.grad(dispatch.attend(*inputs, **options, backend=b).square().sum(), inputs)
+        torch.autograd.grad(dispatch.attend(AttentionCall(*inputs, **options), b).square().sum(), inputs)
         for b in ("eager", "sdpa")
     ]
     for mine, theirs in zip(*grads, strict=True):
@@ -91,20 +92,20 @@ def test_attend_refuses_before_it_imports() -> None:
     """On a machine without flash-attn, float32 is what is wrong, not the missing library."""
     q = torch.zeros(1, 1, 1, 64)
     with pytest.raises(ValueError, match="'flash' cannot run on cpu"):
-        dispatch.attend(q, q, q, scale=1.0, backend="flash")
+        dispatch.attend(AttentionCall(q, q, q, scale=1.0), "flash")
     with pytest.raises(ValueError, match="'sdpa' cannot cap attention scores"):
-        dispatch.attend(q, q, q, scale=1.0, softcap=50.0, backend="sdpa")
+        dispatch.attend(AttentionCall(q, q, q, scale=1.0, softcap=50.0), "sdpa")
 
 
 def test_unknown_backends_and_a_window_without_positions() -> None:
     q = torch.zeros(1, 1, 1, 64)
     with pytest.raises(ValueError, match="unknown attention backend 'flush'; choose from eager, sdpa, flash, flex"):
-        dispatch.attend(q, q, q, scale=1.0, backend="flush")
+        dispatch.attend(AttentionCall(q, q, q, scale=1.0), "flush")
     with pytest.raises(ValueError, match="a window needs query positions"):
-        dispatch.attend(q, q, q, scale=1.0, window=3)
+        dispatch.attend(AttentionCall(q, q, q, scale=1.0, window=3))
 
 
 def test_flex_refuses_gradients_on_a_cpu() -> None:
     q = torch.zeros(1, 2, 1, 8, requires_grad=True)
     with pytest.raises(ValueError, match="'flex' cannot return gradients on a CPU; 'eager' can"):
-        dispatch.attend(q, q, q, scale=1.0, backend="flex")
+        dispatch.attend(AttentionCall(q, q, q, scale=1.0), "flex")

@@ -8,6 +8,7 @@ import torch
 
 from tests.unit.attention import cases
 from vidi.attention import dispatch, eager, mask
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
 
 EXACT = {"rtol": 0, "atol": 1e-13}  # double rounding of sums over 12 keys
@@ -16,7 +17,7 @@ EXACT = {"rtol": 0, "atol": 1e-13}  # double rounding of sums over 12 keys
 @pytest.mark.parametrize("name", cases.CASES)
 def test_eager_is_the_formula(name: str) -> None:
     tensors, options = cases.make(cases.CASES[name])
-    out = dispatch.attend(*tensors, **options)
+    out = dispatch.attend(AttentionCall(*tensors, **options))
     np.testing.assert_allclose(out.numpy(), cases.reference(tensors, options), **EXACT)
 
 
@@ -24,15 +25,15 @@ def test_eager_is_the_formula(name: str) -> None:
 @pytest.mark.parametrize("name", cases.CASES)
 def test_key_chunks_change_nothing(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, options = cases.make(cases.CASES[name])
-    whole = dispatch.attend(*tensors, **options)
+    whole = dispatch.attend(AttentionCall(*tensors, **options))
     monkeypatch.setattr(eager, "KEY_CHUNK", chunk)
-    torch.testing.assert_close(dispatch.attend(*tensors, **options), whole, **EXACT)
+    torch.testing.assert_close(dispatch.attend(AttentionCall(*tensors, **options)), whole, **EXACT)
 
 
 def test_the_softcap_of_the_cases_bites() -> None:
     tensors, options = cases.make(cases.CASES["cross"])
-    capped = dispatch.attend(*tensors, **options)
-    free = dispatch.attend(*tensors, **options | {"softcap": None})
+    capped = dispatch.attend(AttentionCall(*tensors, **options))
+    free = dispatch.attend(AttentionCall(*tensors, **options | {"softcap": None}))
     assert (capped - free).abs().max() > 0.1
 
 
@@ -41,7 +42,7 @@ def test_heads_are_shared_in_blocks() -> None:
     q_BTNH = torch.zeros(1, 1, 4, 8)
     k_BSGH = torch.zeros(1, 1, 2, 8)
     v_BSGH = torch.tensor([1.0, 2.0])[None, None, :, None].expand(1, 1, 2, 8)
-    out = dispatch.attend(q_BTNH, k_BSGH, v_BSGH, scale=1.0)
+    out = dispatch.attend(AttentionCall(q_BTNH, k_BSGH, v_BSGH, scale=1.0))
     assert out[0, 0, :, 0].tolist() == [1, 1, 2, 2]
 
 
@@ -51,13 +52,13 @@ def test_what_is_not_kept_never_matters(name: str, backend: str) -> None:
     tensors, options = cases.make(cases.CASES[name])
     if backend == "sdpa":
         options["softcap"] = None
-    clean = dispatch.attend(*tensors, **options, backend=backend)
+    clean = dispatch.attend(AttentionCall(*tensors, **options), backend)
     q, k, v = (x.clone() for x in tensors)
     k[~options["keep_k"].keep_BL] = torch.nan
     v[~options["keep_k"].keep_BL] = torch.nan
     if "keep_q" in options:
         q[~options["keep_q"].keep_BL] = torch.nan
-    dirty = dispatch.attend(q, k, v, **options, backend=backend)
+    dirty = dispatch.attend(AttentionCall(q, k, v, **options), backend)
     assert torch.equal(clean, dirty)
     for b, kept in enumerate(options["keep_k"].keep_BL.any(-1).tolist()):
         assert kept or not dirty[b].any(), "a sample without keys must give exactly 0"
@@ -87,13 +88,13 @@ def test_a_window_w_keeps_w_plus_1_keys() -> None:
 def test_half_precision_softmax_is_float32() -> None:
     """300 equal scores: a bf16 sum of weights would stick at 256 and give 300/256."""
     q, k = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 300, 1, 8, dtype=torch.bfloat16)
-    assert torch.equal(dispatch.attend(q, k, torch.ones_like(k), scale=1.0), torch.ones_like(q))
+    assert torch.equal(dispatch.attend(AttentionCall(q, k, torch.ones_like(k), scale=1.0)), torch.ones_like(q))
 
 
 def test_gradients_against_finite_differences() -> None:
     tensors, options = cases.make(cases.Case(3, 5, samples=2, head_dim=4, heads=2, groups=1, lengths_k=(5, 2)))
     inputs = tuple(x.requires_grad_() for x in tensors)
-    assert torch.autograd.gradcheck(lambda q, k, v: dispatch.attend(q, k, v, **options), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: dispatch.attend(AttentionCall(q, k, v, **options)), inputs)
 
 
 def test_rows_known_full_ask_no_device() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tests.unit.attention import cases, stand_in
 from vidi.attention import eager, flash
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
 
 CLOSE = {"rtol": 0, "atol": 1e-12}
@@ -27,8 +28,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_forward(name: str, calls: list[str]) -> None:
     tensors, options = cases.make(cases.CASES[name])
     with torch.inference_mode():
-        out = flash.attend(*tensors, **options)
-    torch.testing.assert_close(out, eager.attend(*tensors, **options), **CLOSE)
+        out = flash.attend(AttentionCall(*tensors, **options))
+    torch.testing.assert_close(out, eager.attend(AttentionCall(*tensors, **options)), **CLOSE)
     # Only what the kv-cache entry cannot say goes another way: long keys must stay split.
     assert calls == ["varlen" if name in HOLES + PADDED_TEXT else "kv-cache"]
 
@@ -39,7 +40,7 @@ def test_gradients(name: str, calls: list[str]) -> None:
     inputs = [x.requires_grad_() for x in tensors]
     grads = []
     for kernel in (flash, eager):
-        out = kernel.attend(*inputs, **options)
+        out = kernel.attend(AttentionCall(*inputs, **options))
         grads.append(torch.autograd.grad(out.sin().sum(), inputs, allow_unused=True, materialize_grads=True))
     for mine, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
@@ -52,12 +53,12 @@ def test_gradients(name: str, calls: list[str]) -> None:
 @pytest.mark.parametrize("name", ["cross-padded", "cross-silent", "cross-holes", "self-padded"])
 def test_what_is_not_kept_never_matters(name: str, grad: bool, calls: list[str]) -> None:
     tensors, options = cases.make(cases.CASES[name])
-    clean = flash.attend(*tensors, **options)
+    clean = flash.attend(AttentionCall(*tensors, **options))
     dirty = [x.clone() for x in tensors]
     for x, keep in zip(dirty, ("keep_q", "keep_k", "keep_k"), strict=True):
         x[~options[keep].keep_BL] = torch.nan
     inputs = [x.requires_grad_(grad) for x in dirty]
-    out = flash.attend(*inputs, **options)
+    out = flash.attend(AttentionCall(*inputs, **options))
     torch.testing.assert_close(out, clean, **CLOSE)
     if grad:
         assert all(torch.isfinite(g).all() for g in torch.autograd.grad(out.square().sum(), inputs))
@@ -78,7 +79,7 @@ def test_a_decoding_step_never_asks_the_device(calls: list[str], monkeypatch: py
         lambda q, k, v, cache_seqlens, **options: (lengths.append(cache_seqlens), q)[1],
     )
     for tensors, options in (cross, own):
-        flash.attend(*tensors, **options)
+        flash.attend(AttentionCall(*tensors, **options))
     monkeypatch.undo()
     assert [n.tolist() for n in lengths] == [[11, 0, 6], [1, 6, 12]]
 
@@ -89,10 +90,10 @@ def _host_sync(*_: object) -> None:
 
 def test_positions_are_looked_at_once_for_all_layers(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, options = cases.make(cases.CASES["self"])
-    flash.attend(*tensors, **options)
+    flash.attend(AttentionCall(*tensors, **options))
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "diff", _host_sync)
-        flash.attend(*tensors, **options)
+        flash.attend(AttentionCall(*tensors, **options))
 
 
 def test_what_flash_cannot_say_is_refused(calls: list[str]) -> None:
@@ -109,10 +110,10 @@ def test_what_flash_cannot_say_is_refused(calls: list[str]) -> None:
     ]
     for changed, text in refused:
         with pytest.raises(ValueError, match=f"backend 'flash' cannot .*{text}.*; 'eager' and 'flex' can"):
-            flash.attend(q, k, v, **changed)
+            flash.attend(AttentionCall(q, k, v, **changed))
     tensors, options = cases.make(cases.CASES["self-cached"])
     with pytest.raises(ValueError, match="return gradients, where the queries are only a part of the keys"):
-        flash.attend(tensors[0].requires_grad_(), *tensors[1:], **options)
+        flash.attend(AttentionCall(tensors[0].requires_grad_(), *tensors[1:], **options))
     assert not calls
 
 
@@ -120,4 +121,4 @@ def test_without_the_library_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     tensors, options = cases.make(cases.CASES["cross"])
     with pytest.raises(ImportError, match=r"needs flash-attn 2 .*pip install 'vidi-parity\[flash\]'"):
-        flash.attend(*tensors, **options)
+        flash.attend(AttentionCall(*tensors, **options))

@@ -12,6 +12,7 @@ from torch import Tensor
 from tests.gpu import test_gpu_attention as gpu
 from tests.unit.attention import naive
 from vidi.attention import dispatch
+from vidi.attention.call import AttentionCall
 
 CPU = torch.device("cpu")
 CROSS = dataclasses.replace(gpu.CASES["cross-padded"], head_dim=64, scale=1 / 8)
@@ -20,19 +21,19 @@ TEXT = dataclasses.replace(gpu.CASES["self-window"], head_dim=64, scale=1 / 8)
 
 def kernel(case: Any, **changed: Any) -> Any:
     _, options = gpu.cases.make(case)
-    return lambda q, k, v: dispatch.attend(q, k, v, **options | changed)
+    return lambda q, k, v: dispatch.attend(AttentionCall(q, k, v, **options | changed))
 
 
 def in_turns(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Heads shared as n % G in place of n // (N/G)."""
     _, options = gpu.cases.make(CROSS)
-    return dispatch.attend(q[:, :, [0, 2, 1, 3]], k, v, **options)[:, :, [0, 2, 1, 3]]
+    return dispatch.attend(AttentionCall(q[:, :, [0, 2, 1, 3]], k, v, **options))[:, :, [0, 2, 1, 3]]
 
 
 def leaky(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Padded queries are not zeroed."""
     _, options = gpu.cases.make(CROSS)
-    return dispatch.attend(q, k, v, **options | {"keep_q": None})
+    return dispatch.attend(AttentionCall(q, k, v, **options | {"keep_q": None}))
 
 
 FAULTS = {

@@ -7,6 +7,7 @@ import torch
 
 from tests.unit.attention.cases import keep_first
 from vidi.attention import dispatch
+from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows, _unpad_xattn_input, check_query_mask, pad, unpad
 
 KEEP = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 0, 0]], dtype=torch.bool)
@@ -107,7 +108,7 @@ def test_attention_refuses_a_mask_that_does_not_fit() -> None:
     keep_k = Rows.all_kept(2, 9)
     for length, text in ((7, "image placeholder"), (4, "they must be equal")):
         with pytest.raises(ValueError, match=text):
-            dispatch.attend(q, k, k, scale=1.0, keep_q=Rows.all_kept(2, length), keep_k=keep_k)
+            dispatch.attend(AttentionCall(q, k, k, scale=1.0, keep_q=Rows.all_kept(2, length), keep_k=keep_k))
     pos = torch.arange(6).expand(2, 6)
     with pytest.raises(ValueError, match="sliding layer"):
-        dispatch.attend(q, q, q, scale=1.0, keep_q=Rows.all_kept(2, 4), q_pos_BT=pos, window=4)
+        dispatch.attend(AttentionCall(q, q, q, scale=1.0, keep_q=Rows.all_kept(2, 4), q_pos_BT=pos, window=4))

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+from stageparity.run import Trace
 from tests import tiny
 from vidi.bridge import audio, fold, mask, norm, pack, position, visual
 from vidi.bridge.projector import Projector
 from vidi.config import VidiConfig
-from vidi.parity.trace import Trace
 
 RNG = torch.Generator().manual_seed(0)
 
@@ -215,11 +215,13 @@ def test_tokens_run_over_time_then_rows_then_columns():
 
 def test_stages_come_in_order_with_their_shapes():
     model, shapes = tiny.model(), {}
-    tower = noise(5, 169, 32)
-    stream = visual.encode(
-        model.bridge, iter(tower.split(2)), [2, 3], torch.tensor([True, True]), model.config,
-        tap=lambda stage, x: shapes.setdefault(stage, []).append(tuple(x.shape)),
-    )  # fmt: skip
+
+    def tap(stage, x):
+        shapes.setdefault(stage, []).append(tuple(x.shape))
+        return x
+
+    chunks, signal_B = iter(noise(5, 169, 32).split(2)), torch.tensor([True, True])
+    stream = visual.encode(model.bridge, chunks, [2, 3], signal_B, model.config, tap=tap)
     assert shapes["vision.pad"] == [(2, 32, 14, 14), (2, 32, 14, 14), (1, 32, 14, 14)]
     assert shapes["vision.space_to_depth"][0] == (2, 128, 7, 7)
     assert shapes["vision.pos_h.embed"] == [(1, 7, 1, 40)]

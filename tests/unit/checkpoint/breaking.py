@@ -40,7 +40,8 @@ def replace_tensor(
     path = shard_with(folder, tensor)
     header, old = header_of(path)
     sizes = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "F8_E4M3": 1, "I64": 8}
-    metadata, position, parts, fresh = header.pop("__metadata__"), 0, [], {"__metadata__": {}}
+    metadata, position, parts = header.pop("__metadata__"), 0, []
+    fresh: dict[str, Any] = {"__metadata__": {}}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         piece = old[begin:end]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from vidi.attention import rope
 from vidi.attention.unpad import Rows
 from vidi.decoder import decoder as decoders
 from vidi.decoder.attention import repeat_heads
-from vidi.decoder.layer import CrossKeys
+from vidi.decoder.layer import CrossKeys, DecoderLayer
 from vidi.decoder.mlp import GatedMlp
 from vidi.decoder.norm import gemma_norm
 from vidi.stream import Stream
@@ -94,9 +95,9 @@ def test_a_layer_is_its_formula(layer_idx, modalities):
 
 def test_rows_of_zeros_stay_exactly_zero_through_every_layer():
     """Padded text, padded stream rows and silent samples (spec §7)."""
-    model, seen = tiny.model(), {}
+    model, seen = tiny.model(), tiny.Seen()
     inputs = tiny.make([tiny.sample(12, 3, 60), tiny.sample(4, 1, 0), tiny.sample(7, 0, 20)])
-    model(inputs, last_stream=True, tap=lambda stage, x: seen.update({stage: x}))
+    model(inputs, last_stream=True, tap=seen)
     keep = {"output": seen["text.mask"], "image_stream": seen["vision.mask"], "audio_stream": seen["audio.mask"]}
     for i in range(4):
         for part, mask in keep.items():
@@ -145,8 +146,8 @@ def test_rope_turns_pairs_of_halves():
 
 
 def test_text_visual_and_audio_features_get_the_same_factor():
-    model, seen = tiny.model(), {}
-    model(tiny.make([tiny.sample(5, 2, 30)]), tap=lambda stage, x: seen.update({stage: x}))
+    model, seen = tiny.model(), tiny.Seen()
+    model(tiny.make([tiny.sample(5, 2, 30)]), tap=seen)
     for before, after in (
         ("text.embeds", "layer.0.input"),
         ("vision.llm_norm", "layer.0.image_input"),
@@ -200,3 +201,18 @@ def test_the_last_stream_update_feeds_nothing_and_is_skipped():
         for hook in hooks:
             hook.remove()
     assert torch.equal(short, long)
+
+
+def test_a_pass_without_a_cache_holds_the_keys_of_two_layers_at_most(monkeypatch):
+    """One layer's while the text reads them, and the next one's as they are made: all 42 would be 43 GB in a long video."""
+    held, most, own = [], [], DecoderLayer.stream_keys_values
+
+    def noted(layer, s_BLD):
+        k_BLGH, v_BLGH = own(layer, s_BLD)
+        held.append((layer.layer_idx, weakref.ref(k_BLGH)))
+        most.append(len({idx for idx, k in held if k() is not None}))
+        return k_BLGH, v_BLGH
+
+    monkeypatch.setattr(DecoderLayer, "stream_keys_values", noted)
+    tiny.model()(tiny.make([tiny.sample(5, 2, 30)]))
+    assert most == [1, 1, 2, 2, 2, 2, 2, 2]

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tests.media import Sound, make_video
-from vidi import bench
+from vidi.commands import bench
 from vidi.fast import measure
 
 

@@ -39,8 +39,13 @@ def model(dtype: torch.dtype = torch.float64) -> VidiModel:
 
 def stages(runner, batch: Batch) -> dict[str, torch.Tensor]:
     found: dict[str, list[torch.Tensor]] = {}
+
+    def tap(stage: str, x: torch.Tensor) -> torch.Tensor:
+        found.setdefault(stage, []).append(x.clone())
+        return x
+
     with torch.no_grad():
-        runner(batch, last_stream=True, tap=lambda stage, x: found.setdefault(stage, []).append(x.clone()))
+        runner(batch, last_stream=True, tap=tap)
     return {stage: torch.cat(parts) for stage, parts in found.items()}
 
 

@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from vidi import bench
+from vidi.commands import bench
 from vidi.config import VidiConfig
 from vidi.fast import floors, plan
 from vidi.fast.streams import chunk_rows

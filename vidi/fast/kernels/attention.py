@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidi.fast.kernels.rows import tanh
-from vidi.fast.plan import Plan
+from vidi.fast.operands import Keys, Queries, Scores
 
 __all__ = ["attend"]
 
@@ -113,32 +113,22 @@ def _join(
     tl.store(out_ptr + branch.to(tl.int64) * branch_stride + row * (N * H) + head * H + h, acc)
 
 
-def attend(
-    q_TX: Tensor,
-    rotated_TX: Tensor,
-    pos_T: Tensor,
-    k_SGH: Tensor,
-    v_SGH: Tensor,
-    cross_SX: Tensor,
-    plan: Plan,
-    window: int | None,
-    scale: float,
-    cap: float,
-    out_3TX: Tensor,
-) -> None:
+def attend(queries: Queries, keys: Keys, scores: Scores, out_3TX: Tensor) -> None:
     """See `twins.attend`."""
+    q_TX, plan = queries.q_TX, keys.plan
     rows, width = q_TX.shape
-    groups, head_dim = k_SGH.shape[1:]
+    groups, head_dim = keys.k_SGH.shape[1:]
     heads = width // head_dim
-    assert all(x.is_contiguous() for x in (q_TX, rotated_TX, k_SGH, v_SGH, cross_SX, out_3TX[0]))
+    given = (q_TX, queries.rotated_TX, keys.k_SGH, keys.v_SGH, keys.cross_SX, out_3TX[0])
+    assert all(x.is_contiguous() for x in given)
     programs, tile_rows = len(plan.runs_P3), rows * (heads // groups)
     acc = torch.empty(programs, groups, tile_rows, head_dim, dtype=torch.float32, device=q_TX.device)
     top, total = acc.new_empty(2, programs, groups, tile_rows)
     block_m = min(64, max(16, triton.next_power_of_2(tile_rows)))
     block_s, warps, stages = _shape(q_TX.dtype)
     _run[(programs, groups, triton.cdiv(tile_rows, block_m))](
-        q_TX, rotated_TX, pos_T, k_SGH, v_SGH, cross_SX, plan.runs_P3, acc, top, total,
-        rows, _NO_WINDOW if window is None else window, scale, cap,
+        q_TX, queries.rotated_TX, queries.pos_T, keys.k_SGH, keys.v_SGH, keys.cross_SX, plan.runs_P3, acc, top, total,
+        rows, _NO_WINDOW if scores.window is None else scores.window, scores.scale, scores.cap,
         N=heads, G=groups, H=head_dim, BLOCK_M=block_m, BLOCK_S=block_s,
         PRECISION=_IEEE.get(q_TX.dtype), num_warps=warps, num_stages=stages,
     )  # fmt: skip

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidi.fast.kernels.rows import gelu_tanh, rounded, tanh
+from vidi.fast.operands import Keys, Queries, Residual, Rotation
 
 __all__ = ["Shape", "gate_up_step", "head_step", "product_step", "qkv_step"]
 
@@ -108,51 +109,42 @@ def _pairs(
 
 
 def _launch(
-    shape: Shape, epilogue: str, x_D: Tensor, branches_KD: Tensor | None, post_D: Tensor | None, next_D: Tensor,
-    eps: float, x_out_D: Tensor, weight: Tensor, half: int, out: Tensor, cap: float = 1.0,
-    rope: tuple[Tensor | None, ...] = (None,) * 6, heads: tuple[int, int, int] = (1, 1, 2),
+    shape: Shape, epilogue: str, residual: Residual, sum_D: Tensor, weight: Tensor, half: int, out: Tensor,
+    cap: float = 1.0, rope: tuple[Tensor | None, ...] = (None,) * 6, heads: tuple[int, int, int] = (1, 1, 2),
 ) -> None:  # fmt: skip
+    x_D, branches_KD, post, following = residual.x, residual.branches, residual.post, residual.following
+    assert following is not None
     assert all(x.is_contiguous() for x in (x_D, weight, *([] if branches_KD is None else [branches_KD])))
     width, pairs = x_D.shape[0], len(weight) // 2
     blocks = triton.cdiv(pairs, shape.rows)
     _pairs[(min(shape.programs or blocks, blocks),)](
-        x_D, branches_KD, post_D, next_D, x_out_D, eps, weight, pairs, half, out, cap, *rope,
+        x_D, branches_KD, None if post is None else post.weight_D, following.weight_D, sum_D, residual.eps,
+        weight, pairs, half, out, cap, *rope,
         D=width, BLOCK_D=triton.next_power_of_2(width), BRANCHES=0 if branches_KD is None else len(branches_KD),
         ROWS=shape.rows, EPILOGUE=epilogue, N=heads[0], G=heads[1], H=heads[2], num_warps=shape.warps,
     )  # fmt: skip
 
 
 def qkv_step(
-    x_D: Tensor, branches_KD: Tensor | None, post_D: Tensor | None, next_D: Tensor, eps: float, x_out_D: Tensor,
-    qkv_XD: Tensor, pos_1: Tensor, cos_SH: Tensor, sin_SH: Tensor,
-    q_X: Tensor, rotated_X: Tensor, k_SGH: Tensor, v_SGH: Tensor,
-) -> None:  # fmt: skip
+    residual: Residual, sum_D: Tensor, qkv_XD: Tensor, rotation: Rotation, queries: Queries, keys: Keys
+) -> None:
     """See `twins.qkv_step`."""
-    groups, head_dim = k_SGH.shape[1:]
-    _launch(
-        *(SHAPES["qkv"], "rope", x_D, branches_KD, post_D, next_D, eps, x_out_D, qkv_XD, head_dim // 2, q_X),
-        rope=(pos_1, cos_SH, sin_SH, rotated_X, k_SGH, v_SGH),
-        heads=(len(q_X) // head_dim, groups, head_dim),
-    )
+    groups, head_dim = keys.k_SGH.shape[1:]
+    q_X, rotated_X = queries.q_TX[0], queries.rotated_TX[0]
+    rope = (queries.pos_T, rotation.cos_SH, rotation.sin_SH, rotated_X, keys.k_SGH, keys.v_SGH)
+    heads = (len(q_X) // head_dim, groups, head_dim)
+    _launch(SHAPES["qkv"], "rope", residual, sum_D, qkv_XD, head_dim // 2, q_X, rope=rope, heads=heads)
 
 
-def gate_up_step(
-    x_D: Tensor, branches_KD: Tensor | None, post_D: Tensor | None, next_D: Tensor, eps: float, x_out_D: Tensor,
-    gate_up_2ID: Tensor, out_I: Tensor,
-) -> None:  # fmt: skip
+def gate_up_step(residual: Residual, sum_D: Tensor, gate_up_2ID: Tensor, out_I: Tensor) -> None:
     """See `twins.gate_up_step`."""
-    before = (x_D, branches_KD, post_D, next_D, eps, x_out_D)
-    _launch(SHAPES["gate_up"], "gelu_mul", *before, gate_up_2ID, len(out_I), out_I)
+    _launch(SHAPES["gate_up"], "gelu_mul", residual, sum_D, gate_up_2ID, len(out_I), out_I)
 
 
-def head_step(
-    x_D: Tensor, branches_KD: Tensor | None, post_D: Tensor | None, next_D: Tensor, eps: float, x_out_D: Tensor,
-    embed_VD: Tensor, cap: float, out_V: Tensor,
-) -> None:  # fmt: skip
+def head_step(residual: Residual, sum_D: Tensor, embed_VD: Tensor, cap: float, out_V: Tensor) -> None:
     """See `twins.head_step`. The vocabulary is even: its two halves are the pairs."""
     assert len(out_V) % 2 == 0
-    before = (x_D, branches_KD, post_D, next_D, eps, x_out_D)
-    _launch(SHAPES["head"], "softcap", *before, embed_VD, len(out_V) // 2, out_V, cap)
+    _launch(SHAPES["head"], "softcap", residual, sum_D, embed_VD, len(out_V) // 2, out_V, cap)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vidi.bridge.norm import EPS
 from vidi.fast import twins
+from vidi.fast.operands import Affine, LayerNorm, Residual
 
 __all__ = [
     "add_gemma_norm",
@@ -73,14 +74,14 @@ def _add_gemma_norm(
         tl.store(out_ptr + row + d, n, mask=inside)
 
 
-def add_gemma_norm(
-    x_RD: Tensor, branches_KRD: Tensor | None, post_D: Tensor | None, next_D: Tensor | None, eps: float, out_RD: Tensor
-) -> None:
+def add_gemma_norm(residual: Residual, out_RD: Tensor) -> None:
     """See `twins.add_gemma_norm`."""
+    x_RD, branches_KRD = residual.x, residual.branches
+    post_D, next_D = (None if norm is None else norm.weight_D for norm in (residual.post, residual.following))
     branches = 0 if branches_KRD is None else len(branches_KRD)
     assert all(x.is_contiguous() for x in (x_RD, out_RD, *(() if branches_KRD is None else branches_KRD)))
     _add_gemma_norm[(len(x_RD),)](
-        x_RD, branches_KRD, post_D, next_D, out_RD, 0 if branches_KRD is None else branches_KRD.stride(0), eps,
+        x_RD, branches_KRD, post_D, next_D, out_RD, 0 if branches_KRD is None else branches_KRD.stride(0), residual.eps,
         D=x_RD.shape[1], BLOCK=triton.next_power_of_2(x_RD.shape[1]), BRANCHES=branches, NEXT=next_D is not None,
         num_warps=4,
     )  # fmt: skip
@@ -129,12 +130,12 @@ def _layer_norm(
     tl.store(out_ptr + at, x, mask=inside)
 
 
-def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: tuple[Tensor, Tensor] | None, eps: float, out_RC: Tensor) -> None:
+def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: LayerNorm | None, out_RC: Tensor) -> None:
     """See `twins.layer_norm`."""
     assert all(x.is_contiguous() for x in (x_RC, out_RC, pending_C))
     assert pending_C.dtype == torch.float32
     rows, width = x_RC.shape
-    weight, bias = norm or (None, None)
+    weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight_C, norm.bias_C, norm.eps)
     _layer_norm[(triton.cdiv(rows, 2),)](
         x_RC, pending_C, weight, bias, out_RC, rows, eps,
         C=width, BLOCK=triton.next_power_of_2(width), ROWS=2, NORM=norm is not None, num_warps=4,
@@ -194,12 +195,12 @@ def _gelu_erf(x_ptr, count, BLOCK: tl.constexpr):
     tl.store(x_ptr + i, 0.5 * x * (1 + tl.erf(x * 0.7071067811865476)), mask=i < count)
 
 
-def gelu_product(x_RC: Tensor, weight_IC: Tensor, bias_I: Tensor, exact: bool, out_RI: Tensor) -> None:
+def gelu_product(x_RC: Tensor, linear: Affine, exact: bool, out_RI: Tensor) -> None:
     """See `twins.gelu_product`. The tanh form is the epilogue of the product itself (cuBLASLt); the erf form is not."""
     if exact:
-        torch.addmm(bias_I, x_RC, weight_IC.T, out=out_RI)
+        torch.addmm(linear.bias_I, x_RC, linear.weight_IC.T, out=out_RI)
         _gelu_erf[(triton.cdiv(out_RI.numel(), 4096),)](out_RI, out_RI.numel(), BLOCK=4096, num_warps=4)
     elif x_RC.dtype == torch.float32:
-        twins.gelu_product(x_RC, weight_IC, bias_I, exact, out_RI)
+        twins.gelu_product(x_RC, linear, exact, out_RI)
     else:
-        torch._addmm_activation(bias_I, x_RC, weight_IC.T, use_gelu=True, out=out_RI)
+        torch._addmm_activation(linear.bias_I, x_RC, linear.weight_IC.T, use_gelu=True, out=out_RI)

@@ -1,13 +1,15 @@
-"""Known faults, planted one by one, each in the code of one stage. By area: `towers`, `bridge`, `norms`, `position`,
-`packing`, `masks`, `audio`, `text`, `rotation`, `attention`, `decoder`, `unpadding`, `caches`, `decoding` and `dtypes` hold
-the faults; `plant` says how one gets into the model, `judge` what the harness makes of it, `stored` what it made of all of
-them, `varlen` runs attention on unpadded rows.
+"""Known faults of this model, each in the code of one stage, by area; `stageparity.faults` plants and judges them.
 
 The 28 faults whose effect on the release's logits was measured are among them (`MEASURED`).
 """
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from stageparity import tolerance
+from stageparity.faults.judge import Bench
+from stageparity.faults.plant import Fault
 from vidi.parity.faults import (
     attention,
     audio,
@@ -21,28 +23,14 @@ from vidi.parity.faults import (
     packing,
     position,
     rotation,
-    stored,
     text,
     towers,
     unpadding,
-)
-from vidi.parity.faults.judge import Bench, Verdict, as_json, exit_code, judge_all, weakest_by_stage
-from vidi.parity.faults.plant import Fault, expected_stage, planted
+)  # fmt: skip
+from vidi.parity.stages import STAGES
+from vidi.parity.subject import VidiSubject
 
-__all__ = [
-    "FAULTS",
-    "MEASURED",
-    "Bench",
-    "Fault",
-    "Verdict",
-    "as_json",
-    "exit_code",
-    "expected_stage",
-    "judge_all",
-    "planted",
-    "stored",
-    "weakest_by_stage",
-]
+__all__ = ["FAULTS", "MEASURED", "bench"]
 
 _AREAS = (
     *(towers, bridge, norms, position, packing, masks, audio, text),
@@ -85,3 +73,8 @@ MEASURED: dict[str, str] = {
     "llm_norm 1% too large": "norms.llm_norm_one_percent",
     "audio: one frame late before pooling": "audio.one_position_late",
 }
+
+
+def bench(goldens: Path) -> Bench:
+    """Where the faults are planted: our plain model on a CPU, over the cases of a golden folder."""
+    return Bench(VidiSubject, goldens, tolerance.load(goldens, STAGES))

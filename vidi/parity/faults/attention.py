@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 SELF = "vidi.decoder.attention.DecomposedAttention.attend_self"
 CROSS = "vidi.decoder.attention.DecomposedAttention.attend_stream"
 EAGER = "vidi.attention.eager.attend"
 
 
-def _with(change: Any, use: str | None = None) -> Any:
-    """Eager attention with other options, for self or cross-attention only where ``use`` says so."""
+def _with(change: Any, use: str) -> Any:
+    """Eager attention with other options, for self or cross-attention only, as ``use`` says."""
 
     def make(original: Any) -> Any:
-        def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
-            own = "self" if options.get("q_pos_BT") is not None else "cross"
-            return original(q, k, v, **(change(q, options) if use in (None, own) else options))
+        def attend(call: Any) -> Any:
+            own = "self" if call.q_pos_BT is not None else "cross"
+            return original(dataclasses.replace(call, **change(call)) if use == own else call)
 
         return attend
 
@@ -32,58 +33,56 @@ def _eager(name: str, what: str, use: str, change: Any, **options: Any) -> Any:
     return plant(f"{EAGER}[{use}]", **options)(make)
 
 
-no_softcap_cross = _eager(
-    "no_softcap_cross", "No softcap in cross-attention.", "cross", lambda q, o: o | {"softcap": None}
-)
-no_softcap_self = _eager("no_softcap_self", "No softcap in self-attention.", "self", lambda q, o: o | {"softcap": None})
+no_softcap_cross = _eager("no_softcap_cross", "No softcap in cross-attention.", "cross", lambda call: {"softcap": None})
+no_softcap_self = _eager("no_softcap_self", "No softcap in self-attention.", "self", lambda call: {"softcap": None})
 final_softcap_in_attention = _eager(
     "final_softcap_in_attention",
     "The head's softcap (30) in cross-attention (50).",
     "cross",
-    lambda q, o: o | {"softcap": 30.0},
+    lambda call: {"softcap": 30.0},
 )
 softcap_30_self = _eager(
-    "softcap_30_self", "The head's softcap (30) in self-attention (50).", "self", lambda q, o: o | {"softcap": 30.0}
+    "softcap_30_self", "The head's softcap (30) in self-attention (50).", "self", lambda call: {"softcap": 30.0}
 )
 scale_one_percent = _eager(
-    "scale_one_percent", "Cross-attention's scale off by 1 %.", "cross", lambda q, o: o | {"scale": o["scale"] * 1.01}
+    "scale_one_percent", "Cross-attention's scale off by 1 %.", "cross", lambda call: {"scale": call.scale * 1.01}
 )
 scale_of_head_dim = _eager(
     "scale_of_head_dim",
     "Self-attention scaled by the head's width, not by query_pre_attn_scalar.",
     "self",
-    lambda q, o: o | {"scale": q.shape[-1] ** -0.5},
+    lambda call: {"scale": call.q_BTNH.shape[-1] ** -0.5},
 )
 scale_of_head_dim_cross = _eager(
     "scale_of_head_dim_cross",
     "Cross-attention scaled by the head's width, not by query_pre_attn_scalar.",
     "cross",
-    lambda q, o: o | {"scale": q.shape[-1] ** -0.5},
+    lambda call: {"scale": call.q_BTNH.shape[-1] ** -0.5},
 )
 scale_twice = _eager(
-    "scale_twice", "Queries of self-attention scaled twice.", "self", lambda q, o: o | {"scale": o["scale"] ** 2}
+    "scale_twice", "Queries of self-attention scaled twice.", "self", lambda call: {"scale": call.scale**2}
 )
 scale_missing_cross = _eager(
-    "scale_missing_cross", "Cross-attention without a scale.", "cross", lambda q, o: o | {"scale": 1.0}
+    "scale_missing_cross", "Cross-attention without a scale.", "cross", lambda call: {"scale": 1.0}
 )
 not_causal = _eager(
     "not_causal",
     "Self-attention sees the future.",
     "self",
-    lambda q, o: o | {"q_pos_BT": None, "window": None},
+    lambda call: {"q_pos_BT": None, "window": None},
 )
 cross_causal = _eager(
     "cross_causal",
     "Cross-attention causal: query i sees stream tokens up to i.",
     "cross",
-    lambda q, o: o | {"q_pos_BT": torch.arange(q.shape[1]).expand(len(q), -1)},
+    lambda call: {"q_pos_BT": torch.arange(call.q_BTNH.shape[1]).expand(len(call.q_BTNH), -1)},
 )
-window_missing = _eager("window_missing", "No sliding window.", "self", lambda q, o: o | {"window": None})
+window_missing = _eager("window_missing", "No sliding window.", "self", lambda call: {"window": None})
 query_positions_late = _eager(
     "query_positions_late",
     "Queries stand one position late: each sees its successor.",
     "self",
-    lambda q, o: o | {"q_pos_BT": o["q_pos_BT"] + 1},
+    lambda call: {"q_pos_BT": call.q_pos_BT + 1},
 )
 
 
@@ -144,11 +143,11 @@ def softcap_sigmoid(original: Any) -> Any:
 def no_key_averages_all(original: Any) -> Any:
     """A sample without any kept token averages its padding in place of adding exactly 0."""
 
-    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        out, keep = original(q, k, v, **options), options.get("keep_k")
-        if keep is None or options.get("q_pos_BT") is not None:
+    def attend(call: Any) -> Any:
+        out, q, v = original(call), call.q_BTNH, call.v_BSGH
+        if call.keep_k is None or call.q_pos_BT is not None:
             return out
-        lost = ~keep.keep_BL.any(1)
+        lost = ~call.keep_k.keep_BL.any(1)
         mean = (v.abs().mean(1, keepdim=True) + 1).repeat_interleave(q.shape[2] // v.shape[2], 2)
         return torch.where(lost[:, None, None, None], mean, out)
 

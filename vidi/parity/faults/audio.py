@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 
 @plant("vidi.bridge.audio.trim")
@@ -123,7 +123,7 @@ def pool_drops_last_tap(original: Any) -> Any:
     return kernel
 
 
-@plant("vidi.bridge.audio.encode")
+@plant("vidi.bridge.audio.encode[projector]")
 def tokens_from_the_end(original: Any) -> Any:
     """Of the pooled windows the last ones are kept, not the first."""
     from vidi.bridge import audio
@@ -133,13 +133,12 @@ def tokens_from_the_end(original: Any) -> Any:
         tap = rest.pop("tap")
 
         def turned(trimmed: Any, conv: Any) -> Any:
-            out = pool(trimmed, conv)
-            tap("audio.pool", out)
+            out = tap("audio.pool", pool(trimmed, conv))
             return torch.stack([row.roll(n - out.shape[-1], -1) for row, n in zip(out, counts, strict=True)])
 
         audio.pool = turned  # type: ignore[assignment]
         try:
-            own = lambda i, x: i == "audio.pool" or tap(i, x)  # noqa: E731
+            own = lambda i, x: x if i == "audio.pool" else tap(i, x)  # noqa: E731
             return original(bridge, tower, pieces, sizes, signal, config, tap=own, **rest)
         finally:
             audio.pool = pool

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 
+from stageparity.faults.plant import plant
 from vidi import precision
-from vidi.parity.faults.plant import plant
 
 
 @plant("vidi.bridge.fold.pad")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 EXTEND, STEP = "vidi.cache.LayerTextCache.extend", "vidi.decoder.decoder.Decoder.step"
 

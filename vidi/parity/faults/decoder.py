@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 LAYER = "vidi.decoder.layer.DecoderLayer."
 MLP = "vidi.decoder.mlp.GatedMlp.forward"

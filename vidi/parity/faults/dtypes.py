@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 SINGLE, HALF = "float32", "bfloat16"
 
@@ -100,13 +100,13 @@ def rope_angles_in_half(original: Any) -> Any:
 def scores_in_half(original: Any) -> Any:
     """Decoder scores, softcap and softmax in bf16."""
 
-    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
+    def attend(call: Any) -> Any:
         from vidi import precision
 
         promoted = precision.promoted
         precision.promoted = lambda dtype: dtype
         try:
-            return original(q, k, v, **options)
+            return original(call)
         finally:
             precision.promoted = promoted
 
@@ -198,24 +198,24 @@ def rotation_in_float32(original: Any) -> Any:
 def weights_cast_before_values(original: Any) -> Any:
     """Softmax weights of cross-attention rounded to bf16 before they meet the values."""
 
-    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        if options.get("q_pos_BT") is not None:
-            return original(q, k, v, **options)
+    def attend(call: Any) -> Any:
+        if call.q_pos_BT is not None:
+            return original(call)
         einsum = torch.einsum
 
         def rounded(form: str, a: Any, b: Any) -> Any:
-            return einsum(form, a.to(v.dtype).to(a.dtype) if form.startswith("bgrts") else a, b)
+            return einsum(form, a.to(call.v_BSGH.dtype).to(a.dtype) if form.startswith("bgrts") else a, b)
 
         torch.einsum = rounded
         try:
-            return original(q, k, v, **options)
+            return original(call)
         finally:
             torch.einsum = einsum
 
     return attend
 
 
-@plant("model.audio_tower", "model.vision_tower", cuda=True, dtype=SINGLE)
+@plant("model.audio_tower", "model.vision_tower", needs="cuda", dtype=SINGLE)
 def tf32_on(original: Any) -> Any:
     """TF32 in matrix products and convolutions of the towers."""
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from stageparity.faults.plant import plant
 from vidi.attention.unpad import Rows
-from vidi.parity.faults.plant import plant
 
 
 @plant("vidi.bridge.mask.keep_tokens")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 
 @plant("vidi.bridge.norm.EPS")

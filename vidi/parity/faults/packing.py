@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 
 @plant("vidi.bridge.pack.to_stream[norm]", case="absent")
@@ -16,10 +16,11 @@ def llm_norm_not_masked(original: Any) -> Any:
     from vidi.stream import Stream
 
     def to_stream(rows: Any, tokens: Any, signal: Any, llm_norm: Any, modality: str, tap: Any) -> Any:
-        kept = original(rows, tokens, signal, llm_norm, modality, lambda i, x: i.endswith("llm_norm") or tap(i, x))
+        kept = original(
+            rows, tokens, signal, llm_norm, modality, lambda i, x: x if i.endswith("llm_norm") else tap(i, x)
+        )
         x = llm_norm(batch.pad_rows(list(rows.split(list(tokens)))))
-        tap(f"{modality}.llm_norm", x)
-        return Stream(x, kept.keep_BL)
+        return Stream(tap(f"{modality}.llm_norm", x), kept.keep_BL)
 
     return to_stream
 

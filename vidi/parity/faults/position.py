@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as nnf
 
+from stageparity.faults.plant import plant
 from vidi.bridge import norm
-from vidi.parity.faults.plant import plant
 
 TIME = 10000
 
@@ -272,3 +272,35 @@ def width_after_flattening(original: Any) -> Any:
 def time_of_next_frame(original: Any) -> Any:
     """Frames carry the time of their successor."""
     return _on("t", original, lambda x, embed: original(x, embed.roll(-1, 0)))
+
+
+# ---- wiring: every step is right, and is given what belongs elsewhere ----------------------------------------------------------
+
+
+@plant("vidi.bridge.visual._frame_tokens[pos_h]")
+def height_and_width_given_to_each_other(original: Any) -> Any:
+    """The width's embedding is added along the height, and the height's along the width."""
+
+    def tokens(bridge: Any, tower: Any, group: Any, embeddings: Any, *rest: Any) -> Any:
+        turned = {"pos_h": embeddings["pos_w"].transpose(1, 2), "pos_w": embeddings["pos_h"].transpose(1, 2)}
+        return original(bridge, tower, group, {**turned, "pos_t": embeddings["pos_t"]}, *rest)
+
+    return tokens
+
+
+@plant("vidi.bridge.visual._frame_tokens[pos_h]")
+def width_added_before_height(original: Any) -> Any:
+    """The width's embedding is added first: the same tokens but for rounding once both are there, and another height stage."""
+
+    def tokens(bridge: Any, tower: Any, group: Any, embeddings: Any, pool: Any, tap: Any) -> Any:
+        from vidi.bridge import position
+
+        order = iter(("pos_w", "pos_h", "pos_t"))
+        add = position.add
+        position.add = lambda x, embed: add(x, embeddings[next(order)])
+        try:
+            return original(bridge, tower, group, embeddings, pool, tap)
+        finally:
+            position.add = add
+
+    return tokens

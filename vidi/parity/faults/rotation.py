@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from stageparity.faults.plant import plant
 from vidi.attention import rope
-from vidi.parity.faults.plant import plant
 
 SELF = "vidi.decoder.attention.DecomposedAttention.attend_self"
 CROSS = "vidi.decoder.attention.DecomposedAttention.attend_stream"

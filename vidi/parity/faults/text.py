@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 from vidi.tap import no_tap
 
 
@@ -80,18 +80,15 @@ def packed_to_the_right(original: Any) -> Any:
     return pack_text
 
 
-@plant("vidi.model.VidiModel.embed_text")
+@plant("vidi.model.Pipeline.embed_text")
 def text_of_other_sample(original: Any) -> Any:
     """Samples have each other's text mask beside their own ids: the short one's padding counts as text."""
     from vidi.attention.unpad import Rows
 
-    def embed_text(self: Any, batch: Any, tap: Any = None) -> Any:
-        embeds, rows, labels = original(self, batch, lambda i, x: None)
+    def embed_text(self: Any, batch: Any, tap: Any = no_tap) -> Any:
+        embeds, rows, labels = original(self, batch)
         embeds = embeds.flip(0) if len(embeds) > 1 else embeds
-        if tap is not None:
-            tap("text.embeds", embeds)
-            tap("text.mask", rows.keep_BL)
-        return embeds, Rows(rows.keep_BL), labels
+        return tap("text.embeds", embeds), Rows(tap("text.mask", rows.keep_BL)), labels
 
     return embed_text
 
@@ -119,36 +116,35 @@ def factor_is_width(original: Any) -> Any:
     return lambda self, x: x * self.config.hidden_size
 
 
-@plant("vidi.decoder.decoder.Decoder.forward[v]")
+@plant("vidi.decoder.decoder.Decoder.carry[v]")
 def visual_factor_omitted(original: Any) -> Any:
     """The visual stream alone misses the factor sqrt(D)."""
     return _stream_times("v", -0.5, original)
 
 
-@plant("vidi.decoder.decoder.Decoder.forward[a]")
+@plant("vidi.decoder.decoder.Decoder.carry[a]")
 def audio_factor_twice(original: Any) -> Any:
     """The audio stream alone carries the factor sqrt(D) twice."""
     return _stream_times("a", 0.5, original)
 
 
 def _stream_times(modality: str, power: float, original: Any) -> Any:
-    def forward(self: Any, embeds: Any, rows: Any, streams: Any, **rest: Any) -> Any:
+    def carry(self: Any, streams: Any, *rest: Any) -> Any:
         factor = self.config.hidden_size**power
         scaled = {m: dataclasses.replace(s, x_BLD=s.x_BLD * factor) if m == modality else s for m, s in streams.items()}
-        return original(self, embeds, rows, scaled, **rest)
+        return original(self, scaled, *rest)
 
-    return forward
+    return carry
 
 
-@plant("vidi.model.VidiModel.embed_text[mask]")
+@plant("vidi.model.Pipeline.embed_text[mask]")
 def mask_counts_padding(original: Any) -> Any:
     """One row of padding counts as text: the mask that goes on is one token too long."""
     from vidi.attention.unpad import Rows
 
     def embed_text(self: Any, batch: Any, tap: Any = no_tap) -> Any:
-        embeds, rows, labels = original(self, batch, lambda i, x: i == "text.mask" or tap(i, x))
+        embeds, rows, labels = original(self, batch, lambda i, x: x if i == "text.mask" else tap(i, x))
         longer = rows.keep_BL | rows.keep_BL.roll(1, 1)
-        tap("text.mask", longer)
-        return embeds, Rows(longer), labels
+        return embeds, Rows(tap("text.mask", longer)), labels
 
     return embed_text

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 
 @plant("vidi.inputs.pixels.normalize")
@@ -124,10 +125,11 @@ def tower_parallel(original: Any) -> Any:
 def tower_heads_interleaved(original: Any) -> Any:
     """Heads cut as (width, heads) in place of (heads, width)."""
     from vidi.attention import dispatch
+    from vidi.attention.call import AttentionCall
 
     def forward(self: Any, x: Any, backend: str) -> Any:
         q, k, v = (p(x).unflatten(-1, (-1, self.num_heads)).transpose(-1, -2) for p in (self.q, self.k, self.v))
-        return self.out(dispatch.attend(q, k, v, scale=self.scale, backend=backend).flatten(-2))
+        return self.out(dispatch.attend(AttentionCall(q, k, v, self.scale), backend).flatten(-2))
 
     return forward
 
@@ -136,9 +138,9 @@ def tower_heads_interleaved(original: Any) -> Any:
 def tower_causal(original: Any) -> Any:
     """Tower attention causal."""
 
-    def attend(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        places = torch.arange(q.shape[1]).expand(len(q), -1)
-        return original(q, k, v, **(options | {"q_pos_BT": places}))
+    def attend(call: Any) -> Any:
+        places = torch.arange(call.q_BTNH.shape[1]).expand(len(call.q_BTNH), -1)
+        return original(dataclasses.replace(call, q_pos_BT=places))
 
     return attend
 

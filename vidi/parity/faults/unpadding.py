@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from vidi.parity.faults.plant import plant
+from stageparity.faults.plant import plant
 
 ROWS, CALL = "vidi.attention.unpad.Rows.", "vidi.attention.unpad._unpad_xattn_input"
 
 
-@plant(ROWS + "indices", unpadded=True)
+@plant(ROWS + "indices", setting="unpadded")
 def indices_off_by_one(original: Any) -> Any:
     """Indices off by one."""
     return lambda rows: (original(rows) + 1).clamp(max=rows.keep_BL.numel() - 1)
 
 
-@plant(ROWS + "indices", unpadded=True)
+@plant(ROWS + "indices", setting="unpadded")
 def indices_of_padding_order(original: Any) -> Any:
     """Rows gathered in the order of a batch-last layout."""
 
@@ -30,19 +30,19 @@ def indices_of_padding_order(original: Any) -> Any:
     return indices
 
 
-@plant(ROWS + "indices", unpadded=True, case="absent")
+@plant(ROWS + "indices", setting="unpadded", case="absent")
 def indices_first_rows(original: Any) -> Any:
     """The first rows of the padded batch, as many as are kept."""
     return lambda rows: torch.arange(len(original(rows)))
 
 
-@plant(ROWS + "cu_seqlens", unpadded=True)
+@plant(ROWS + "cu_seqlens", setting="unpadded")
 def lengths_shifted(original: Any) -> Any:
     """Cumulative lengths one too early: each sample ends before its last row."""
     return lambda rows: (original(rows) - 1).clamp(min=0)
 
 
-@plant(ROWS + "cu_seqlens", unpadded=True, case="absent")
+@plant(ROWS + "cu_seqlens", setting="unpadded", case="absent")
 def lengths_padded(original: Any) -> Any:
     """Cumulative lengths of the padded batch, cut at its kept rows."""
 
@@ -54,7 +54,7 @@ def lengths_padded(original: Any) -> Any:
     return cu_seqlens
 
 
-@plant(ROWS + "cu_seqlens", unpadded=True)
+@plant(ROWS + "cu_seqlens", setting="unpadded")
 def lengths_of_other_sample(original: Any) -> Any:
     """Lengths in the reverse order of the samples."""
 
@@ -65,25 +65,25 @@ def lengths_of_other_sample(original: Any) -> Any:
     return cu_seqlens
 
 
-@plant(ROWS + "max_seqlen", unpadded=True)
+@plant(ROWS + "max_seqlen", setting="unpadded")
 def longest_too_small(original: Any) -> Any:
     """The longest length one too small: a kernel leaves its last row out."""
     return lambda rows: original(rows) - 1
 
 
-@plant(ROWS + "max_seqlen", unpadded=True)
+@plant(ROWS + "max_seqlen", setting="unpadded")
 def longest_is_shortest(original: Any) -> Any:
     """The shortest length in place of the longest."""
     return lambda rows: int(rows.lengths_B.min())
 
 
-@plant("vidi.attention.unpad.unpad", unpadded=True)
+@plant("vidi.attention.unpad.unpad", setting="unpadded")
 def gathered_neighbours(original: Any) -> Any:
     """The rows gathered are the neighbours of the kept ones, under right indices."""
     return lambda x, rows: original(x.roll(-1, 1), rows)
 
 
-@plant("vidi.attention.unpad.unpad", unpadded=True)
+@plant("vidi.attention.unpad.unpad", setting="unpadded")
 def gathered_backwards(original: Any) -> Any:
     """Rows gathered from the end, under right indices."""
     return lambda x, rows: original(x, rows).flip(0)
@@ -103,7 +103,7 @@ def _flat(change: Any) -> Any:
 def _call(name: str, use: str, what: str, change: Any) -> Any:
     make = _flat(change)
     make.__module__, make.__name__, make.__doc__ = __name__, name, what
-    return plant(f"{CALL}[{use}]", unpadded=True)(make)
+    return plant(f"{CALL}[{use}]", setting="unpadded")(make)
 
 
 key_lengths_are_query_lengths = _call(
@@ -124,19 +124,19 @@ keys_rolled = _call(
 )
 
 
-@plant("vidi.attention.unpad.pad", unpadded=True)
+@plant("vidi.attention.unpad.pad", setting="unpadded")
 def scattered_backwards(original: Any) -> Any:
     """Outputs scattered back in the wrong order."""
     return lambda x, indices, samples, length: original(x, indices.flip(0), samples, length)
 
 
-@plant("vidi.attention.unpad.pad", unpadded=True, case="absent")
+@plant("vidi.attention.unpad.pad", setting="unpadded", case="absent")
 def scattered_to_the_front(original: Any) -> Any:
     """Outputs laid down one after another, padding at the end of the batch."""
     return lambda x, indices, samples, length: original(x, torch.arange(len(indices)), samples, length)
 
 
-@plant("vidi.attention.unpad.pad", unpadded=True)
+@plant("vidi.attention.unpad.pad", setting="unpadded")
 def padding_not_cleared(original: Any) -> Any:
     """Rows that nothing was scattered to hold what memory held (here ones)."""
 

@@ -1,0 +1,63 @@
+"""The ledger: every change of a golden or a tolerance, in `goldens/ledger.toml`. Entries are appended, never edited.
+
+An entry ties a file or set to its hash: `subject` is `tolerances`, `baselines`, ... or the path of a golden set; the last
+entry of a subject must equal what lies on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from stageparity import atomic
+
+__all__ = ["append", "entries", "file_sha256", "latest", "stale"]
+
+_HEAD = "# What changed, why, and the errors against the oracle before and after. Written by tools/, appended only.\n"
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a text file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """All entries of a golden folder's ledger, oldest first."""
+    path = folder / "ledger.toml"
+    return tomllib.loads(path.read_text()).get("entry", []) if path.exists() else []
+
+
+def latest(folder: Path, subject: str) -> dict[str, Any] | None:
+    """The last entry about a subject, None when there is none."""
+    return next((e for e in reversed(entries(folder)) if e["subject"] == subject), None)
+
+
+def stale(folder: Path, subject: str, sha256: str) -> str | None:
+    """Why the ledger does not cover what lies on disk, None when it does."""
+    entry = latest(folder, subject)
+    if entry is None:
+        return f"{subject}: no ledger entry"
+    if entry["sha256"] != sha256:
+        return f"{subject}: changed since its last ledger entry ({entry['sha256'][:12]} there, {sha256[:12]} on disk)"
+    return None
+
+
+def append(folder: Path, subject: str, sha256: str, reason: str, changes: list[str] | None = None) -> None:
+    """Append one entry, in one step.
+
+    The caller holds the folder's lock (`writer.locked`, `writer.replaced`), or two writers lose an entry.
+
+    changes: one line per tensor or number with its old and new value. Raises ValueError without a reason.
+    """
+    if not reason.strip():
+        raise ValueError('a ledger entry needs a reason: --reason "..."')
+    path = folder / "ledger.toml"
+    text = path.read_text() if path.exists() else _HEAD
+    lines = ["", "[[entry]]", *(f"{k} = {json.dumps(v)}" for k, v in (("subject", subject), ("sha256", sha256)))]
+    lines.append(f"why = {json.dumps(reason.strip())}")
+    if changes:
+        lines += ["changes = [", *(f"  {json.dumps(change)}," for change in changes), "]"]
+    atomic.write_text(path, text + "\n".join(lines) + "\n")

@@ -1,0 +1,1 @@
+"""What a run found: for a terminal and for machines (`terminal`), as a page (`page`)."""

@@ -1,0 +1,126 @@
+"""The visual path (spec §3) and the table of position frequencies (§5)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from stageparity.code import code, part
+from stageparity.stage import Stage
+from vidi.parity.stages.code import ALONE, PACK, RMS, TOWER, VISUAL, position, position_code
+
+__all__ = ["PURE", "STAGES"]
+
+fold, mask, visual = (code(f"vidi.bridge.{name}") for name in ("fold", "mask", "visual"))
+batches, pixels = code("vidi.inputs.batch"), code("vidi.inputs.pixels")
+rounded = code("vidi.parity.stages.rounded")
+
+VIDEO = ("visual",)
+TOKENS = (0, 1, 2)  # rows of (F, h, w, D)
+PATCHES = (0, 2, 3)  # rows of (F, C, h, w)
+PURE = frozenset({"no-float32-step"})
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "pos.freq", "table of position frequencies, torch on the CPU", "§5", "D/2",
+        exact=True, rows=(0,), when=("streams",),
+        run=lambda s: position.frequencies(s.model.config.decoder.hidden_size),
+        code=(position.frequencies,),
+        machine=ALONE.frequencies_here,
+    ),
+    Stage(
+        "vision.tower", "SigLIP2 at hidden state -2", "§3.1", "F L C",
+        inputs=("inputs.images",), run=ALONE.vision_tower, when=VIDEO, tags=PURE,
+        code=(code("vidi.towers.siglip"), pixels, part("vision_tower"), *TOWER),
+    ),
+    Stage(
+        "vision.pad", "patch grid padded to even, right and below", "§3.2", "F C S S",
+        rows=PATCHES, inputs=("vision.tower",), when=VIDEO, tags=PURE, wiring=(VISUAL["pad"],),
+        run=lambda s: fold.pad(s["vision.tower"], s.model.config.image_pool_size),
+        code=(fold.pad,),
+    ),
+    Stage(
+        "vision.resize{g}", "bilinear, when the token budget acts", "§3.3", "F C s s",
+        rows=PATCHES, inputs=("vision.pad",), when=("visual", "resize"), tags=PURE, wiring=(VISUAL["resize"],),
+        run=lambda s: fold.resize(s["vision.pad"][s.frames], s.group.side),
+        code=(fold.resize, fold.resized_side, visual.groups),
+    ),
+    Stage(
+        "vision.space_to_depth{g}", "2×2 patches into channels", "§3.4", "F 4C h w",
+        rows=PATCHES, inputs=("vision.pad", "vision.resize{g}"), when=VIDEO, tags=PURE, wiring=(VISUAL["space_to_depth"],),
+        run=ALONE.space_to_depth,
+        code=(fold.space_to_depth,),
+    ),
+    Stage(
+        "vision.projector{g}", "Linear, GELU (erf), Linear", "§3.5", "F h w D",
+        rows=TOKENS, inputs=("vision.space_to_depth{g}",), when=VIDEO, tags=PURE, wiring=(VISUAL["projector"],),
+        run=lambda s: s.model.bridge.image_projector(s["vision.space_to_depth{g}"].permute(0, 2, 3, 1)),
+        code=(code("vidi.bridge.projector"), part("bridge.image_projector")),
+    ),
+    Stage(
+        "vision.norm{g}", "bridge RMSNorm", "§3.5", "F h w D",
+        rows=TOKENS, inputs=("vision.projector{g}",), when=VIDEO, wiring=(VISUAL["norm"],),
+        run=lambda s: s.model.bridge.image_norm(s["vision.projector{g}"]),
+        code=(*RMS, part("bridge.image_norm")),
+        rounded=partial(rounded.normed, "vision.projector{g}", "image_norm"),
+    ),
+    Stage(
+        "vision.pos_h.embed{g}", "height embedding, before rms", "§5", "1 h 1 D",
+        rows=(1,), inputs=("pos.freq",), when=VIDEO, wiring=(VISUAL["pos_h.embed"],),
+        run=lambda s: s.embed(s.model.bridge.pos_h, "h", s.grid)[None, :, None],
+        code=position_code("h"),
+        rounded=partial(rounded.embedded, "h"),
+    ),
+    Stage(
+        "vision.pos_h{g}", "+ rms(height)", "§3.6", "F h w D",
+        rows=TOKENS, inputs=("vision.norm{g}", "vision.pos_h.embed{g}"), when=VIDEO, wiring=(VISUAL["pos_h"],),
+        run=lambda s: position.add(s["vision.norm{g}"], s["vision.pos_h.embed{g}"]),
+        code=(position.add["h"], *RMS),
+        rounded=partial(rounded.added, "vision.norm{g}", "vision.pos_h.embed{g}"),
+    ),
+    Stage(
+        "vision.pos_w.embed{g}", "width embedding, before rms", "§5", "1 1 w D",
+        rows=(2,), inputs=("pos.freq",), when=VIDEO, wiring=(VISUAL["pos_w.embed"],),
+        run=lambda s: s.embed(s.model.bridge.pos_w, "w", s.grid)[None, None],
+        code=position_code("w"),
+        rounded=partial(rounded.embedded, "w"),
+    ),
+    Stage(
+        "vision.pos_w{g}", "+ rms(width)", "§3.6", "F h w D",
+        rows=TOKENS, inputs=("vision.pos_h{g}", "vision.pos_w.embed{g}"), when=VIDEO, wiring=(VISUAL["pos_w"],),
+        run=lambda s: position.add(s["vision.pos_h{g}"], s["vision.pos_w.embed{g}"]),
+        code=(position.add["w"], *RMS),
+        rounded=partial(rounded.added, "vision.pos_h{g}", "vision.pos_w.embed{g}"),
+    ),
+    Stage(
+        "vision.pos_t.embed.{b}", "time embedding of one video, before rms", "§5", "· 1 1 D",
+        rows=(0,), inputs=("pos.freq",), when=VIDEO, wiring=(VISUAL["pos_t.embed"],),
+        run=lambda s: s.embed(s.model.bridge.pos_t, f"t_v.{s.sample}", s.bench.num_frames[s.sample])[:, None, None],
+        code=position_code("t", "t_v"),
+        rounded=partial(rounded.embedded, "t_v"),
+    ),
+    Stage(
+        "vision.pos_t{g}", "+ rms(time), per video", "§3.6", "F h w D",
+        rows=TOKENS, inputs=("vision.pos_w{g}", "vision.pos_t.embed.{b}"), when=VIDEO, wiring=(VISUAL["pos_t"],),
+        run=ALONE.vision_pos_t,
+        code=(position.add["t"], *RMS),
+    ),
+    Stage(
+        "vision.packed", "(t, h, w) flattened per video, zero-padded at the right", "§3.7", "B V D",
+        inputs=("vision.pos_t{g}",), when=VIDEO, wiring=(VISUAL["flatten"], PACK["split"]),
+        run=ALONE.vision_packed,
+        code=(batches.pad_rows,),
+    ),
+    Stage(
+        "vision.mask", "kept visual tokens", "§3.8", "B V",
+        exact=True, inputs=("vision.packed", "inputs.images"), when=VIDEO, wiring=(PACK["mask"],),
+        run=lambda s: mask.keep_tokens(s["vision.packed"], s.bench.signal("v")),
+        code=(mask.keep_tokens, mask.has_signal["v"]),
+    ),
+    Stage(
+        "vision.llm_norm", "shared RMSNorm, then the mask", "§3.9", "B V D",
+        inputs=("vision.packed", "vision.mask"), when=VIDEO, wiring=(PACK["norm"],),
+        run=lambda s: s.model.bridge.llm_norm(s["vision.packed"]) * s["vision.mask"][..., None],
+        code=(*RMS, part("bridge.llm_norm")),
+    ),
+)  # fmt: skip
