@@ -6,7 +6,6 @@ A draft without one was left by a process that was killed; the next writer of th
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -111,6 +110,8 @@ def collect(target: str | Path) -> list[Path]:
 
 def exchange(one: Path, other: Path) -> None:
     """Swap two folders in one step (renameat2 on Linux, renamex_np on macOS). Raises OSError where that cannot be done."""
+    import ctypes  # costs more than the rest of this module
+
     libc = ctypes.CDLL(None, use_errno=True)
     if sys.platform == "darwin":
         failed = libc.renamex_np(os.fsencode(one), os.fsencode(other), 2)

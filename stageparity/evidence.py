@@ -19,7 +19,6 @@ import platform
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from stageparity import atomic
+from stageparity import atomic, strict
 from stageparity.manifest import parse
 from stageparity.store import CaseRef
 from stageparity.tolerance import BASELINES, read_baselines
@@ -192,7 +191,7 @@ def _golden(path: Path, age: int) -> str:
 
 def budgets(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """Hashes of a golden folder's tolerances, their reasons left out, and of the baselines of cases (SET/CASE)."""
-    tables = tomllib.loads((folder / "tolerances.toml").read_text("utf-8"))
+    tables = strict.read_toml(folder / "tolerances.toml")
     found = {"tolerances": digest(json.dumps(_without_why(tables), sort_keys=True))}
     path = folder / BASELINES
     stored = _baselines(path, _age(path)) if path.exists() else {}

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
-from stageparity import atomic
+from stageparity import atomic, strict
 
 __all__ = ["append", "entries", "file_sha256", "latest", "stale"]
 
@@ -26,8 +25,10 @@ def file_sha256(path: Path) -> str:
 
 def entries(folder: Path) -> list[dict[str, Any]]:
     """All entries of a golden folder's ledger, oldest first."""
-    path = folder / "ledger.toml"
-    return tomllib.loads(path.read_text()).get("entry", []) if path.exists() else []
+    try:
+        return strict.read_toml(folder / "ledger.toml").get("entry", [])
+    except strict.Missing:
+        return []
 
 
 def latest(folder: Path, subject: str) -> dict[str, Any] | None:
@@ -55,7 +56,7 @@ def append(folder: Path, subject: str, sha256: str, reason: str, changes: list[s
     if not reason.strip():
         raise ValueError('a ledger entry needs a reason: --reason "..."')
     path = folder / "ledger.toml"
-    text = path.read_text() if path.exists() else _HEAD
+    text = path.read_text(encoding="utf-8") if path.exists() else _HEAD
     lines = ["", "[[entry]]", *(f"{k} = {json.dumps(v)}" for k, v in (("subject", subject), ("sha256", sha256)))]
     lines.append(f"why = {json.dumps(reason.strip())}")
     if changes:

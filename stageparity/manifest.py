@@ -100,6 +100,8 @@ def parse(path: Path, formats: tuple[int, ...] = (FORMAT,)) -> dict[str, Any]:
         )
         lacking += ["provenance"] * (not isinstance(body["provenance"].get("dtype"), str))
         lacking += ["targets"] * (not body["targets"])
+        lacking += ["left_out"] * (not all(isinstance(why, str) for why in body["left_out"].values()))
+        lacking += ["weights"] * (not _are_weights(body["weights"]))
         lacking += ["a tensor's entry"] * (not all(_is_entry(entry) for entry in _entries(body)))
     if lacking and body.get("format") in formats:
         raise GoldenError(f"{path}: manifest lacks {', '.join(lacking)} or has it malformed: {restore_hint(path)}")
@@ -107,6 +109,11 @@ def parse(path: Path, formats: tuple[int, ...] = (FORMAT,)) -> dict[str, Any]:
         remedy = MIGRATE if isinstance(found, int) and found < FORMAT else "update the package"
         raise GoldenError(f"{path}: manifest format {found!r}, this reader knows {FORMAT}: {remedy}")
     return body
+
+
+def _are_weights(entry: dict[str, Any]) -> bool:
+    """Nothing (generated weights), or a file beside the manifest and its content hash."""
+    return not entry or (isinstance(entry.get("file"), str) and isinstance(entry.get("sha256"), str))
 
 
 def _entries(body: Mapping[str, Any]) -> Iterator[Any]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from stageparity import manifest, rounding, store, tolerance
+from stageparity import manifest, rounding, store, strict, tolerance
 from stageparity.arrays import like, to_numpy
 from stageparity.compare import Result, compare, nothing_compared
 from stageparity.golden import Golden, Whole
@@ -25,9 +26,7 @@ from stageparity.store import Case, CaseRef, Targets
 from stageparity.subject import Bench, Subject, fed, reference_of, unfit
 from stageparity.tolerance import Tolerances
 
-__all__ = ["PASSES", "CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
-
-PASSES = ("alone", "forced", "chained")  #: in the order in which they convict
+__all__ = ["CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
 
 
 @dataclass(frozen=True)
@@ -165,17 +164,32 @@ def run(
     """Run cases one after another. ``on_case`` sees each finished case and its chained tensors.
 
     alone: also forced and alone, not only chained. Raises GoldenError for goldens that cannot be trusted, ValueError where
-    the model refuses the case.
+    the model refuses the case, or ends in another exception on it.
     """
     finished = []
     with subject.scope():
         for ref in refs:
             case = store.open_case(ref.folder, ref.name)
-            done, tensors = run_case(subject, case, None, tolerances, globs=globs, alone=alone)
+            with _named(case):
+                done, tensors = run_case(subject, case, None, tolerances, globs=globs, alone=alone)
             finished.append(done)
             if on_case is not None:
                 on_case(done, tensors)
         return Run(tuple(finished), subject.dtype, subject.about, subject.fingerprint())
+
+
+@contextmanager
+def _named(case: Case) -> Iterator[None]:
+    """An exception of the model's own code is told with the case: nobody but a person can tell whose fault it is."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        said = strict.one_line(f"{case.set}/{case.name}: the model ends in {type(error).__name__}: {error}", 600)
+        raise ValueError(f"{said}; a fault of the model, or inputs that do not fit it: --debug shows where") from error
 
 
 def run_case(
@@ -214,7 +228,7 @@ def run_case(
     for stage in wanted:
         try:
             row, note = judge.row(bench, stage, found, forced, own)
-        except ValueError as error:  # no budget was ever measured for it
+        except tolerance.NoBudget as error:
             not_run.append((stage, str(error)))
             continue
         rows.append(row)
@@ -285,7 +299,7 @@ class _Judge:
     def row(
         self, bench: Bench, stage: str, chained: Mapping[str, Any], forced: Mapping[str, Any], own: Mapping[str, Any]
     ) -> tuple[Row, str]:
-        """The row of a stage, and a note where the machine explains what differs. Raises ValueError without a budget."""
+        """The row of a stage, and a note where the machine explains what differs. Raises NoBudget."""
         found = self.stages.find(stage)
         entry, places = found or (Stage(stage, ""), {})
         judged_as = fill(entry.golden, places) if entry.golden else stage

@@ -67,6 +67,31 @@ class Sketch:
     sample_value: np.ndarray
     sum_squares: float
 
+    def problem(self) -> str:
+        """What does not fit in its parts; nothing where all does. Sizes of the spec are sizes of arrays that are made later."""
+        spec, size = self.spec, self.rows * self.columns
+        if (
+            min(spec.block_rows, spec.row_buckets, spec.column_buckets, spec.top, spec.samples, size) < 1
+            or spec.seed >= 1 << 32
+        ):
+            return f"a sketch of {self.rows} × {self.columns} entries by {spec}"
+        wanted = {
+            "blocks": (-(-self.rows // spec.block_rows), spec.row_buckets, spec.column_buckets),
+            "block_max": (-(-self.rows // spec.block_rows),),
+            "top_index": (min(spec.top, size),),
+            "top_value": (min(spec.top, size),),
+            "sample_value": (min(spec.samples, size),),
+        }
+        for name, shape in wanted.items():
+            found = getattr(self, name)
+            if found.shape != shape:
+                return f"{name} has shape {list(found.shape)} where {list(shape)} is needed"
+            if found.dtype.kind != ("i" if name == "top_index" else "f"):
+                return f"{name} holds {found.dtype}"
+        if not 0 <= int(self.top_index.min()) <= int(self.top_index.max()) < size:
+            return "top_index names entries that the tensor has not"
+        return ""
+
     def sample_index(self) -> np.ndarray:
         """Flat places of the strided samples: evenly spread with an odd stride, so that they visit all columns."""
         return sample_index(self.rows * self.columns, self.spec.samples)

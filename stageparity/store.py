@@ -60,10 +60,16 @@ def goldens_dir(*places: str | Path) -> Path:
 
 
 def list_cases(folder: Path) -> list[CaseRef]:
-    """All cases of a golden folder, sorted by set and name; none where there is no such folder."""
+    """All cases of a golden folder, sorted by set and name; none where there is no such folder.
+
+    Raises GoldenError for a set that is a link out of the folder.
+    """
     if not folder.is_dir():
         return []
     sets = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    for path in sets[1:]:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise GoldenError(f"{path} is a link to a place outside {folder}; refused: give that folder itself")
     return [
         CaseRef(at, path.stem) for at in sets for path in sorted(at.glob("*.json")) if path.with_suffix(".h5").exists()
     ]
@@ -176,7 +182,9 @@ class Case:
     def weights(self) -> dict[str, np.ndarray]:
         """The weights by official name, verified."""
         named = self.manifest["weights"]
-        path = self.folder / str(named.get("file", ""))
+        if not named:
+            raise GoldenError(f"{self.name}: its manifest names no weights file")
+        path = self.folder / named["file"]
         if path.parent != self.folder or not path.name:
             raise GoldenError(f"{self.name}: weights file {named.get('file')} is missing: {restore_hint(path)}")
         try:
@@ -210,14 +218,20 @@ class Case:
             part: self._array(f"{place}/{part}", entry["parts"][part]) for part in PARTS[entry["form"]]
         }
         if entry["form"] == "rows":
-            return Sampled(shape, dtype, entry["axis"], **parts)
+            return self._fitting(place, Sampled(shape, dtype, entry["axis"], **parts))
         spec = SketchSpec(**{field.name: entry["spec"][field.name] for field in fields(SketchSpec)})
         whole: dict[str, Any] = {
             "rows": entry["rows"],
             "columns": entry["columns"],
             "sum_squares": entry["sum_squares"],
         }
-        return Sketched(shape, dtype, Sketch(spec=spec, **whole, **parts))
+        return self._fitting(place, Sketched(shape, dtype, Sketch(spec=spec, **whole, **parts)))
+
+    def _fitting(self, place: str, golden: Sampled | Sketched) -> Golden:
+        """The golden, if its parts are of one tensor of its shape. What compares it trusts that."""
+        if problem := golden.problem():
+            raise GoldenError(f"{self.name}: {place}: {problem}: {restore_hint(self.folder / f'{self.name}.h5')}")
+        return golden
 
     def _array(self, place: str, entry: Mapping[str, Any]) -> np.ndarray:
         path = self.folder / f"{self.name}.h5"

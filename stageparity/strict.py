@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = ["MAX_INTEGER", "MAX_JSON_BYTES", "Missing", "Refused", "locate", "open_file", "parse_json", "parse_toml"]
-__all__ += ["printable", "read_bytes", "read_json", "read_toml", "reason"]
+__all__ += ["one_line", "printable", "read_bytes", "read_json", "read_toml", "reason"]
 
 MAX_JSON_BYTES, MAX_TOML_BYTES = 4 << 20, 1 << 20
 MAX_DEPTH, MAX_VALUES = 64, 1_000_000
@@ -29,7 +29,7 @@ class Refused(ValueError):
 
     def __init__(self, problem: str, *, file: str | Path | None = None, field: str | None = None) -> None:
         self.problem, self.file, self.field = problem, None if file is None else str(file), field
-        super().__init__(printable(": ".join(part for part in (self.file, _short(field), problem) if part)))
+        super().__init__(one_line(": ".join(part for part in (self.file, _short(field), problem) if part)))
 
 
 class Missing(Refused):
@@ -44,6 +44,11 @@ def printable(text: str, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str, limit: int = 1200) -> str:
+    """An error's text: printable, and cut where names out of a file would make it longer than anybody reads."""
+    return printable(text if len(text) <= limit else f"{text[:limit]} …")
 
 
 # ---- opening --------------------------------------------------------------------------------------------------------
@@ -77,13 +82,16 @@ def locate(folder: str | Path, name: str, *, hub_cache: bool = False) -> Path | 
     return real
 
 
-def open_file(path: str | Path, *, limit: int | None = None, hub_cache: bool = False) -> BinaryIO:
-    """Open a regular file for reading, unbuffered; it must lie in the folder that ``path`` names.
+def open_file(
+    path: str | Path, *, limit: int | None = None, hub_cache: bool = False, inside: str | Path | None = None
+) -> BinaryIO:
+    """Open a regular file for reading, unbuffered; it must lie in the folder that ``path`` names, or in ``inside`` above that.
 
     limit: bytes. Raises Missing where there is none, Refused as `locate` does and for a larger file.
     """
     path = Path(path)
-    real = locate(path.parent, path.name, hub_cache=hub_cache)
+    root = Path(inside) if inside is not None else path.parent
+    real = locate(root, str(path.relative_to(root)), hub_cache=hub_cache)
     if real is None:
         raise Missing("no such file", file=path)
     try:
@@ -102,9 +110,9 @@ def open_file(path: str | Path, *, limit: int | None = None, hub_cache: bool = F
     return file
 
 
-def read_bytes(path: str | Path, *, limit: int, hub_cache: bool = False) -> bytes:
+def read_bytes(path: str | Path, *, limit: int, hub_cache: bool = False, inside: str | Path | None = None) -> bytes:
     """The whole file, at most ``limit`` bytes. Raises as `open_file` does."""
-    with open_file(path, limit=limit, hub_cache=hub_cache) as file:
+    with open_file(path, limit=limit, hub_cache=hub_cache, inside=inside) as file:
         parts, left = [], limit + 1  # the file may grow while it is read
         try:
             while left and (part := file.read(min(left, 1 << 20))):
@@ -127,10 +135,15 @@ def _check_regular(found: os.stat_result, path: Path) -> None:
 
 
 def read_json(
-    path: str | Path, *, limit: int = MAX_JSON_BYTES, hub_cache: bool = False, **bounds: int
+    path: str | Path,
+    *,
+    limit: int = MAX_JSON_BYTES,
+    hub_cache: bool = False,
+    inside: str | Path | None = None,
+    **bounds: int,
 ) -> dict[str, Any]:
-    """The JSON object in a file; bounds as in `parse_json`."""
-    value = parse_json(read_bytes(path, limit=limit, hub_cache=hub_cache), file=path, **bounds)
+    """The JSON object in a file, opened as by `open_file`; bounds as in `parse_json`."""
+    value = parse_json(read_bytes(path, limit=limit, hub_cache=hub_cache, inside=inside), file=path, **bounds)
     if not isinstance(value, dict):
         raise Refused(f"a JSON object is expected, found {type(value).__name__}", file=path)
     return value

@@ -8,17 +8,26 @@ alone; a gate without a reason, or a floor of 0 beside a baseline, is refused.
 from __future__ import annotations
 
 import fnmatch
-import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stageparity import strict
 from stageparity.result import EXACT, Result, Rule
 from stageparity.stage import Stages
 
-__all__ = ["BASELINES", "KINDS", "METRICS", "Tolerances", "baseline_of", "gate_name", "load", "read_baselines"]
+__all__ = [
+    "BASELINES",
+    "KINDS",
+    "METRICS",
+    "NoBudget",
+    "Tolerances",
+    "baseline_of",
+    "gate_name",
+    "load",
+    "read_baselines",
+]
 
 BASELINES = Path("measured") / "baselines.json"  # in a golden folder
 
@@ -28,6 +37,10 @@ _BUDGETS = {"max", "rms", "row", "head", "max_abs", *(f"c_{m}" for m in METRICS)
 _NUMBERS = {*_BUDGETS, "sums", "bias_ulp", "floor_ulp", "eps"}
 _FIELDS = {*_NUMBERS, "why", "like"}
 _TABLES = {"stage", "isolated"}  # inside a gate's own table
+
+
+class NoBudget(ValueError):
+    """No gate of this name, or none was ever measured: the stage cannot be judged. The text names what is missing."""
 
 
 def gate_name(dtype: str, reference: str) -> str:
@@ -61,13 +74,13 @@ class Tolerances:
         """The rule for a stage under a gate.
 
         case: SET/CASE, names the baseline in baselines.json; `baseline` gives it directly (errors as multiples of rms).
-        kind: chained or isolated, whichever the stage was run. Raises ValueError for an unknown gate, or where a
+        kind: chained or isolated, whichever the stage was run. Raises NoBudget for an unknown gate, or where a
         baseline is needed and none was measured.
         """
         if self.stages.is_exact(stage):
             return EXACT
         if gate not in self.gates:
-            raise ValueError(f"no gate named {gate!r} in tolerances.toml: there are {', '.join(sorted(self.gates))}")
+            raise NoBudget(f"no gate named {gate!r} in tolerances.toml: there are {', '.join(sorted(self.gates))}")
         fields = self._fields(gate, stage, kind)
         budgets: dict[str, Any] = {key: fields[key] for key in (*METRICS, "max_abs", "sums") if key in fields}
         factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
@@ -101,7 +114,7 @@ class Tolerances:
         try:
             return self.baselines[kind][dtype][case or ""][stage]
         except KeyError:
-            raise ValueError(
+            raise NoBudget(
                 f"no {kind} baseline for {dtype} {case} {stage} in {BASELINES}: measure and accept it (tools/study.py baselines)"
             ) from None
 
@@ -109,16 +122,22 @@ class Tolerances:
 def load(folder: Path, stages: Stages) -> Tolerances:
     """Read tolerances.toml and the baselines of a golden folder.
 
-    Raises ValueError naming the gate and field for an unknown field, a missing reason, a number that is not positive,
-    or a baseline gate without a floor.
+    Raises ValueError naming the gate and field for an unknown field or one of another type, a missing reason, a number that is
+    not positive, or a baseline gate without a floor; Refused for a file that is damaged, a link out of its folder, ...
     """
-    gates = tomllib.loads((folder / "tolerances.toml").read_text("utf-8")).get("gate", {})
+    path = folder / "tolerances.toml"
+    gates = _table(path, "gate", strict.read_toml(path).get("gate", {}))
     for name, table in gates.items():
         _check(name, table, _TABLES)
         for entry in (table["isolated"],) if "isolated" in table else ():
             _check(f"{name}.isolated", entry, set())
-        for entry in table.get("stage", ()):
+        stages_of = table.get("stage", [])
+        if not isinstance(stages_of, list):
+            raise ValueError(f"gate {name}: stage = {stages_of!r} must be a list of tables")
+        for entry in stages_of:
             _check(name, entry, {"glob"})
+            if not isinstance(entry.get("glob"), str) or not all(entry["glob"].split(",")):
+                raise ValueError(f"gate {name}: glob = {entry.get('glob')!r} must be patterns of stage ids")
         if "bias_ulp" in table and not ("sums" in table and "eps" in table):
             raise ValueError(f"gate {name}: bias_ulp widens sums in units of eps, and needs both")
         if any(f"c_{m}" in table for m in METRICS) and not (table.get("floor_ulp", 0) > 0 and table.get("eps", 0) > 0):
@@ -130,26 +149,59 @@ def read_baselines(path: Path) -> dict[str, dict[str, dict[str, dict[str, dict[s
     """kind -> dtype -> SET/CASE -> stage -> errors by metric; empty without the file.
 
     The file has a row for each stage of a case: for each of its `columns` ("KIND DTYPE") the errors in METRICS' order
-    (head: where a stage has heads), or 0 where none were measured.
+    (head: where a stage has heads), or 0 where none were measured. Raises ValueError naming what is not of this form.
     """
-    stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        stored = strict.read_json(path, inside=path.parents[1])
+    except strict.Missing:
+        stored = {}
     found: dict[str, Any] = {kind: {} for kind in KINDS}
-    for column, (kind, dtype) in enumerate(name.split() for name in stored.get("columns", ())):
+    orders, columns = _table(path, "orders", stored.get("orders", {})), stored.get("columns", [])
+    if not all(isinstance(dtypes, dict | list) for dtypes in orders.values()):
+        raise ValueError(f"{path}: orders: the dtypes of each case are needed")
+    if not isinstance(columns, list) or not all(
+        isinstance(c, str) and c.split()[:1] in ([k] for k in KINDS) for c in columns
+    ):
+        raise ValueError(f"{path}: columns: names such as 'chained float32' are needed")
+    for column, name in enumerate(columns):
+        kind, _, dtype = name.partition(" ")
         found[kind][dtype] = {}
-        for case, stages in stored["errors"].items():
-            own = {stage: dict(zip(METRICS, row[column], strict=False)) for stage, row in stages.items() if row[column]}
-            if own or dtype in stored.get("orders", {}).get(case, ()):  # measured, and maybe nothing to measure
+        for case, stages in _table(path, "errors", stored.get("errors")).items():
+            own = {}
+            for stage, row in _table(path, case, stages).items():
+                if errors := _errors(path, f"{case} {stage}", row, column):
+                    own[stage] = dict(zip(METRICS, errors, strict=False))
+            if own or dtype in orders.get(case, ()):  # measured, and maybe nothing to measure
                 found[kind][dtype][case] = own
     return found
 
 
-def _check(name: str, entry: Mapping[str, Any], more: set[str]) -> None:
+def _errors(path: Path, name: str, row: Any, column: int) -> list[float]:
+    errors = row[column] if isinstance(row, list) and len(row) > column else None
+    if errors == 0:
+        return []
+    if not isinstance(errors, list) or not all(isinstance(e, int | float) and e >= 0 for e in errors):
+        raise ValueError(f"{path}: {name}: a list of errors for each column is needed, or 0")
+    return errors
+
+
+def _table(path: Path, name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {name}: a table is needed, found {type(value).__name__}")
+    return value
+
+
+def _check(name: str, entry: Any, more: set[str]) -> None:
     allowed = _FIELDS | more
+    if not isinstance(entry, dict):
+        raise ValueError(f"gate {name}: a table of numbers is needed, found {type(entry).__name__}")
     unknown = sorted(set(entry) - allowed)
     if unknown:
         raise ValueError(f"gate {name}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(allowed))}")
-    if not str(entry.get("why", "")).strip():
+    if not isinstance(entry.get("why"), str) or not entry["why"].strip():
         raise ValueError(f"gate {name}: every number needs a reason in `why`")
+    if not isinstance(entry.get("like", ""), str):
+        raise ValueError(f"gate {name}: like = {entry['like']!r} must be the id of a stage")
     for key in _NUMBERS:
         value = entry.get(key)
         if value is not None and not (isinstance(value, int | float) and value > 0):

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["one_line", "run_cases", "watched"]
+__all__ = ["ROOT", "one_line", "run_cases", "watched"]
 
 ROOT = Path(__file__).parents[1]
 SPARE_BYTES, SECONDS = 1 << 30, 10

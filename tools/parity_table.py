@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
+
 from stageparity import run as runs
 from stageparity import store, tolerance
+from vidi.cli import guarded
 from vidi.parity.goldens import goldens_dir
 from vidi.parity.stages import STAGES
 from vidi.parity.subject import VidiSubject
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return guarded(_run, arguments, name="parity_table.py")
+
+
+def _run(arguments: list[str]) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     goldens = goldens_dir()
     tolerances = tolerance.load(goldens, STAGES)
     print("| goldens | dtype | cases | stages | different | worst max\\|d\\| / rms | at |")
@@ -30,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,23 +1,26 @@
-"""The command line: parsing only. What a command does is imported when it runs, so that help costs no torch."""
+"""The command line: parsing, and the one place where errors become an exit status and a line of text.
+
+What a command does is imported when it runs, so that help costs no torch. Nothing but `sys` is imported above `main`: until
+`guarded` runs, Ctrl-C would end in a traceback.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import sys
-from collections.abc import Sequence
-from typing import Any
 
-from vidi import __version__
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
-__all__ = ["main"]
+__all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "UNUSABLE", "guarded", "main"]
 
-INTERRUPTED = 130
+UNUSABLE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 COMMANDS = {
     "retrieve": "find time ranges in a video: vidi retrieve VIDEO QUERY --checkpoint DIR",
     "parity": "hold every stage of the model against stored goldens",
     "faults": "plant known faults one by one: does the harness see each, and where",
-    "inspect": "tell what a checkpoint folder holds, without loading it",
+    "inspect": "tell what a checkpoint folder holds, without loading it, and what a run of it needs",
     "synth": "write a synthetic checkpoint of any size",
     "bench": "time and memory of encoding, prefill and decoding",
 }
@@ -25,24 +28,160 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")]
+    return guarded(_run, argv, name=f"vidi {words[0]}" if words and words[0] in COMMANDS else "vidi")
+
+
+def guarded(
+    run: Callable[[list[str]], int | None], argv: Sequence[str] | None = None, *, name: str | None = None
+) -> int:
+    """``run(arguments)`` as a program: its status, and whatever it raises as one line on stderr and a status.
+
+    2: input that cannot be used (ValueError, OSError, a missing library), output that cannot be written, or an error
+    of the program itself, which the line then says. 130: Ctrl-C. 141: who read the output has gone, as `| head` does; nothing
+    is said. ``--debug`` among the arguments shows the traceback as well. argv: default the command line, for which
+    closed standard streams are looked after too.
+    """
+    import os
+
     given = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="vidi", description="Vidi 1.5 9B and its golden-tensor parity harness")
+    name = name or os.path.basename(sys.argv[0])
+    end = given.index("--") if "--" in given else len(given)
+    debug = "--debug" in given[:end]
+    given = [word for word in given[:end] if word != "--debug"] + given[end:]
+    try:
+        if argv is None:
+            _own_process(name)
+        try:
+            return int(run(given) or 0)
+        finally:
+            sys.stdout.flush()
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, BrokenPipeError):  # of which rich makes a 1
+            raise
+        status, said = BROKEN_PIPE, ""
+    except BaseException as error:
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        status, said = _verdict(error)
+    if said:
+        _say(f"{name}: {said}")
+    _drop_output()
+    return status
+
+
+def _run(given: list[str]) -> int:
+    import argparse
+    import functools
+    import importlib
+    import warnings
+
+    from vidi import __version__
+
+    def module(command: str) -> Any:
+        return importlib.import_module(f"vidi.commands.{command}")
+
+    class Parser(argparse.ArgumentParser):
+        # argparse's own swallows what a full disk says.
+        def _print_message(self, message: str, file: Any = None) -> None:
+            (file or sys.stderr).write(message)
+
+    parser = Parser(
+        prog="vidi",
+        description="Vidi 1.5 9B and its golden-tensor parity harness",
+        epilog="Exit status: 2 for input that cannot be used and for errors, 130 for Ctrl-C, 141 where the reader of the "
+        "output has gone; 0, 1 and 3 as each command says.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error; before or after COMMAND")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name in given[:1]:
-            _module(name).add_arguments(command)
+            module(name).add_arguments(command)
     args = parser.parse_args(given)
-    try:
-        return int(_module(args.command).run(args))
-    except KeyboardInterrupt:
-        print(f"vidi {args.command}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    with warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_show, warnings.showwarning)
+        return int(module(args.command).run(args))
 
 
-def _module(command: str) -> Any:
-    return importlib.import_module(f"vidi.commands.{command}")
+def _show(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """The model's own warnings are for whoever runs a command: one line, without the place in the code."""
+    if category.__module__.startswith("vidi."):
+        _say(f"warning: {message}")
+    else:
+        others(message, category, *where)
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    """Status and line of an exception; an unforeseen one is named with its type and how to see more."""
+    from stageparity.strict import one_line
+
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE, ""
+    text = one_line(" ".join(str(error).split("\n")[:3]))
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        text = f"not enough memory{f' ({text})' if text else ''}; use a smaller input or a larger machine"
+    elif isinstance(error, OSError) and error.strerror:
+        text = one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror)
+    elif not text or not isinstance(error, ValueError | ImportError) or isinstance(error, UnicodeError):
+        text = f"unexpected {type(error).__name__}: {text}; a fault of this program: --debug shows where"
+    return UNUSABLE, text
+
+
+def _own_process(name: str) -> None:
+    """What concerns the process as a whole: its standard streams, and Ctrl-C while a module is being imported."""
+    import os
+    import signal
+
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # a standard stream is closed: no file of ours may take its number
+    os.close(handle)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    if sys.stdout is None:
+        raise OSError(9, "standard output is closed; send it to a file or to /dev/null")
+    for stream in (sys.stdout, sys.stderr):
+        # An ASCII terminal shows é as \xe9, and names of files that are no text as the bytes they are.
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+    def interrupted(number: int, frame: Any) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                # Half-imported extensions turn the exception into others, or crash. No work has begun.
+                os.write(2, f"{name}: interrupted\n".encode("utf-8", "backslashreplace"))
+                os._exit(INTERRUPTED)
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller wants it ignored, as nohup does
+        signal.signal(signal.SIGINT, interrupted)
+
+
+def _say(text: str) -> None:
+    from contextlib import suppress
+
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _drop_output() -> None:
+    """What still waits to be written to a stream that takes no more must not fail again when the process ends."""
+    import os
+    from contextlib import suppress
+
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
+    with suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

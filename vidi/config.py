@@ -7,14 +7,13 @@ Defaults are the release's, read from `release.toml`.
 
 from __future__ import annotations
 
-import json
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from stageparity import strict
 from vidi import official
 from vidi.release import RELEASE, ReleaseWarning, contradictions
 
@@ -22,24 +21,34 @@ __all__ = ["AudioConfig", "ConfigError", "DecoderConfig", "VidiConfig", "VisionC
 
 
 class ConfigError(ValueError):
-    """A configuration that this model cannot honour; the text names the fields."""
+    """A configuration that this model cannot honour; the text names the fields, in one line of bounded length."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(strict.one_line(problem))
 
 
 _VISION, _AUDIO, _BRIDGE, _TOKENS = (RELEASE[table] for table in ("vision", "audio", "bridge", "tokens"))
 _MAY_BE_NEGATIVE = {"image_placeholder"}
 _MAY_BE_ZERO = {"pad_id", "bos_id", "end_of_turn_id"}
+# Sizes and positions are counted in 32 bits; real values beyond these would overflow the dtypes that they are cast to.
+_LARGEST, _SMALLEST_REAL, _LARGEST_REAL = 2**31 - 1, 1e-12, 1e9
 
 
 def _mistyped(part: Any) -> Iterator[str]:
-    """What is no number where one is declared, or has the wrong sign: counts are at least 1, real values above 0."""
+    """What is no number where one is declared, or out of its range: counts are at least 1, real values above 0."""
     for entry in fields(part):
         value, declared = getattr(part, entry.name), str(entry.type)
-        least = -math.inf if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
-        if declared == "int" and not (type(value) is int and value >= least):
-            yield f"{entry.name} = {value!r:.80} (a whole number{f' of at least {least}' if least > -math.inf else ''})"
-        optional = value is None and "None" in declared
-        if "float" in declared and not optional and not (type(value) in (int, float) and 0 < value < math.inf):
-            yield f"{entry.name} = {value!r:.80} (a positive number)"
+        least = -_LARGEST if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
+        if declared == "int" and not (type(value) is int and least <= value <= _LARGEST):
+            yield f"{entry.name} = {_shown(value)} (a whole number from {least} to {_LARGEST:,})"
+        real = type(value) in (int, float) and _SMALLEST_REAL <= value <= _LARGEST_REAL
+        if "float" in declared and not real and not (value is None and "None" in declared):
+            yield f"{entry.name} = {_shown(value)} (a number from {_SMALLEST_REAL} to {_LARGEST_REAL:,.0f})"
+
+
+def _shown(value: Any) -> str:
+    text = "an integer of many digits" if type(value) is int and abs(value) > 10**30 else repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 class _Checked:
@@ -133,11 +142,14 @@ class VidiConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(
+            self, "norm_std", float(self.norm_std)
+        )  # weights start from it: a file's 1 must not make integers
         wrong = []
         if self.image_pool_size != 2:
             wrong.append(f"mm_image_pool_size {self.image_pool_size}: only 2 is specified")
         if self.budget_scope not in ("batch", "video"):
-            wrong.append(f"budget_scope {self.budget_scope!r}: 'batch' or 'video'")
+            wrong.append(f"budget_scope {_shown(self.budget_scope)}: 'batch' or 'video'")
         if self.visual_token_budget < 1:
             wrong.append(f"visual_token_budget {self.visual_token_budget}: at least 1")
         d = self.decoder
@@ -148,6 +160,8 @@ class VidiConfig(_Checked):
         for name, tower in (("vision", self.vision), ("audio", self.audio)):
             if tower.hidden_size % tower.num_heads:
                 wrong.append(f"{name} width {tower.hidden_size} is no multiple of its {tower.num_heads} heads")
+        if self.vision.patch_size > self.vision.image_size:
+            wrong.append(f"patches of {self.vision.patch_size} pixels in images of {self.vision.image_size}")
         if self.vision.num_layers < 2:
             wrong.append("the vision tower is read at the layer before its last: it needs at least 2 layers")
         if wrong:
@@ -175,7 +189,7 @@ class VidiConfig(_Checked):
         wrong = []
         for name, allowed in official.REQUIRED_VALUES.items():
             if name in raw and raw[name] not in allowed:
-                wrong.append(f"{name} = {raw[name]!r} (this model computes {' or '.join(map(repr, allowed))})")
+                wrong.append(f"{name} = {_shown(raw[name])} (this model computes {' or '.join(map(repr, allowed))})")
         if wrong:
             raise ConfigError("fields that this model cannot honour: " + "; ".join(wrong))
         if missing := sorted(name for name in official.DECODER_FIELDS if name not in raw):
@@ -227,17 +241,12 @@ class VidiConfig(_Checked):
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{path}: no such file; a checkpoint folder holds config.json beside its shards"
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise ConfigError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{path}: a JSON object is expected, found {type(raw).__name__}")
-        try:
-            return cls.from_official(raw)
+            return cls.from_official(strict.read_json(path, hub_cache=True))
+        except strict.Missing:
+            text = "no such file; a checkpoint folder holds config.json beside its shards"
+            raise ConfigError(f"{path}: {text}") from None
+        except strict.Refused as error:
+            raise ConfigError(str(error)) from None
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
 
@@ -314,11 +323,11 @@ def _tower(
         raise ConfigError(f"unknown fields in {name}_config: {', '.join(unknown)}")
     for field_name, value in required.items():
         if field_name in raw and raw[field_name] != value:
-            raise ConfigError(f"{name}_config.{field_name} = {raw[field_name]!r} (this model computes {value!r})")
+            raise ConfigError(f"{name}_config.{field_name} = {_shown(raw[field_name])} (this model computes {value!r})")
     config = kind(**{ours: raw[theirs] for theirs, ours in fields.items() if theirs in raw})
     if isinstance(config, AudioConfig) and raw.get("nb_max_frames", config.mel_frames) != config.mel_frames:
         raise ConfigError(
-            f"audio_config.nb_max_frames {raw['nb_max_frames']} is not twice max_source_positions "
+            f"audio_config.nb_max_frames {_shown(raw['nb_max_frames'])} is not twice max_source_positions "
             f"{config.max_source_positions}"
         )
     return config

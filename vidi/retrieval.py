@@ -99,7 +99,7 @@ class Answer:
         fields |= {"ranges": ranges, "text": self.text, "tokens": list(self.tokens)}
         fields |= {"reading": self.film.reading, "why": self.film.why}
         fields |= {"seconds": self.costs.seconds, "peak_gib": self.costs.peak_gib()}
-        return json.dumps(fields, ensure_ascii=False)
+        return json.dumps(fields)
 
 
 def check_request(tokenizer: Tokenizer, query: str, config: VidiConfig, max_new_tokens: int) -> None:

@@ -11,11 +11,11 @@ leave `invisible`, never enter it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from stageparity import strict
 from stageparity.faults.judge import Verdict, as_json
 
 __all__ = ["FAULTS", "LOWER", "by_dtype", "invisible", "read"]
@@ -26,13 +26,18 @@ LOWER = ("float32", "bfloat16", "float16")
 
 def read(goldens: Path) -> dict[str, Any] | None:
     """The stored verdicts of a golden folder, None where there are none."""
-    path = goldens / FAULTS
-    return json.loads(path.read_text("utf-8")) if path.exists() else None
+    try:
+        return strict.read_json(goldens / FAULTS, inside=goldens)
+    except strict.Missing:
+        return None
 
 
 def invisible(document: Mapping[str, Any] | None, dtype: str | None) -> list[str]:
     """Faults that are known to lie below the noise of a dtype; none in the dtype that a fault was made for."""
-    return list((document or {}).get("dtypes", {}).get(dtype, {}).get("invisible", ()))
+    found: Any = document or {}
+    for key in ("dtypes", dtype, "invisible"):
+        found = found.get(key, {}) if isinstance(found, Mapping) else {}
+    return [name for name in found if isinstance(name, str)] if isinstance(found, Mapping | list) else []
 
 
 def by_dtype(verdicts: Iterable[Verdict]) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
+from stageparity import strict
 from stageparity.report import verdict
 from stageparity.report.verdict import Context, number
 from stageparity.result import Result
 from stageparity.run import CaseRun, Row, Run
 
-__all__ = ["as_json", "diagnosis", "print_run", "table", "to_text"]
+__all__ = ["as_json", "diagnosis", "encodable", "print_run", "say", "table", "to_text"]
 
 # Columns in the order of the line, and how early each gives way on a narrow terminal (0 = never).
 _COLUMNS = {
@@ -64,31 +65,43 @@ def diagnosis(found: verdict.Finding, run: Run, context: Context) -> list[str]:
 
 def print_run(run: Run, console: Console, context: Context, *, verbose: bool = True) -> None:
     """A table of every stage, what was NOT RUN, what is wrong by itself, and the verdict at the end."""
-    say = _printer(console)
+
+    def told(line: str, style: str | None = None) -> None:
+        say(console, line, style)
+
+    dashes = False
     for case in run.cases:
         if verbose and case.rows:
-            say(f"\n{case.name} against {case.reference}, {case.seconds:.1f} s")
+            console.print()
+            told(f"{case.name} against {case.reference}, {case.seconds:.1f} s")
             for line, ok in table(case, console.width if console.is_terminal else None):
-                say(line, None if ok else "red")
+                told(line, None if ok else "red")
+            dashes |= any(row.alone is None or row.forced is None for row in case.rows)
         for note in case.notes:
-            say(f"NOTE {case.name} {note}")
+            told(f"NOTE {case.name} {note}")
         for names, reason in verdict.grouped(case.not_run):
             shown = names[0] if len(names) == 1 else f"{len(names)} stages ({names[0]} … {names[-1]})"
-            say(f"NOT RUN {case.name} {shown}: {reason}")
+            told(f"NOT RUN {case.name} {shown}: {reason}")
+    if dashes:
+        told("- = not fed alone, not forced: the case holds not all that feeds it, or nothing runs it so")
     for line in diagnoses(run, context):
-        say(line, "red")
-    say(verdict.summary(run))
+        told(line, "red")
+    told(verdict.summary(run))
     for line in verdict.conclusion(run, context):
-        say(line, "red")
+        told(line, "red")
 
 
-def _printer(console: Console) -> Any:
-    def say(line: str, style: str | None = None) -> None:
-        if not console.encoding.lower().startswith("utf"):
-            line = line.translate(_ASCII).encode(console.encoding, "backslashreplace").decode(console.encoding)
-        console.print(line, style=style, soft_wrap=True, highlight=False, markup=False)
+def say(console: Console, line: str, style: str | None = None) -> None:
+    """One line: names come out of files of others, and a terminal would obey their controls and cannot show every letter."""
+    console.print(encodable(line, console), style=style, soft_wrap=True, highlight=False, markup=False)
 
-    return say
+
+def encodable(line: str, console: Console) -> str:
+    """The line without controls, in letters that the console's encoding has."""
+    line = strict.printable(line)
+    if console.encoding.lower().startswith("utf"):
+        return line
+    return line.translate(_ASCII).encode(console.encoding, "backslashreplace").decode(console.encoding)
 
 
 def table(case: CaseRun, width: int | None = None) -> Iterator[tuple[str, bool]]:

@@ -5,7 +5,6 @@ Errors are shown as multiples of what the rule allows ("of budget", 1 = just equ
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stageparity import strict
 from stageparity.faults.plant import Fault, own_stages
 from stageparity.run import CaseRun, Row, Run
 from stageparity.stage import Stages, fill
@@ -43,22 +43,34 @@ class References:
     def load(cls, measured: Path, dtype: str, stages: Stages) -> References:
         """From ``noise.json`` and ``faults.json`` of a golden folder's ``measured``. What is not there, or was measured in
         another dtype, stays empty."""
-        noise = _read(measured / "noise.json").get("noise_by_stage", {}).get(dtype, {})
+        noise = _inside(_read(measured / "noise.json"), "noise_by_stage", dtype)
         weakest: dict[str, float] = {}
         planted = _read(measured / "faults.json")
-        lower = planted.get("dtypes", {}).get(dtype, {}).get("margins", {})  # those of another dtype that are seen here
-        for fault in planted.get("faults", []):
+        lower = _inside(planted, "dtypes", dtype, "margins")  # those of another dtype that are seen here
+        found = planted.get("faults", [])
+        for fault in (f for f in (found if isinstance(found, list) else []) if isinstance(f, dict)):
             if any(fault.get(key) for key in ("crashed", "loud", "not_run")):
                 continue
-            margin = fault.get("margin") if fault.get("dtype") == dtype else lower.get(fault.get("name"))
-            if fault.get("expected_stage") and margin is not None:  # null: an exact stage differs
-                key = stages.template_of(fault["expected_stage"])
+            margin = fault.get("margin") if fault.get("dtype") == dtype else lower.get(str(fault.get("name")))
+            stage = fault.get("expected_stage")
+            if isinstance(stage, str) and stage and isinstance(margin, int | float):  # null: an exact stage differs
+                key = stages.template_of(stage)
                 weakest[key] = min(margin, weakest.get(key, math.inf))
-        return cls({stage: ratio for stage, ratio in noise.items() if ratio is not None}, weakest)
+        return cls({stage: ratio for stage, ratio in noise.items() if isinstance(ratio, int | float)}, weakest)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        return strict.read_json(path, inside=path.parents[1])
+    except strict.Missing:
+        return {}
+
+
+def _inside(found: Any, *keys: str) -> dict[str, Any]:
+    """The table under these keys; an empty one where something else stands there: what is drawn beside figures judges nothing."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 @dataclass(frozen=True)

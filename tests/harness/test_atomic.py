@@ -130,6 +130,22 @@ while True:
 """
 
 
+def test_the_target_is_there_at_every_moment(tmp_path: Path) -> None:
+    """An exchange, not two renames: whoever looks never finds nothing, so no kill can leave nothing."""
+    target = tmp_path / "x"
+    child = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    child.stdout.readline()
+    end, looks = time.monotonic() + 0.5, 0
+    while time.monotonic() < end:
+        target.stat()
+        looks += 1
+    child.kill()
+    rounds = child.communicate()[0].count("\n")
+    assert rounds > 5
+    assert looks > 1000
+
+
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(kills: int, tmp_path: Path) -> None:
     """After each kill the folder holds the eight files of one round and the text is one round's; nothing else is left."""

@@ -16,10 +16,11 @@ import pytest
 
 from stageparity import store
 from vidi import cli
+from vidi.checkpoint import hub
 from vidi.parity.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "rfc-answers.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 
@@ -49,7 +50,7 @@ def options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def check_vidi(words: list[str]) -> None:
-    assert words[1] in cli.COMMANDS or words[1] == "--help", f"vidi has no command {words[1]}"
+    assert words[1] in cli.COMMANDS or words[1] in ("--help", "--version"), f"vidi has no command {words[1]}"
     if words[1] in cli.COMMANDS:
         parser = argparse.ArgumentParser()
         importlib.import_module(f"vidi.commands.{words[1]}").add_arguments(parser)
@@ -91,6 +92,8 @@ def check(words: list[str]) -> None:
     elif words[0] == "pip":
         extras = re.findall(r"\.\[(\w+)\]", " ".join(words))
         assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.M) for extra in extras)
+    elif words[0] == "hf":
+        assert words[1:] == ["download", hub.RELEASE]
     else:
         assert words[0] in ("python", ".", "cd"), f"unknown command {words}"
 

@@ -179,4 +179,4 @@ def test_an_invisible_fault_is_excused_by_name_alone() -> None:
 
 def test_goldens_stay_small() -> None:
     assert (GOLDENS / LEDGER["faults"]).stat().st_size < 120_000
-    assert sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()) < 25_000_000
+    assert sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()) < 32_000_000

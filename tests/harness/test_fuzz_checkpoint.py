@@ -351,8 +351,7 @@ def test_memory_stays_bounded(bomb: str, place: str, tmp_path: Path) -> None:
         (tmp_path / (INDEX_NAME if place == "index" else "config.json")).write_bytes(text)
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))\n"
-        "from argparse import Namespace; from vidi.checkpoint.commands import run_inspect\n"
-        "sys.exit(run_inspect(Namespace(dir=sys.argv[1], json=False)))"
+        "from vidi.cli import main; sys.exit(main(['inspect', sys.argv[1]]))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert done.returncode in (1, 2), done.stderr[-2000:]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 
 from stageparity import strict
-from tests.limited import one_line, run_cases, watched
+from tests.limited import ROOT, one_line, run_cases, watched
 
 # ---- opening ----------------------------------------------------------------------------------------------------------
 
@@ -91,6 +93,12 @@ def test_text_of_others_is_shown_without_its_controls() -> None:
     assert strict.printable("two\nlines\r", keep="\n") == "two\nlines\\r"
     assert strict.printable("\udcff\u202eabc\x9b2J") == "\\udcff\\u202eabc\\x9b2J"
     assert strict.printable("Zürich 東京") == "Zürich 東京"
+
+
+def test_it_needs_the_standard_library_alone() -> None:
+    code = "import sys, stageparity.strict, stageparity.atomic; print({'numpy', 'h5py', 'torch', 'vidi'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
 
 
 # ---- content ----------------------------------------------------------------------------------------------------------

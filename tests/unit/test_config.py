@@ -11,6 +11,7 @@ import pytest
 from tests import released
 from vidi.bridge import visual
 from vidi.config import AudioConfig, ConfigError, VidiConfig, VisionConfig
+from vidi.model import VidiModel
 
 RELEASED = dict(released.CONFIG)
 TINY = VidiConfig.tiny().to_official()
@@ -66,6 +67,13 @@ def test_towers_default_to_the_public_models_and_can_be_given():
         ({"flavour": 1, "colour": 2}, "unknown fields: colour, flavour"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
         ({"head_dim": 15}, "head_dim 15 is odd"),
+        ({"max_position_embeddings": 10**18}, "max_positions = 1000000000000000000 (a whole number from 1 to 2,147"),
+        ({"max_position_embeddings": 10**400}, "max_positions = an integer of many digits"),
+        ({"rms_norm_eps": 1e-300}, "rms_norm_eps = 1e-300 (a number from 1e-12 to 1,000,000,000)"),
+        ({"rope_theta": float("inf")}, "rope_theta = inf"),
+        ({"loss_thres": 10**400}, "loss_threshold = an integer of many digits"),
+        ({"budget_scope": "\x1b[2J" * 999}, r"budget_scope '\x1b[2J"),
+        ({"vision_config": {**TINY["vision_config"], "patch_size": 64}}, "patches of 64 pixels in images of 26"),
         ({"budget_scope": "hour"}, "budget_scope 'hour'"),
         ({"visual_token_budget": 0}, "visual_token_budget"),
         ({"hidden_size": "forty"}, "hidden_size"),
@@ -81,6 +89,21 @@ def test_what_cannot_be_honoured_is_refused_by_name(change, said):
     with pytest.raises(ConfigError, match=r".*") as refused:
         VidiConfig.from_official(TINY | change)
     assert said in str(refused.value)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 1300
+
+
+def test_a_whole_number_is_a_real_one():
+    """JSON writers turn 1.0 into 1; a weight initialised with an integer is no weight."""
+    config = VidiConfig.from_official(TINY | {"mm_std": 1})
+    assert type(config.norm_std) is float
+    VidiModel(config)
+
+
+def test_a_name_as_long_as_a_file_is_cut():
+    with pytest.raises(ConfigError) as refused:
+        VidiConfig.from_official(TINY | {"a" * 1_000_000: 1})
+    assert len(str(refused.value)) < 1300
 
 
 @pytest.mark.parametrize("field", ["sliding_window", "head_dim", "query_pre_attn_scalar", "rope_theta"])
@@ -91,7 +114,14 @@ def test_missing_fields_are_named(field):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"{", "not readable as JSON"), (b"[]", "a JSON object is expected"), (b"\xff\xfe", "not readable")],
+    [
+        (b"{", "damaged JSON"),
+        (b"[]", "a JSON object is expected"),
+        (b"\xff\xfe", "damaged JSON"),
+        (json.dumps(TINY)[:-1].encode() + b', "vocab_size": 512}', "vocab_size: appears twice"),
+        (json.dumps(TINY | {"max_position_embeddings": 10**400}).encode(), "max_position_embeddings: 1"),
+        (json.dumps(TINY | {"max_position_embeddings": 10**30}).encode(), "max_position_embeddings: 1"),
+    ],
 )
 def test_broken_files_are_named(content, said, tmp_path):
     path = tmp_path / "config.json"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_a_padded_batch_decodes_as_each_row_alone():
 def told(script: list[list[int]], monkeypatch: pytest.MonkeyPatch):
     """A model whose rows say what they are told to."""
     model = copy.copy(tiny.model())
-    steps = iter(range(1, 99))
+    steps = itertools.count(1)
 
     def logits(step: int) -> torch.Tensor:
         return torch.nn.functional.one_hot(torch.tensor([row[step] for row in script]), 512).double()
@@ -82,6 +83,18 @@ def test_the_limit_counts_new_tokens(monkeypatch):
     found = generate.greedy(told([[5, 107, 9], [6, 7, 8]], monkeypatch), batch, max_new_tokens=3)
     assert found.tokens == [[5], [6, 7, 8]]
     assert found.stopped == [True, False]
+
+
+@pytest.mark.parametrize(("limit", "length"), [({}, 1024), ({"max_new_tokens": 3000}, 3000)])
+def test_no_answer_is_cut_below_the_limit(limit, length, monkeypatch):
+    found = generate.greedy(told([[5] * 3000], monkeypatch), tiny.make([tiny.sample(4, 1, 0)]), **limit)
+    assert found == generate.Generated([[5] * length], [False])
+
+
+@pytest.mark.parametrize("path", [lambda model: model, accelerate], ids=["plain", "fast"])
+def test_a_cache_holds_as_many_tokens_as_asked_for(path):
+    _, cache = path(tiny.model()).prefill(tiny.make([tiny.sample(4, 1, 0)]), 9000)
+    assert cache.capacity == 9000
 
 
 def test_a_stop_token_at_once_is_an_empty_answer(monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from goldens.oracle import case, forward
+from stageparity.run import Trace
 from tests import released, tiny
 from tests.not_run import not_run
 from vidi import generate, loss, official, precision, release
@@ -146,6 +147,7 @@ def _transformers() -> Any:
     return transformers
 
 
+@pytest.mark.slow  # seconds of imports
 def test_the_vision_tower_is_the_public_so400m() -> None:
     """Models of transformers that default to SigLIP so400m: LLaVA-OneVision at patch14-384, cut to the layers that are run,
     and PaliGemma at 224 pixels, whole."""
@@ -266,17 +268,17 @@ def deep_truth(deep: VidiModel) -> dict[str, np.ndarray]:
 def test_each_of_the_42_layers_attends_as_the_oracles(fast: bool, deep: VidiModel, deep_truth: dict) -> None:
     """Text past the window: a window, scale, cap or frequency that is another one from some layer on shows there."""
     runner = accelerate(deep) if fast else deep
-    seen: dict[str, torch.Tensor] = {}
+    seen = Trace()
     batch = tiny.make([tiny.sample(12, 0, 0)])
     ids = torch.tensor([[2, 9, 4, -200, *range(20, 29)]])
     batch = dataclasses.replace(batch, input_ids_BT=ids, keep_BT=torch.ones_like(ids, dtype=torch.bool))
     with torch.no_grad():
-        logits = runner(batch, tap=lambda stage, x: seen.update({stage: x.clone()}))
+        logits = runner(batch, tap=seen)
     for i in range(42):
-        tiny.assert_close(seen[f"layer.{i}.t2t"], torch.from_numpy(deep_truth[f"layer.{i}.t2t"]))
+        tiny.assert_close(seen.tensors()[f"layer.{i}.t2t"], torch.from_numpy(deep_truth[f"layer.{i}.t2t"]))
     tiny.assert_close(logits, torch.from_numpy(deep_truth["logits"]))
     if fast:
-        assert [w.window for w in runner.layers] == [3, None] * 21
+        assert [w.scores.window for w in runner.layers] == [3, None] * 21
 
 
 # ---- a config.json that contradicts it ----------------------------------------------------------------------------------

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["CheckpointError", "printable"]
+from stageparity.strict import Refused, one_line
+
+__all__ = ["CheckpointError", "refusals"]
 
 
 class CheckpointError(ValueError):
@@ -16,12 +20,19 @@ class CheckpointError(ValueError):
     def __init__(self, problem: str, *, file: str | Path | None = None, tensor: str | None = None) -> None:
         self.problem, self.file, self.tensor = problem, None if file is None else str(file), tensor
         where = [self.file or "", f"tensor {_short(tensor)}" if tensor is not None else ""]
-        super().__init__(printable(": ".join([*filter(None, where), problem])))
+        super().__init__(one_line(": ".join([*filter(None, where), problem])))
 
 
-def printable(text: str) -> str:
-    """One line that a terminal can show: names come out of files, and control characters in them are escaped."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+@contextmanager
+def refusals(*, of_tensors: bool = False) -> Iterator[None]:
+    """What the strict opener refuses in the block, as CheckpointError. of_tensors: fields of the file are tensors' names."""
+    try:
+        yield
+    except Refused as error:
+        field = _short(error.field) if error.field is not None else None
+        tensor = error.field if of_tensors else None
+        problem = error.problem if tensor is not None or field is None else f"{field}: {error.problem}"
+        raise CheckpointError(problem, file=error.file, tensor=tensor) from None
 
 
 def _short(name: str, limit: int = 200) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stageparity import strict
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.headers import Entry, Shard, read_json, read_shard, safe_file
 
@@ -43,6 +44,13 @@ class Folder:
     problems: tuple[Problem, ...]
     notes: tuple[str, ...]
 
+    @property
+    def synthetic(self) -> str | None:
+        """How these weights were made up, None where nothing says that they were."""
+        return next(
+            (strict.one_line(shard.synthetic, 100) for shard in self.shards if shard.synthetic is not None), None
+        )
+
 
 def read_folder(folder: str | Path) -> Folder:
     """Read config.json, the index and every shard's header.
@@ -57,7 +65,7 @@ def read_folder(folder: str | Path) -> Folder:
         raise CheckpointError(f"holds no {CONFIG_NAME}; a checkpoint folder has it beside the shards", file=path)
     config = read_json(config_path)
     index_path = safe_file(path, INDEX_NAME)
-    raw_index = {} if index_path is None else read_json(index_path)
+    raw_index = {} if index_path is None else read_json(index_path, of_tensors=True)
     index = None if index_path is None else _index(raw_index, index_path)
     names, absent = _shard_names(path, files, index)
     shards, notes = [], _notes(files, names)

@@ -1,4 +1,4 @@
-"""Strict reader of safetensors headers and of the JSON files beside them, with the standard library alone.
+"""Strict reader of safetensors headers and of the JSON files beside them, through the opener of foreign files.
 
 A safetensors file is 8 bytes (little-endian length n), n bytes of JSON, then the tensors' bytes back to back. This
 reader accepts exactly that: the tensors cover the data without gap or overlap, sizes follow from dtype and shape, no
@@ -7,21 +7,21 @@ key appears twice. It never reads tensor data, and never more than MAX_JSON_BYTE
 
 from __future__ import annotations
 
-import json
 import math
-import stat
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from vidi.checkpoint.errors import CheckpointError
+from stageparity import strict
+from vidi.checkpoint.errors import CheckpointError, refusals
 
-__all__ = ["ITEM_BYTES", "MAX_JSON_BYTES", "Entry", "Shard", "read_json", "read_shard", "safe_file"]
+__all__ = ["ITEM_BYTES", "MAX_JSON_BYTES", "SYNTHETIC", "Entry", "Shard", "read_json", "read_shard", "safe_file"]
 
-# The full-size model needs 0.2 MB in one header and 0.14 MB in its index; parsed JSON takes up to 40 times its bytes.
-MAX_JSON_BYTES = 4 << 20
+MAX_JSON_BYTES = strict.MAX_JSON_BYTES  # the full-size model needs 0.2 MB in one header and 0.14 MB in its index
 MAX_AXES = 8
+SYNTHETIC = "vidi_synthetic"  # the key in __metadata__ under which made-up weights say so
 _PICKLE_STARTS = {b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"}
 
 ITEM_BYTES = {
@@ -52,83 +52,63 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its tensors in file order."""
+    """One safetensors file: its tensors in file order; ``synthetic`` says of made-up weights how they were made."""
 
     path: Path
     tensors: Mapping[str, Entry]
     file_bytes: int
+    synthetic: str | None = None
 
 
 def safe_file(folder: Path, name: str) -> Path | None:
-    """``folder/name``, None where no such file exists, refused unless it is a regular file inside the folder.
-
-    A name may not be absolute, climb, or be a link that resolves elsewhere. One layout of links is known and allowed:
-    the Hugging Face cache, where ``snapshots/REVISION/FILE`` points into the ``blobs`` folder beside ``snapshots``.
-    """
-    label = ascii(name) if not name.isprintable() else name
-    if not name or "\x00" in name or "\\" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise CheckpointError(f"names {label[:200]!r}, a path that leaves the folder; refused", file=folder)
-    path = folder / name
-    try:
-        real, root = path.resolve(strict=True), folder.resolve(strict=True)
-        allowed = [root]
-        if root.parent.name == "snapshots":
-            allowed.append(root.parent.parent / "blobs")
-        if not any(real.is_relative_to(place) for place in allowed):
-            raise CheckpointError("is a link to a place outside the folder; refused. Copy the file here", file=path)
-        if not stat.S_ISREG(real.stat().st_mode):
-            raise CheckpointError("is no regular file", file=path)
-    except FileNotFoundError:
-        return None
-    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name too long, no permission
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"cannot be opened ({_reason(error)})", file=path) from None
-    return path
+    """``folder/name``, None where no such file exists, refused unless it is a regular file inside the folder or, as
+    the Hugging Face cache lays them out, in the ``blobs`` folder beside ``snapshots``."""
+    with refusals():
+        return None if strict.locate(folder, name, hub_cache=True) is None else folder / name
 
 
-def read_json(path: Path, *, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of at most ``limit`` bytes; duplicate keys, NaN and deep nesting are refused."""
-    try:
-        size = path.stat().st_size
-        if size > limit:
-            raise CheckpointError(
-                f"{size:,} bytes of JSON; at most {limit:,} are read (the full-size model needs 0.2 MB)", file=path
-            )
-        with path.open("rb") as file:
-            return _parse(file.read(limit + 1), path)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({_reason(error)})", file=path) from None
+def read_json(path: Path, *, of_tensors: bool = False) -> dict[str, Any]:
+    """A JSON object of at most MAX_JSON_BYTES, see `strict.parse_json`. of_tensors: its keys are tensors' names."""
+    with refusals(of_tensors=of_tensors):
+        return strict.read_json(path, limit=MAX_JSON_BYTES, hub_cache=True)
 
 
 def read_shard(path: Path) -> Shard:
     """Read and validate the header of one safetensors file. Raises CheckpointError naming file and tensor."""
-    try:
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{file_bytes} bytes are no safetensors file; truncated?", file=path)
-            length = int.from_bytes(prefix, "little")
-            if length > file_bytes - 8 and (prefix[:4] == b"PK\x03\x04" or prefix[:2] in _PICKLE_STARTS):
-                raise CheckpointError("is a pickle under a safetensors name; never unpickled, refused", file=path)
-            if length > file_bytes - 8:
-                text = f"header of {length:,} bytes in a file of {file_bytes:,}: truncated or no safetensors file"
-                raise CheckpointError(text, file=path)
-            if length > MAX_JSON_BYTES:
-                raise CheckpointError(f"header of {length:,} bytes; at most {MAX_JSON_BYTES:,} are read", file=path)
-            header = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({_reason(error)})", file=path) from None
-    if len(header) != length or header[:1] != b"{":
-        raise CheckpointError("the header is no JSON object; damaged, or no safetensors file", file=path)
-    fields = _parse(header, path)
-    _check_metadata(fields.pop("__metadata__", {}), path)
-    data_start = 8 + length
+    with refusals(), strict.open_file(path, hub_cache=True) as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        header = _read_header(file, path, file_bytes)
+    with refusals(of_tensors=True):
+        fields = strict.parse_json(header, file=path)
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError("__metadata__ is no map of strings", file=path)
+    data_start = 8 + len(header)
     entries = [_entry(name, field, path, data_start) for name, field in fields.items()]
     entries.sort(key=lambda entry: (entry.start, entry.stop))
     _check_coverage(entries, path, data_start, file_bytes)
-    return Shard(path, {entry.name: entry for entry in entries}, file_bytes)
+    return Shard(path, {entry.name: entry for entry in entries}, file_bytes, metadata.get(SYNTHETIC))
+
+
+def _read_header(file: BinaryIO, path: Path, file_bytes: int) -> bytes:
+    try:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{file_bytes} bytes are no safetensors file; truncated?", file=path)
+        length = int.from_bytes(prefix, "little")
+        if length > file_bytes - 8 and (prefix[:4] == b"PK\x03\x04" or prefix[:2] in _PICKLE_STARTS):
+            raise CheckpointError("is a pickle under a safetensors name; never unpickled, refused", file=path)
+        if length > file_bytes - 8:
+            text = f"header of {length:,} bytes in a file of {file_bytes:,}: truncated or no safetensors file"
+            raise CheckpointError(text, file=path)
+        if length > MAX_JSON_BYTES:
+            raise CheckpointError(f"header of {length:,} bytes; at most {MAX_JSON_BYTES:,} are read", file=path)
+        header = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({strict.reason(error)})", file=path) from None
+    if len(header) != length or header[:1] != b"{":
+        raise CheckpointError("the header is no JSON object; damaged, or no safetensors file", file=path)
+    return header
 
 
 def _entry(name: str, field: Any, path: Path, data_start: int) -> Entry:
@@ -170,40 +150,5 @@ def _check_coverage(entries: list[Entry], path: Path, data_start: int, file_byte
         raise CheckpointError(f"{file_bytes - position:,} bytes after the last tensor belong to none", file=path)
 
 
-def _check_metadata(metadata: Any, path: Path) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError("__metadata__ is no map of strings", file=path)
-
-
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
-
-
-def _parse(text: bytes, path: Path) -> dict[str, Any]:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise CheckpointError("appears twice", file=path, tensor=twice)
-        return found
-
-    def no_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is no JSON")
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=no_constant)
-    except CheckpointError:
-        raise
-    except RecursionError:
-        raise CheckpointError("JSON nested too deeply", file=path) from None
-    except ValueError as error:  # also UnicodeDecodeError, JSONDecodeError, integers of thousands of digits
-        raise CheckpointError(f"damaged JSON ({_reason(error)})", file=path) from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"a JSON object is expected, found {type(value).__name__}", file=path)
-    return value
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return text.splitlines()[0][:200]

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from stageparity.strict import printable
 from vidi.checkpoint import explain, names
-from vidi.checkpoint.errors import CheckpointError, printable
+from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.folder import CONFIG_NAME, Folder, Problem, read_folder
 from vidi.checkpoint.headers import Entry
 from vidi.config import VidiConfig
@@ -48,20 +49,23 @@ class Inspection:
     notes: tuple[str, ...]
     tensors: Mapping[str, Entry]
     file_bytes: int
+    synthetic: str | None
 
     @property
     def fits(self) -> bool:
         return not self.problems
 
-    def to_json(self) -> str:
+    def as_dict(self) -> dict[str, Any]:
         """The same as ``render``, for programs: every problem, at most 10,000."""
         report: dict[str, Any] = {"path": str(self.path), "fits": self.fits, "recognised": self.recognised}
         report |= {"file_bytes": self.file_bytes, "parts": [asdict(part) for part in self.parts]}
         report["tensors"] = {"stored": sum(part.stored for part in self.parts), "wanted": self._wanted()}
         report["parameters"] = sum(part.parameters for part in self.parts)
         report |= {"num_problems": len(self.problems), "problems": [asdict(p) for p in self.problems[:10_000]]}
-        report["notes"] = list(self.notes)
-        return json.dumps(report, indent=1)
+        return report | {"notes": list(self.notes), "synthetic": self.synthetic}
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict(), indent=1)
 
     def render(self) -> str:
         """The report as text: a table by part, then problems, one line for all layers that share one."""
@@ -116,7 +120,8 @@ def inspect_folder(folder: str | Path, *, config: VidiConfig | None = None) -> I
         recognised = SEVEN_B
     else:
         recognised = "Vidi 1.5 9B" if judged_by == VidiConfig.full() else "Vidi 1.5 of another size"
-    notes = [*found.notes, *_dtype_notes(found.tensors, wanted)]
+    made_up = [f"synthetic weights ({found.synthetic}): such a model speaks nonsense"] if found.synthetic else []
+    notes = [*found.notes, *made_up, *_dtype_notes(found.tensors, wanted)]
     if not signs:
         notes += explain.facts(judged_by, names.HEAD in found.tensors)
     return Inspection(
@@ -128,6 +133,7 @@ def inspect_folder(folder: str | Path, *, config: VidiConfig | None = None) -> I
         notes=tuple(notes),
         tensors=found.tensors,
         file_bytes=sum(shard.file_bytes for shard in found.shards),
+        synthetic=found.synthetic,
     )
 
 

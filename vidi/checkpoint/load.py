@@ -15,14 +15,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from stageparity import strict
 from vidi import precision
 from vidi.checkpoint import names
-from vidi.checkpoint.errors import CheckpointError
+from vidi.checkpoint.errors import CheckpointError, refusals
 from vidi.checkpoint.folder import Problem
 from vidi.checkpoint.headers import Entry
 from vidi.checkpoint.inspect import Inspection, inspect_folder
@@ -226,11 +227,9 @@ class _Slot:
             self.busy.record(torch.cuda.current_stream(self.device))
 
 
-def _open(path: Path):  # type: ignore[no-untyped-def]
-    try:
-        return path.open("rb", buffering=0)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read ({error.strerror})", file=path) from None
+def _open(path: Path) -> BinaryIO:
+    with refusals():
+        return strict.open_file(path, hub_cache=True)
 
 
 def _read_exactly(file: int, entry: Entry, offset: int, into: Tensor) -> None:

@@ -1,7 +1,7 @@
 """Write the official layout: shards of bounded size, their index, config.json; whole or not at all.
 
-Everything goes into a temporary folder beside the target, is flushed to disk, and the folder is renamed into place. A
-reader never sees half a checkpoint, and an interrupted run leaves the target as it was.
+Everything goes into a draft folder beside the target, is flushed to disk, and takes the target's place in one step. A reader
+never sees half a checkpoint, and a run that ends early, however it ends, leaves the target as it was.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 import torch
 from torch import Tensor
 
+from stageparity import atomic, strict
 from vidi.checkpoint import names
 from vidi.checkpoint.errors import CheckpointError
-from vidi.checkpoint.folder import CONFIG_NAME, INDEX_NAME
+from vidi.checkpoint.folder import CONFIG_NAME, INDEX_NAME, read_folder
 from vidi.checkpoint.load import CHUNK_BYTES, STORED, Progress
+from vidi.config import VidiConfig
 
 if TYPE_CHECKING:
     from vidi.model import VidiModel
@@ -32,6 +34,7 @@ __all__ = ["MAX_SHARD_BYTES", "Item", "limit_for", "plan", "save", "write"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 _SAVED_NAMES = (CONFIG_NAME, INDEX_NAME, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors", re.ASCII)
 _DTYPE_NAMES = {dtype: name for name, dtype in STORED.items()}
 
 
@@ -77,22 +80,26 @@ def write(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra: Mapping[str, str] | None = None,
+    metadata: Mapping[str, str] | None = None,
     force: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Write ``items`` in order as shards with an index, ``config`` as config.json, and ``extra`` text files."""
+    """Write ``items`` in order as shards with an index, ``config`` as config.json, and ``extra`` text files.
+
+    metadata: strings for each shard's header, which readers of safetensors pass over.
+    """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes {max_shard_bytes}: at least 1")
     shards = plan([item.nbytes for item in items], max_shard_bytes)
     total, done = sum(item.nbytes for item in items), 0
     weight_map: dict[str, str] = {}
-    with _replacing(Path(folder), force) as temporary:
+    with _replacing(Path(folder), force, total) as draft:
         for number, members in enumerate(shards, start=1):
             file_name = f"model-{number:05}-of-{len(shards):05}.safetensors"
             chosen = [items[i] for i in members]
             weight_map |= dict.fromkeys((item.name for item in chosen), file_name)
-            with (temporary / file_name).open("xb") as file:
-                for name, nbytes in _write_shard(file, chosen):
+            with (draft / file_name).open("xb") as file:
+                for name, nbytes in _write_shard(file, chosen, metadata or {}):
                     done += nbytes
                     if progress is not None:
                         progress(done, total, name)
@@ -100,7 +107,7 @@ def write(
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts = {INDEX_NAME: json.dumps(index, indent=2) + "\n", CONFIG_NAME: json.dumps(config, indent=2) + "\n"}
         for file_name, text in (texts | dict(extra or {})).items():
-            with (temporary / file_name).open("x", encoding="utf-8") as text_file:
+            with (draft / file_name).open("x", encoding="utf-8") as text_file:
                 text_file.write(text)
                 _flush(text_file)
 
@@ -136,10 +143,10 @@ def _item(name: str, value: Tensor) -> Item:
     return Item(name, value.dtype, tuple(value.shape), pieces)
 
 
-def _write_shard(file, items: Sequence[Item]) -> Iterator[tuple[str, int]]:  # type: ignore[no-untyped-def]
+def _write_shard(file: BinaryIO, items: Sequence[Item], metadata: Mapping[str, str]) -> Iterator[tuple[str, int]]:
     """Header, then the tensors' bytes; wider dtypes first, so that every tensor is aligned to its item."""
     ordered = sorted(items, key=lambda item: -item.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for item in ordered:
         offsets = [position, position + item.nbytes]
@@ -158,66 +165,58 @@ def _write_shard(file, items: Sequence[Item]) -> Iterator[tuple[str, int]]:  # t
         assert written == item.nbytes, f"{item.name}: {written} bytes written, {item.nbytes} announced"
 
 
-def _flush(file) -> None:  # type: ignore[no-untyped-def]
+def _flush(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
 
 
 @contextmanager
-def _replacing(folder: Path, force: bool) -> Iterator[Path]:
-    """A temporary folder that becomes ``folder`` if the block ends well and vanishes if not."""
+def _replacing(folder: Path, force: bool, nbytes: int) -> Iterator[Path]:
+    """A draft folder that becomes ``folder`` if the block ends well and vanishes if not, see `atomic.replacing`."""
     folder = folder.absolute()
-    _check_target(folder, force)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    except OSError as error:
-        raise CheckpointError(f"cannot be written ({error.strerror})", file=folder) from None
-    old = temporary.with_name(temporary.name + "-old")
-    try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        _flush_folder(temporary)
-        if folder.is_dir() and any(folder.iterdir()):
-            os.rename(folder, old)
-        os.rename(temporary, folder)
-        _flush_folder(folder.parent)
-    except OSError as error:
-        if old.exists() and not folder.exists():
-            os.rename(old, folder)
-        raise CheckpointError(f"cannot be written ({error.strerror})", file=folder) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _check_target(folder: Path, force: bool) -> None:
-    if not folder.exists() and not folder.is_symlink():
-        return
-    if folder.is_symlink() or not folder.is_dir():
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise CheckpointError("is there and is no folder; choose another place", file=folder)
-    present = sorted(path.name for path in folder.iterdir())
-    if not present:
-        return
-    if not force:
-        text = "is there and not empty; choose another place, or --force to replace a checkpoint"
-        raise CheckpointError(text, file=folder)
-    foreign = [name for name in present if name not in _SAVED_NAMES and not name.endswith(".safetensors")]
-    if CONFIG_NAME not in present or foreign:
-        odd = foreign[0] if foreign else f"no {CONFIG_NAME}"
+    try:
+        with atomic.replacing(folder, _check_replaceable if force else _refuse) as draft:
+            free = shutil.disk_usage(draft).free
+            if free < nbytes:
+                text = f"{nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free; make room or choose another place"
+                raise CheckpointError(text, file=folder)
+            yield draft
+    except OSError as error:
+        raise CheckpointError(f"cannot be written ({strict.reason(error)})", file=folder) from None
+
+
+def _refuse(folder: Path) -> None:
+    text = "is there and not empty; choose another place, or --force to replace a checkpoint"
+    raise CheckpointError(text, file=folder)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises CheckpointError unless the folder holds a checkpoint as `write` leaves it and nothing else.
+
+    Names prove nothing: config.json must describe this model, shards must hold tensors of its names, the index must list the
+    shards that are there. Folders and links are never ours, whatever they are called.
+    """
+
+    def keep(odd: str) -> NoReturn:
         raise CheckpointError(f"holds more than a checkpoint ({odd}); not replaced, remove it yourself", file=folder)
 
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in entries:
+        if not entry.is_file(follow_symlinks=False):
+            keep(f"{entry.name} is no regular file")
+        if entry.name not in _SAVED_NAMES and not _SHARD_NAME.fullmatch(entry.name):
+            keep(entry.name)
+    if absent := {CONFIG_NAME, INDEX_NAME} - {entry.name for entry in entries}:
+        keep(f"no {min(absent)}")
+    shards = {entry.name for entry in entries if entry.name.endswith(".safetensors")}
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        found = read_folder(folder)
+        VidiConfig.from_official(found.config)
+    except ValueError as error:
+        keep(str(error))
+    if found.problems or {shard.path.name for shard in found.shards} != shards:
+        keep("its index does not list its shards")
+    if foreign := [name for name in found.tensors if names.our_name(name) is None and name != names.HEAD]:
+        keep(f"{foreign[0][:200]}, no tensor of this model")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from vidi import precision
-from vidi.checkpoint import names
+from vidi.checkpoint import headers, names
 from vidi.checkpoint.load import Progress, empty_model
 from vidi.checkpoint.names import Expected
 from vidi.checkpoint.save import Item, limit_for, plan, write
@@ -186,7 +186,16 @@ def synth(
     items = [_item(seed, want, config, dtype) for want in names.expected(config).values()]
     limit = limit_for([item.nbytes for item in items], NUM_SHARDS)
     assert len(plan([item.nbytes for item in items], limit)) == NUM_SHARDS, "fewer tensors than shards"
-    write(folder, config.to_official(), items, max_shard_bytes=limit, extra=extra, force=force, progress=progress)
+    write(
+        folder,
+        config.to_official(),
+        items,
+        max_shard_bytes=limit,
+        extra=extra,
+        metadata={headers.SYNTHETIC: f"version {VERSION}, seed {seed}"},
+        force=force,
+        progress=progress,
+    )
 
 
 def _item(seed: int, want: Expected, config: VidiConfig, dtype: torch.dtype) -> Item:

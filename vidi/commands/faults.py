@@ -10,18 +10,20 @@ import sys
 import time
 from typing import Any
 
+from vidi.commands import arguments
+
 __all__ = ["add_arguments", "run"]
 
-SEEN, MISSED, UNUSABLE = 0, 1, 2
+SEEN = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fault", metavar="GLOB", help="only faults that match, such as 'masks.*,*window*'")
     parser.add_argument("--list", action="store_true", help="name the faults and what they patch, plant none")
     parser.add_argument("--goldens", metavar="DIR", help="folder with the sets small and official (default: embedded)")
-    parser.add_argument(
-        "--dtype",
-        choices=("float64", "float32", "bfloat16", "float16"),
+    arguments.add_dtype(
+        parser,
+        None,
         help="run every fault there, to see which are below its noise; those named in faults.json may be (default: each in"
         " its own dtype)",
     )
@@ -29,24 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 all killed (but those known to be below the noise of --dtype) and 95 % localised, 1 not, 2 unusable."""
+    """Returns 0 all killed (but those known to be below the noise of --dtype) and 95 % localised, 1 not.
+
+    Raises what `cli.guarded` tells as 2.
+    """
     import torch
 
     from stageparity.faults import judge, stored
-    from stageparity.golden import GoldenError
     from vidi.commands import outputs
     from vidi.parity import faults
     from vidi.parity.goldens import goldens_dir
 
-    try:
-        outputs.check(args.json)
-    except ValueError as error:
-        print(f"vidi faults: {error}", file=sys.stderr)
-        return UNUSABLE
+    outputs.check(args.json)
     chosen = _chosen(faults.FAULTS, args.fault)
     if not chosen:
-        print(f"vidi faults: no fault matches {args.fault!r}: vidi faults --list names them", file=sys.stderr)
-        return UNUSABLE
+        raise ValueError(f"no fault matches {args.fault!r}: vidi faults --list names them")
     if args.list:
         for fault in chosen:
             print(f"{fault.name:44} {fault.dtype:9} {fault.case:14} {', '.join(map(str, fault.targets))}: {fault.what}")
@@ -64,9 +63,6 @@ def run(args: argparse.Namespace) -> int:
         bench = faults.bench(goldens_dir(args.goldens))
         known = stored.invisible(stored.read(bench.goldens), args.dtype)
         verdicts = judge.judge_all(chosen, bench, args.dtype, progress)
-    except (GoldenError, ValueError, OSError) as error:
-        print(f"vidi faults: {error}", file=sys.stderr)
-        return UNUSABLE
     finally:
         torch.set_num_threads(threads)
         if sys.stderr.isatty():

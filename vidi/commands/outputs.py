@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stageparity import atomic
+from stageparity.strict import one_line
 
 __all__ = ["check", "write"]
 
@@ -18,11 +19,11 @@ def check(*names: str | Path | None) -> None:
             continue
         path = Path(name)
         if path.is_dir():
-            raise ValueError(f"{path} is a folder; a file name is needed")
+            raise ValueError(one_line(f"{path} is a folder; a file name is needed"))
         if not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+            raise ValueError(one_line(f"{path}: there is no folder {path.parent}; make it first"))
         if not os.access(path.parent, os.W_OK):
-            raise ValueError(f"{path}: the folder {path.parent} cannot be written to")
+            raise ValueError(one_line(f"{path}: the folder {path.parent} cannot be written to"))
 
 
 def write(name: str | Path | None, text: Callable[[], str]) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vidi.commands import arguments
+
 __all__ = ["add_arguments", "run"]
 
-EQUAL, DIFFERENT, UNUSABLE, NOTHING = 0, 1, 2, 3
+NOTHING = 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--stage", metavar="GLOB", help="only stages that match, such as 'layer.*.t2v,logits'")
     parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, sdpa, flash, flex")
-    parser.add_argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), default="float32")
+    arguments.add_dtype(parser, "float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--path", choices=("plain", "fast"), default="plain", help="the readable path, or vidi.fast")
     parser.add_argument(
@@ -39,13 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 equal, 1 different, 2 unusable input, 3 nothing compared."""
+    """Returns 0 equal, 1 different, 3 nothing compared. Raises what `cli.guarded` tells as 2, unusable input."""
     from rich.console import Console
+    from rich.markup import escape
 
     from stageparity import run as runs
     from stageparity import store, tolerance
     from stageparity.dump import Dump
-    from stageparity.golden import GoldenError
     from stageparity.report import page, terminal
     from vidi import device
     from vidi.commands import outputs
@@ -55,43 +56,35 @@ def run(args: argparse.Namespace) -> int:
 
     to_stdout = args.json == "-"
     console, status = Console(stderr=to_stdout), Console(stderr=True)
-    try:
-        outputs.check(None if to_stdout else args.json, args.html)
-        if args.size == "full":
-            return _full(args, console)
-        device.check(args.device)
-        goldens = goldens_dir(args.goldens)
-        refs = store.select(goldens, args.case)
-        # Imported recordings bring no tolerances of their own: the embedded ones judge them.
-        judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
-        tolerances = tolerance.load(judged_by, STAGES)
-        if args.stage:
-            _check_stages(args.stage, refs)
-        dump = Dump(Path(args.dump), [ref.name for ref in refs]) if args.dump else None
-        subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
-        with status.status(f"{len(refs)} cases") as line:
+    outputs.check(None if to_stdout else args.json, args.html)
+    if args.size == "full":
+        return _full(args, console)
+    device.check(args.device)
+    goldens = goldens_dir(args.goldens)
+    refs = store.select(goldens, args.case)
+    # Imported recordings bring no tolerances of their own: the embedded ones judge them.
+    judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
+    tolerances = tolerance.load(judged_by, STAGES)
+    if args.stage:
+        _check_stages(args.stage, refs)
+    dump = Dump(Path(args.dump), [ref.name for ref in refs]) if args.dump else None
+    subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
+    context = _context(args, judged_by)
+    with status.status(f"{len(refs)} cases") as line:
 
-            def on_case(case: runs.CaseRun, tensors: Mapping[str, Any]) -> None:
-                line.update(f"{case.name} done")
-                if dump is not None:
-                    dump.write(case.case, tensors)
+        def on_case(case: runs.CaseRun, tensors: Mapping[str, Any]) -> None:
+            line.update(escape(terminal.encodable(f"{case.name} done", status)))
+            if dump is not None:
+                dump.write(case.case, tensors)
 
-            found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
-    except (GoldenError, ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"vidi parity: {error}", file=sys.stderr)
-        return UNUSABLE
-    context = _context(args, found.dtype, judged_by)
+        found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
     terminal.print_run(found, console, context, verbose=not args.quiet)
     if dump is not None:
-        console.print(f"{dump.bytes / 1e6:,.0f} MB of tensors in {dump.folder}", soft_wrap=True, highlight=False)
-    try:
-        if to_stdout:
-            print(terminal.to_text(found, context), end="")
-        outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
-        outputs.write(args.html, lambda: page.render(found, context))
-    except OSError as error:
-        print(f"vidi parity: {error}", file=sys.stderr)
-        return UNUSABLE
+        terminal.say(console, f"{dump.bytes / 1e6:,.1f} MB of tensors in {dump.folder}")
+    if to_stdout:
+        print(terminal.to_text(found, context), end="")
+    outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
+    outputs.write(args.html, lambda: page.render(found, context))
     return found.exit_code
 
 
@@ -107,7 +100,7 @@ def _check_stages(globs: str, refs: Any) -> None:
             raise ValueError(f"--stage {glob!r} matches none of the {len(known)} stages of these {len(refs)} cases")
 
 
-def _context(args: argparse.Namespace, dtype: str, judged_by: Path) -> Any:
+def _context(args: argparse.Namespace, judged_by: Path) -> Any:
     """What the report says beside figures; a rerun of one stage needs these options beside case, stage and dtype."""
     from stageparity.report.verdict import Context, References
     from vidi.parity.faults import FAULTS
@@ -117,7 +110,7 @@ def _context(args: argparse.Namespace, dtype: str, judged_by: Path) -> Any:
     given += [("--device", args.device if args.device != "cpu" else None)]
     given += [("--path", args.path if args.path != "plain" else None)]
     options = tuple(word for name, value in given if value for word in (name, value))
-    references = References.load(judged_by / "measured", dtype, STAGES)
+    references = References.load(judged_by / "measured", args.dtype, STAGES)
     return Context(STAGES, SECTIONS, FAULTS, references, ("vidi", "parity"), options)
 
 
@@ -125,6 +118,7 @@ def _full(args: argparse.Namespace, console: Any) -> int:
     import torch
 
     from stageparity import evidence
+    from stageparity.report import terminal
     from vidi.commands import outputs
     from vidi.parity import full
 
@@ -132,7 +126,8 @@ def _full(args: argparse.Namespace, console: Any) -> int:
         print("NOT RUN full size: no CUDA device; 9B parameters in float32 need a GPU of 80 GB")
         return NOTHING
     whole = full.run(args.goldens, device=args.device if args.device != "cpu" else "cuda")
-    console.print(whole.text(), soft_wrap=True, highlight=False, markup=False)
+    for line in whole.text().splitlines():
+        terminal.say(console, line)
     if args.json:
         text = evidence.render(whole.as_json())
         if args.json == "-":

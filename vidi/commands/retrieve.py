@@ -6,9 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from stageparity.strict import printable
+from vidi.commands import arguments
+
 __all__ = ["add_arguments", "run"]
 
-UNUSABLE = 2
 MAX_QUERIES_BYTES = 1 << 20
 
 
@@ -16,11 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("video", metavar="VIDEO", help="mp4, mkv, webm, ts, avi, ... file")
     parser.add_argument("query", metavar="QUERY", nargs="*", help="what to look for, such as 'an onion being sliced'")
     parser.add_argument("--queries", metavar="FILE", type=Path, help="a text file of further queries, one a line")
-    parser.add_argument(
-        "--checkpoint", metavar="DIR", required=True, help="folder with config.json, shards, tokenizer.json"
-    )
+    arguments.add_checkpoint(parser, "--checkpoint", required=True)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "float32"), default="bf16")
+    arguments.add_dtype(parser, "bfloat16", "bfloat16", "float16", "float32")
     parser.add_argument("--backend", help="attention of the plain path: eager (default), flash, flex")
     parser.add_argument(
         "--path",
@@ -42,69 +42,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints time ranges and the raw answer of each query as it comes; progress and costs go to stderr.
 
-    The file is read while weights are loaded, and encoded while it is read. Returns 0, or 2 for input that cannot be used.
+    The file is read while weights are loaded, and encoded while it is read. Raises ValueError for input that cannot be used.
     """
     import torch
 
     from vidi import device, retrieval
     from vidi.attention import dispatch, limits
     from vidi.checkpoint import load
+    from vidi.checkpoint.folder import read_folder
     from vidi.config import VidiConfig
     from vidi.costs import Costs
     from vidi.fast import accelerate
     from vidi.inputs import prompt, video
     from vidi.inputs.reader import Reader
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}[args.dtype]
-    try:
-        # What is wrong with a word on the command line is said before 20 GB are read.
-        where = device.check(args.device)
-        queries = [*args.query, *(_queries(args.queries) if args.queries else ())]
-        if not queries:
-            raise ValueError("no query; say what to look for: vidi retrieve VIDEO 'a red car'")
-        config = VidiConfig.from_file(args.checkpoint)
-        tokenizer = prompt.load_tokenizer(Path(args.checkpoint), config)
-        for query in queries:
-            retrieval.check_request(tokenizer, query, config, args.max_new_tokens)
-        video.frame_step(1.0, args.fps)
-        fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None)
-        if fast and args.backend is not None:
-            raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
-        backend = dispatch.check(args.backend or "eager")
-        decoder = config.decoder
-        limits.check(backend, dtype=dtype, device=where, head_dim=decoder.head_dim, softcap=decoder.attn_softcap)
-        costs = Costs()
-        with retrieval.progress_on_stderr() as display:
-            with Reader(
-                args.video,
-                config,
-                fps=args.fps,
-                max_frames=video.MAX_FRAMES if args.max_frames is None else args.max_frames,
-                check=args.check,
-                progress=retrieval.stage_progress(display, "frames"),
-            ) as reader:
-                with costs.spent("loading"):
-                    model = load.load(
-                        args.checkpoint,
-                        device=args.device,
-                        dtype=dtype,
-                        progress=lambda done, total, name: display("weights", done / 1e9, total / 1e9),
-                    )
-                    model.backend = backend
-                    runner = accelerate(model) if fast else model
-                film = retrieval.encode(runner, reader, costs, display)
-            for number, query in enumerate(queries):
-                answer = retrieval.ask(
-                    runner, tokenizer, film, query, max_new_tokens=args.max_new_tokens, costs=costs, progress=display
+    dtype = getattr(torch, args.dtype)
+    # What is wrong with a word on the command line is said before 20 GB are read.
+    where = device.check(args.device)
+    queries = [*map(arguments.text, args.query), *(_queries(args.queries) if args.queries else ())]
+    if not queries:
+        raise ValueError("no query; say what to look for: vidi retrieve VIDEO 'a red car'")
+    folder = arguments.checkpoint(args.checkpoint, args)
+    config = VidiConfig.from_file(folder)
+    tokenizer = prompt.load_tokenizer(folder, config)
+    for query in queries:
+        retrieval.check_request(tokenizer, query, config, args.max_new_tokens)
+    video.frame_step(1.0, args.fps)
+    if not 1e-6 <= args.fps <= 1e6:
+        raise ValueError(f"--fps {args.fps}: from 0.000001 to 1,000,000 frames a second")
+    fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None)
+    if fast and args.backend is not None:
+        raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
+    backend = dispatch.check(args.backend or "eager")
+    decoder = config.decoder
+    limits.check(backend, dtype=dtype, device=where, head_dim=decoder.head_dim, softcap=decoder.attn_softcap)
+    if made := read_folder(folder).synthetic:
+        print(f"NOTE: synthetic weights ({made}): this model speaks nonsense", file=sys.stderr)
+    costs = Costs()
+    with retrieval.progress_on_stderr() as display:
+        with Reader(
+            args.video,
+            config,
+            fps=args.fps,
+            max_frames=video.MAX_FRAMES if args.max_frames is None else args.max_frames,
+            check=args.check,
+            progress=retrieval.stage_progress(display, "frames"),
+        ) as reader:
+            with costs.spent("loading"):
+                model = load.load(
+                    folder,
+                    device=args.device,
+                    dtype=dtype,
+                    progress=lambda done, total, name: display("weights", done / 1e9, total / 1e9),
                 )
-                lines = [answer.times or "no time ranges in the answer", answer.text]
-                if len(queries) > 1:
-                    lines = [*([""] if number else []), query, *lines]
-                display.say(answer.to_json() if args.json else "\n".join(lines))
-        print(costs.line(film.reading), file=sys.stderr)
-    except (ValueError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        print(f"vidi retrieve: {error}", file=sys.stderr)
-        return UNUSABLE
+                model.backend = backend
+                runner = accelerate(model) if fast else model
+            film = retrieval.encode(runner, reader, costs, display)
+        for number, query in enumerate(queries):
+            answer = retrieval.ask(
+                runner, tokenizer, film, query, max_new_tokens=args.max_new_tokens, costs=costs, progress=display
+            )
+            lines = [answer.times or "no time ranges in the answer", answer.text]
+            if len(queries) > 1:
+                lines = [*([""] if number else []), query, *lines]
+            display.say(answer.to_json() if args.json else printable("\n".join(lines), keep="\n"))
+    print(costs.line(film.reading), file=sys.stderr)
     return 0
 
 

@@ -1,6 +1,37 @@
-"""`vidi synth` (see `vidi.checkpoint.commands`)."""
+"""`vidi synth`: a synthetic checkpoint of any size. Loads torch only when it runs."""
 
-from vidi.checkpoint.commands import add_synth_arguments as add_arguments
-from vidi.checkpoint.commands import run_synth as run
+from __future__ import annotations
+
+import argparse
+
+from stageparity.strict import printable
+from vidi.commands import arguments
 
 __all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="folder to write")
+    parser.add_argument("--size", choices=("tiny", "full"), default="tiny", help="tiny: 0.4 MB; full: 21 GB")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments.add_dtype(parser, "bfloat16")
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint folder that is there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write a synthetic checkpoint. Returns 0; raises CheckpointError where OUT cannot be written."""
+    import torch
+
+    from vidi.checkpoint import progress, synthetic
+    from vidi.config import VidiConfig
+
+    config = VidiConfig.tiny() if args.size == "tiny" else VidiConfig.full()
+    dtype, extra = getattr(torch, args.dtype), {}
+    if args.size == "tiny":
+        from vidi.inputs.prompt import tiny_tokenizer
+
+        extra["tokenizer.json"] = tiny_tokenizer().to_str(pretty=True)
+    with progress.bar("writing") as report:
+        synthetic.synth(args.out, config, args.seed, dtype=dtype, extra=extra, force=args.force, progress=report)
+    print(f"{printable(args.out)}: {args.size}, seed {args.seed}, {args.dtype}, 5 shards")
+    return 0

@@ -6,12 +6,15 @@ tokens, one bos stands in front and ``-200`` between the sides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from stageparity.strict import Missing, Refused, one_line, reason
 from vidi.config import VidiConfig
+from vidi.inputs import tokenizer_file
 
 __all__ = ["CONTROL_WORDS", "PLACEHOLDER_WORD", "PromptError", "build_ids", "check_tokenizer", "decode"]
 __all__ += ["load_tokenizer", "tiny_tokenizer", "user_text", "write_tiny_tokenizer"]
@@ -24,7 +27,10 @@ _CHAT_TURN = "<start_of_turn>user\n{user}<end_of_turn>\n<start_of_turn>model\n"
 
 
 class PromptError(ValueError):
-    """A question or tokenizer that cannot be used; the text says why and what to do."""
+    """A question or tokenizer that cannot be used; the text says why and what to do, in one line."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(one_line(problem))
 
 
 def user_text(query: str) -> str:
@@ -34,6 +40,8 @@ def user_text(query: str) -> str:
     CONTROL_WORDS: a second placeholder or the end of the turn inside it would make another conversation.
     """
     query = query.removesuffix(".")
+    if query != query.encode("utf-8", "replace").decode("utf-8"):
+        raise PromptError(f"the query {query!r} holds bytes that are no UTF-8; write it in the terminal's own encoding")
     if not query.strip():
         raise PromptError(f"the query {query!r} is empty; say what to look for, such as 'a red car'")
     if found := [word for word in CONTROL_WORDS if word in query]:
@@ -47,6 +55,11 @@ def build_ids(tokenizer: Tokenizer, query: str, *, bos_id: int = 2, image_placeh
     Raises PromptError as ``user_text`` does, and for further special tokens of this tokenizer inside the query.
     """
     text = user_text(query)
+    with _library("the question cannot be tokenised"):
+        return _ids(tokenizer, query, text, bos_id, image_placeholder)
+
+
+def _ids(tokenizer: Tokenizer, query: str, text: str, bos_id: int, image_placeholder: int) -> list[int]:
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
     if found := sorted(word for word in special if word in query):
         raise PromptError(f"the query holds {', '.join(found)}, special tokens of the tokenizer; write it without them")
@@ -60,30 +73,45 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if wrong := [token for token in ids if not 0 <= token < size]:
         raise PromptError(f"ids {wrong[:5]} are outside the tokenizer's {size}; tokenizer and checkpoint do not match")
-    return tokenizer.decode(list(ids), skip_special_tokens=True)
+    with _library("the answer cannot be turned into text"):
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 def load_tokenizer(path: str | Path, config: VidiConfig | None = None) -> Tokenizer:
     """Read ``tokenizer.json`` (or the folder that holds it), checked against ``config`` where that is given.
 
-    Raises PromptError naming the file.
+    Only what such a tokenizer needs is read, see `tokenizer_file`. Raises PromptError naming the file.
     """
     path = Path(path)
     path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise PromptError(f"{path}: no such file; a checkpoint folder holds tokenizer.json beside config.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for whatever it cannot parse
-        raise PromptError(f"{path}: no readable tokenizer.json ({error}); copy it again") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+        checked = tokenizer_file.read(path)
+    except Missing:
+        text = "no such file; a checkpoint folder holds tokenizer.json beside config.json"
+        raise PromptError(f"{path}: {text}") from None
+    except Refused as error:
+        raise PromptError(str(error)) from None
+    with _library(f"{path}: no readable tokenizer.json", "; copy it again"):
+        tokenizer = Tokenizer.from_str(checked)
     if config is not None:
         try:
             check_tokenizer(tokenizer, config)
         except PromptError as error:
             raise PromptError(f"{path}: {error}") from None
     return tokenizer
+
+
+@contextmanager
+def _library(problem: str, remedy: str = "; tokenizer.json is damaged: copy it again") -> Iterator[None]:
+    """What the library raises in the block, as PromptError: bare Exceptions, and panics that derive from BaseException."""
+    try:
+        yield
+    except PromptError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise PromptError(f"{problem} ({reason(error)}){remedy}") from None
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: VidiConfig) -> None:

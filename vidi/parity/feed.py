@@ -50,21 +50,38 @@ def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu
 
     Raises ValueError naming tensors that do not fit.
     """
-    config = VidiConfig.from_official(case.config)
+    config, weights = VidiConfig.from_official(case.config), case.weights()
+    _check_fit(case, config, weights)
+    _check_info(case)
     model = VidiModel(config, backend=backend)
-    state = {}
-    for official, array in case.weights().items():
-        ours = names.our_name(official)
-        if ours is not None:
-            state[ours] = torch.from_numpy(array)
-        elif official != names.HEAD:
-            raise ValueError(f"{case.name}: the weights hold {official}, which no part of the model reads")
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{case.name}: the weights do not fit the configuration: {error}") from None
+    ours = {names.our_name(official): torch.from_numpy(array) for official, array in weights.items()}
+    model.load_state_dict({name: x for name, x in ours.items() if name is not None}, strict=True)
     install_table(model, table_of(case))
     return precision.cast_model(model, dtype).to(device)
+
+
+def _check_fit(case: Case, config: VidiConfig, weights: Mapping[str, np.ndarray]) -> None:
+    """Before a model is built: a configuration can name any size, its weights cannot."""
+    wanted = names.expected(config)
+    for name in sorted({*wanted, *weights} - {names.HEAD}):
+        if name not in wanted:
+            raise ValueError(f"{case.name}: the weights hold {name}, which no part of the model reads")
+        if name not in weights:
+            raise ValueError(f"{case.name}: the weights do not fit the configuration: {name} is missing")
+        if (found := weights[name].shape) != (shape := wanted[name].shape) or weights[name].dtype.kind != "f":
+            said = f"{name} is {weights[name].dtype.name} {list(found)}, real numbers of shape {list(shape)} are needed"
+            raise ValueError(f"{case.name}: the weights do not fit the configuration: {said}")
+
+
+def _check_info(case: Case) -> None:
+    """What a manifest says beside tensors: loss thresholds by name, and decoding runs with their windows."""
+    thresholds, runs = case.info.get("loss_thresholds", {}), case.info.get("generate", {})
+    if not isinstance(thresholds, dict) or not all(x is None or type(x) in (int, float) for x in thresholds.values()):
+        raise ValueError(f"{case.name}: info: loss_thresholds must be numbers, or null, by name")
+    named = runs.values() if isinstance(runs, dict) else [None]
+    windows = [run.get("window") if isinstance(run, dict) else None for run in named]
+    if not all(type(window) is int and 0 < window < 1 << 31 for window in windows):
+        raise ValueError(f"{case.name}: info: generate must name decoding runs, each with a window above 0")
 
 
 def table_of(case: Case) -> np.ndarray | None:
@@ -81,7 +98,12 @@ def table_of(case: Case) -> np.ndarray | None:
 
 def _own_table(case: Case) -> np.ndarray | None:
     found = (case.variant(variant).get("pos.freq") for variant in case.variants)
-    return next((golden.array for golden in found if isinstance(golden, Whole)), None)
+    table = next((golden.array for golden in found if isinstance(golden, Whole)), None)
+    if table is not None and (table.shape, table.dtype) != ((case.config["hidden_size"] // 2,), np.float32):
+        raise ValueError(
+            f"{case.name}: pos.freq is {table.dtype.name} {list(table.shape)}, half the decoder's width is needed"
+        )
+    return table
 
 
 def install_table(model: VidiModel, table_K: np.ndarray | None) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
-from stageparity import fingerprint
+from stageparity import evidence, fingerprint
 from stageparity.stage import NotHeld
 from stageparity.store import Case, Targets
 from stageparity.subject import Subject
+from vidi import __version__
 from vidi.fast import accelerate
 from vidi.parity import feed, varlen
 from vidi.parity.bench import Bench
@@ -51,4 +53,6 @@ class VidiSubject(Subject):
         return fingerprint.ieee()
 
     def fingerprint(self) -> Mapping[str, Any]:
-        return fingerprint.fingerprint(self.device)
+        root = Path(__file__).parents[2]
+        commit = evidence.commit(root) if (root / ".git").exists() else "unknown"
+        return {"vidi": __version__, "commit": commit, **fingerprint.fingerprint(self.device)}

@@ -26,10 +26,10 @@ from tests.unit.checkpoint.breaking import (
     write_shard,
 )
 from vidi.checkpoint import names
-from vidi.checkpoint.commands import add_inspect_arguments, run_inspect
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.folder import INDEX_NAME
 from vidi.checkpoint.inspect import inspect_folder
+from vidi.commands import inspect as command
 from vidi.config import VidiConfig
 
 POOL = "model.mm_rand_aud_pool.weight"
@@ -42,8 +42,8 @@ NORM = "model.layers.2.pre_feedforward_layernorm.weight"
 
 def run(*arguments: str) -> int:
     parser = argparse.ArgumentParser()
-    add_inspect_arguments(parser)
-    return run_inspect(parser.parse_args(arguments))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments))
 
 
 def sparse_folder(
@@ -120,7 +120,7 @@ def test_inspect_loads_no_torch(tiny_folder: Path) -> None:
     code = (
         "import sys; from vidi.checkpoint.inspect import inspect_folder; "
         f"assert inspect_folder({str(tiny_folder)!r}).fits; "
-        "import vidi.checkpoint.commands; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
+        "import vidi.commands.inspect; assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
@@ -405,8 +405,14 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: edit_config(f, model_type="llama"),
         "config.json: fields that this model cannot honour: model_type",
     ),
-    "wrong-type": (lambda f: edit_config(f, hidden_size="40"), r"hidden_size = '40' \(a whole number of at least 1\)"),
-    "list-in-config": (lambda f: edit_config(f, rope_theta=[1]), r"rope_theta = \[1\] \(a positive number\)"),
+    "wrong-type": (
+        lambda f: edit_config(f, hidden_size="40"),
+        r"hidden_size = '40' \(a whole number from 1 to 2,147,483,647\)",
+    ),
+    "list-in-config": (
+        lambda f: edit_config(f, rope_theta=[1]),
+        r"rope_theta = \[1\] \(a number from 1e-12 to 1,000,000,000\)",
+    ),
     "absurd-layers": (lambda f: edit_config(f, num_hidden_layers=10**9), "layers = 1000000000"),
     "truncated": (
         lambda f: os.truncate(shard_with(f, UP), shard_with(f, UP).stat().st_size - 5),
@@ -427,7 +433,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index-empty": (lambda f: (f / INDEX_NAME).write_text("{}"), "has no weight_map"),
     "index-number": (lambda f: edit_index(f, lambda m: m.update({UP: 3})), "the index gives no file name for it"),
-    "index-million": (_million_entries, "bytes of JSON; at most 4,194,304 are read"),
+    "index-million": (_million_entries, "bytes; at most 4,194,304 are read"),
     "pickles-only": (_only_pickles, "holds pickle files .pytorch_model.bin. and no safetensors; a pickle can run code"),
     "no-shards": (lambda f: [path.unlink() for path in f.glob("*.safetensors")], "none of its shards is there"),
     "nothing": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -14,8 +13,8 @@ import pytest
 import torch
 
 from vidi.checkpoint import load, names, synthetic
-from vidi.checkpoint.commands import add_synth_arguments, run_synth
 from vidi.checkpoint.headers import read_shard
+from vidi.cli import main
 from vidi.config import VidiConfig
 from vidi.inputs.batch import Batch
 
@@ -172,15 +171,13 @@ def test_five_shards(tiny_folder: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    add_synth_arguments(parser)
     out = tmp_path / "made"
-    assert run_synth(parser.parse_args([str(out), "--seed", "3"])) == 0
+    assert main(["synth", str(out), "--seed", "3"]) == 0
     assert (out / "tokenizer.json").is_file()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert run_synth(parser.parse_args([str(out)])) == 2
+    assert main(["synth", str(out)]) == 2
     assert "is there and not empty" in capsys.readouterr().err
-    assert run_synth(parser.parse_args([str(out), "--seed", "3", "--force"])) == 0
+    assert main(["synth", str(out), "--seed", "3", "--force"]) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 

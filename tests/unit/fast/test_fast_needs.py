@@ -1,0 +1,60 @@
+"""What a run is said to need is what was measured."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from vidi.config import VidiConfig
+from vidi.fast import needs
+from vidi.fast.model import FastModel
+
+FULL = VidiConfig.full()
+ROOT = Path(__file__).parents[3]
+MEASURED = json.loads((ROOT / "bench/results/h100/bench.json").read_text(encoding="utf-8"))["fast"]
+BENCH_TEXT = 24 + 24 + 1  # prompt, steps and one more, as `vidi bench --max-new-tokens 24` makes room for
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: str(row["frames"]))
+def test_measured_peaks(row: dict) -> None:
+    found = needs.count(FULL, row["frames"], text_tokens=BENCH_TEXT)
+    assert (found.visual_tokens, found.audio_tokens) == (row["visual_tokens"], row["audio_tokens"])
+    assert found.peak / 2**30 == pytest.approx(row["peak_gib"], rel=0.01)
+    assert needs.count(FULL, row["frames"]).peak / 2**30 == pytest.approx(row["peak_gib"], rel=0.05)
+
+
+def test_every_term_counts() -> None:
+    """Leaving one of the large terms out, or counting it twice, would miss the measured peaks by more than 1 %."""
+    found = needs.count(FULL, 300, text_tokens=BENCH_TEXT)
+    large = [name for name, size in found.terms.items() if size > 0.01 * found.peak]
+    assert len(large) >= 5
+    assert found.terms["keys and values"] == (58_800 + 3_000 + BENCH_TEXT) * 344_064
+
+
+@pytest.mark.parametrize("gib", [20, 24, 48, 80])
+def test_room_is_what_fits(gib: int) -> None:
+    """As counting every length one by one says; at 48 GiB 1,221 frames need more than 1,800."""
+    memory, longest = gib << 30, 5000
+    runs = needs.room(FULL, memory)
+    inside = {n for first, last in runs for n in range(first, min(last, longest) + 1)}
+    assert inside == {n for n in range(1, longest + 1) if needs.count(FULL, n).fits(memory)}
+    assert (gib == 20) == (not runs)
+    assert all(after[0] > before[1] + 1 for before, after in itertools.pairwise(runs))
+
+
+def test_no_frames() -> None:
+    with pytest.raises(ValueError, match="0 frames; at least 1"):
+        needs.count(FULL, 0)
+
+
+def test_the_defaults_are_those_of_the_fast_model() -> None:
+    defaults = {name: p.default for name, p in inspect.signature(FastModel).parameters.items()}
+    assert defaults["stream_chunk"] == needs.STREAM_CHUNK
+    assert defaults["frame_batch"] == needs.FRAME_BATCH
+    assert defaults["piece_batch"] == needs.PIECE_BATCH
+    assert math.isclose(needs.MEL_FRAMES_PER_SECOND, FULL.audio.mel_frames / 30)
