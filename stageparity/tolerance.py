@@ -157,6 +157,8 @@ def read_baselines(path: Path) -> dict[str, dict[str, dict[str, dict[str, dict[s
         stored = {}
     found: dict[str, Any] = {kind: {} for kind in KINDS}
     orders, columns = _table(path, "orders", stored.get("orders", {})), stored.get("columns", [])
+    if not all(isinstance(dtypes, dict | list) for dtypes in orders.values()):
+        raise ValueError(f"{path}: orders: the dtypes of each case are needed")
     if not isinstance(columns, list) or not all(
         isinstance(c, str) and c.split()[:1] in ([k] for k in KINDS) for c in columns
     ):

@@ -22,8 +22,10 @@ import numpy as np
 from tests.not_run import not_run
 
 __all__ = [
+    "Film",
     "Sound",
     "ffmpeg_command",
+    "make_film",
     "make_picture",
     "make_sound",
     "make_video",
@@ -122,6 +124,41 @@ def make_video(
             container.mux(video.encode(picture))
         if video is not None:
             container.mux(video.encode(None))
+    return path
+
+
+@dataclass(frozen=True)
+class Film:
+    """How `make_film` encodes: any codec with any options."""
+
+    codec: str
+    options: dict[str, str]
+    num_frames: int = 60
+    fps: Fraction | int = 25
+    width: int = 96
+    height: int = 64
+    pixels: str = "yuv420p"
+    pts_ms: Sequence[int] | None = None
+    movflags: str = ""
+
+
+def make_film(path: Path, film: Film) -> Path:
+    """Write `film.num_frames` pictures as `film` says, muxed by suffix, without sound."""
+    options = {"movflags": film.movflags} if film.movflags else {}
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(film.codec, rate=Fraction(film.fps), options=film.options)
+        assert isinstance(stream, av.VideoStream)
+        stream.width, stream.height, stream.pix_fmt = film.width, film.height, film.pixels
+        if film.pts_ms is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for index in range(film.num_frames):
+            picture = av.VideoFrame.from_ndarray(make_picture(index, film.width, film.height), format="rgb24")
+            picture = picture.reformat(format=film.pixels)
+            picture.pts, picture.time_base = index, 1 / Fraction(film.fps)
+            if film.pts_ms is not None:
+                picture.pts, picture.time_base = film.pts_ms[index], Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
     return path
 
 

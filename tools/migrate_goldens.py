@@ -80,6 +80,8 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--reason", default="names of format 2; every content hash is what it was")
     args = parser.parse_args(arguments)
     for folder in args.sets:
+        if not any(folder.glob("*.json")):
+            raise GoldenError(f"{folder}: holds no CASE.json")
         old = [path.stem for path in sorted(folder.glob("*.json")) if parse(path, (FORMAT, OLD))["format"] == OLD]
         print(f"{folder}: {', '.join(old) or 'no case'} of format {OLD}")
         if args.accept and old:

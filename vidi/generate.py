@@ -6,7 +6,8 @@ Dims: B samples, T text tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,14 @@ __all__ = ["Generated", "forced_logits", "greedy"]
 
 @dataclass(frozen=True)
 class Generated:
-    """tokens: new ids of each row, the stop token left out. stopped: the row ended by the stop token, not by the limit."""
+    """tokens: new ids of each row, the stop token left out. stopped: the row ended by the stop token, not by the limit.
+
+    cache: holds the streams' keys and values; another question about the same videos may ``reuse`` it.
+    """
 
     tokens: list[list[int]]
     stopped: list[bool]
+    cache: Any = field(default=None, repr=False, compare=False)
 
 
 @torch.inference_mode()
@@ -33,16 +38,17 @@ def greedy(
     *,
     max_new_tokens: int = 1024,
     streams: dict[str, Stream] | None = None,
+    reuse: Any | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """The most likely token at each step, until every row has met the end-of-turn token or ``max_new_tokens``.
 
-    ``streams``: of these videos, where they are there already (several questions about one video). ``progress`` is
-    called with (tokens so far, limit). Raises ValueError for a limit below 1.
+    ``streams``: of these videos, where they are there already; ``reuse``: a cache over them, where an earlier question
+    left one (`Generated.cache`). ``progress`` is called with (tokens so far, limit). Raises ValueError for a limit below 1.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1")
-    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens, streams)
+    logits_BV, cache = model.prefill(batch, batch.input_ids_BT.shape[1] + max_new_tokens, streams, reuse=reuse)
     stop = model.config.end_of_turn_id
     tokens: list[list[int]] = [[] for _ in logits_BV]
     stopped = [False] * len(tokens)
@@ -57,7 +63,7 @@ def greedy(
         if all(stopped) or step + 1 == max_new_tokens:
             break
         logits_BV = model.step(ids_B, cache)
-    return Generated(tokens, stopped)
+    return Generated(tokens, stopped, cache)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ Dims: B samples, F frames, P audio pieces, L tower positions, T text tokens, D d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,8 +44,11 @@ class Pipeline(ABC):
     # ---- a model's own ------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def image_features(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
-        """One (F, 3, S, S) tensor a video, uint8 or already normalised floats -> (f, L, C) of consecutive frames (§3.1)."""
+    def image_features(self, images: Iterable[Tensor], num_frames: int) -> Iterator[Tensor]:
+        """(F, 3, S, S) of consecutive frames, uint8 or already normalised floats -> (f, L, C), cut anew (§3.1).
+
+        ``num_frames``: of all ``images``, which may still be on their way.
+        """
 
     @abstractmethod
     def audio_features(self, pieces_PML: Tensor) -> Tensor:
@@ -64,8 +67,13 @@ class Pipeline(ABC):
         """Text embeddings and streams -> the text after the last layer and the final norm, (B, T, D)."""
 
     @abstractmethod
-    def fill(self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int) -> tuple[Tensor, Any]:
-        """As `decode`, of each row's last kept token alone, (B, D); and the cache that holds all of them."""
+    def fill(
+        self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int, reuse: Any | None = None
+    ) -> tuple[Tensor, Any]:
+        """As `decode`, of each row's last kept token alone, (B, D); and the cache that holds all of them.
+
+        ``reuse``: a cache whose stream keys and values are shared instead of computed; ``streams`` is empty then.
+        """
 
     @abstractmethod
     def step(self, ids_B: Tensor, cache: Any) -> Tensor:
@@ -92,7 +100,8 @@ class Pipeline(ABC):
         images, audios, sizes_B = batch.images or (), batch.audios or (), batch.audio_sizes or ()
         if any(map(len, images)):
             num_frames_B = [len(x) for x in images]
-            found["v"] = self.fold_features(self.image_features(images), num_frames_B, mask.has_signal(images), tap)
+            features = self.image_features(images, sum(num_frames_B))
+            found["v"] = self.fold_features(features, num_frames_B, mask.has_signal(images), tap)
         if audios and any(audio_bridge.num_tokens(size, self.config) for size in sizes_B):
             tower_PLC = self.audio_features(torch.cat(list(audios)).to(self.device, self.dtype))
             num_pieces_B, signal_B = [len(x) for x in audios], mask.has_signal(audios)
@@ -100,6 +109,11 @@ class Pipeline(ABC):
                 self.bridge, tower_PLC, num_pieces_B, sizes_B, signal_B, self.config, noise=self.noise, tap=tap
             )
         return found
+
+    def encode_frames(self, pieces: Iterable[Tensor], num_frames: int, tap: Tap = no_tap) -> Stream:
+        """The visual stream of one video, whose uint8 frames arrive in ``pieces`` (f, 3, S, S) while it is being read."""
+        signal_B = torch.ones(1, dtype=torch.bool)  # any pixel is one, see `mask.has_signal`
+        return self.fold_features(self.image_features(pieces, num_frames), [num_frames], signal_B, tap)
 
     def fold_features(
         self, features: Iterator[Tensor], num_frames_B: Sequence[int], signal_B: Tensor, tap: Tap = no_tap
@@ -132,16 +146,23 @@ class Pipeline(ABC):
         x_BTD = self.decode(embeds_BTD, rows, streams, last_stream=last_stream, tap=tap)
         return tap("logits", self.decoder.logits(x_BTD, tap))
 
-    def prefill(self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None) -> tuple[Tensor, Any]:
+    def prefill(
+        self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None, *, reuse: Any | None = None
+    ) -> tuple[Tensor, Any]:
         """Logits (B, V) after each row's own last kept token, and the cache to decode from.
 
-        ``capacity``: text tokens that the cache can hold, the prompt included. Raises ValueError naming rows without text.
+        ``capacity``: text tokens that the cache can hold, the prompt included. ``reuse``: the cache of an earlier question
+        about the same videos, whose stream keys and values are shared instead of computed. Raises ValueError naming rows
+        without text.
         """
         embeds_BTD, rows, _ = self.embed_text(batch)
         if empty := (rows.lengths_B == 0).nonzero().flatten().tolist():
             raise ValueError(f"rows {empty} keep no text token; decoding has nothing to continue from")
-        streams = self.streams(batch) if streams is None else streams
-        last_BD, cache = self.fill(embeds_BTD, rows, streams, max(capacity, embeds_BTD.shape[1]))
+        if reuse is not None:
+            streams = {}
+        elif streams is None:
+            streams = self.streams(batch)
+        last_BD, cache = self.fill(embeds_BTD, rows, streams, max(capacity, embeds_BTD.shape[1]), reuse)
         return self.decoder.logits(last_BD), cache
 
 
@@ -172,7 +193,7 @@ class VidiModel(Pipeline, nn.Module):
     def noise(self) -> position.Noise | None:
         return self.position_noise if self.training else None
 
-    def image_features(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
+    def image_features(self, images: Iterable[Tensor], num_frames: int) -> Iterator[Tensor]:
         for chunk in frame_chunks(images, self.frame_chunk):
             yield self.vision_tower(pixels.normalize(chunk, self.dtype, self.device), self.tower_backend)
 
@@ -190,10 +211,12 @@ class VidiModel(Pipeline, nn.Module):
     ) -> Tensor:
         return self.decoder(embeds_BTD, rows, streams, backend=self.backend, last_stream=last_stream, tap=tap)
 
-    def fill(self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int) -> tuple[Tensor, Cache]:
+    def fill(
+        self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int, reuse: Cache | None = None
+    ) -> tuple[Tensor, Cache]:
         lengths_B = rows.lengths_B.long()
         cache = Cache.empty(self.config.decoder, lengths_B, capacity, self.dtype, self.device)
-        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, cache=cache)
+        x_BTD = self.decoder(embeds_BTD, rows, streams, backend=self.backend, cache=cache, reuse=reuse)
         return x_BTD[torch.arange(len(x_BTD), device=self.device), lengths_B - 1], cache
 
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
@@ -218,7 +241,7 @@ class VidiModel(Pipeline, nn.Module):
         return loss.mean_of(self.losses(batch), threshold)
 
 
-def frame_chunks(images: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+def frame_chunks(images: Iterable[Tensor], size: int) -> Iterator[Tensor]:
     """Consecutive frames of all videos joined, at most ``size`` at a time; chunks may straddle videos."""
     pending: list[Tensor] = []
     count = 0

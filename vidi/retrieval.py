@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ import torch
 from tokenizers import Tokenizer
 
 from vidi.config import VidiConfig
-from vidi.inputs import audio, batch, dialect, prompt, video
+from vidi.costs import Costs
+from vidi.inputs import batch, dialect, prompt
+from vidi.inputs.reader import Reader, Recounted
+from vidi.stream import Stream
 
-__all__ = ["Answer", "Inputs", "Progress", "check_request", "format_ranges", "format_time", "parse_ranges", "prepare"]
-__all__ += ["progress_on_stderr", "retrieve"]
+__all__ = ["Answer", "Display", "Film", "Progress", "ask", "check_request", "decode", "encode", "format_ranges"]
+__all__ += ["format_time", "parse_ranges", "progress_on_stderr", "retrieve", "stage_progress"]
 
 LONG_SEC = 99999.0  #: a question that names the video's length is checked with this one before the file is open
 _RANGE = re.compile(r"(\d\.\d+)-(\d\.\d+)")
@@ -36,7 +40,7 @@ def parse_ranges(text: str, pattern: re.Pattern[str] = _RANGE) -> list[tuple[flo
     Taken as the model wrote them: a start behind its end, or a fraction above 1, is neither dropped nor repaired. ``pattern``:
     of another model (`vidi.inputs.dialect`); what matches and is no number ("0.1.2-0.3") is skipped.
     """
-    found = [tuple(map(_number, pair)) for pair in pattern.findall(text)]
+    found = [(_number(start), _number(end)) for start, end in pattern.findall(text)]
     return [(start, end) for start, end in found if math.isfinite(start + end)]
 
 
@@ -58,6 +62,18 @@ def format_ranges(ranges: Sequence[tuple[float, float]], duration_sec: float) ->
     return ", ".join("-".join(format_time(edge, duration_sec) for edge in pair) for pair in ranges)
 
 
+@dataclass
+class Film:
+    """A video as the model sees it. Questions about it share the streams, and their keys once there are some."""
+
+    path: str
+    duration_sec: float
+    reading: str  #: "parallel" or "sequential", and why the latter
+    why: str
+    streams: dict[str, Stream]
+    cache: Any = None  #: of the first question
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the model said of a video."""
@@ -67,7 +83,12 @@ class Answer:
     text: str  #: the raw answer, without special tokens
     tokens: tuple[int, ...]  #: the generated ids, without the one that stopped
     ranges: tuple[tuple[float, float], ...]  #: fractions of the video's length
-    duration_sec: float
+    film: Film
+    costs: Costs
+
+    @property
+    def duration_sec(self) -> float:
+        return self.film.duration_sec
 
     @property
     def times(self) -> str:
@@ -75,7 +96,7 @@ class Answer:
         return format_ranges(self.ranges, self.duration_sec)
 
     def to_json(self) -> str:
-        """One JSON object, ranges both as fractions and as times."""
+        """One JSON object on one line, ranges both as fractions and as times."""
         ranges = [
             {
                 "start_fraction": start,
@@ -87,15 +108,9 @@ class Answer:
         ]
         fields = {"video": self.video, "query": self.query, "duration_sec": self.duration_sec, "times": self.times}
         fields |= {"ranges": ranges, "text": self.text, "tokens": list(self.tokens)}
-        return json.dumps(fields, indent=2)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A question about a file as the model takes it."""
-
-    frames: video.Frames
-    batch: batch.Batch
+        fields |= {"reading": self.film.reading, "why": self.film.why}
+        fields |= {"seconds": self.costs.seconds, "peak_gib": self.costs.peak_gib()}
+        return json.dumps(fields)
 
 
 def check_request(tokenizer: Tokenizer, query: str, config: VidiConfig, max_new_tokens: int) -> None:
@@ -111,32 +126,125 @@ def check_request(tokenizer: Tokenizer, query: str, config: VidiConfig, max_new_
         )
 
 
-def prepare(
-    path: str | Path,
-    query: str,
-    tokenizer: Tokenizer,
-    config: VidiConfig,
-    *,
-    fps: float = 1.0,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-    progress: Progress | None = None,
-) -> Inputs:
-    """Read a file and a question into a batch of one on ``device``: frames as uint8 pixels, sound in ``dtype``.
+# ---- from a reader to streams, from streams to answers --------------------------------------------------------------
 
-    A file without sound gives a batch without sound. Log-mel features are always computed on the CPU, where they are
-    bit-exact. Raises PromptError before the file is touched, MediaError (both ValueErrors) for the file.
+
+@torch.inference_mode()
+def encode(model: Any, reader: Reader, costs: Costs | None = None, progress: Progress | None = None) -> Film:
+    """Frames and sound through towers and bridge, while the file is still being read.
+
+    ``model``: `VidiModel`, or the fast path over it. ``reader`` is running and nothing was taken from it. Raises
+    MediaError for the file.
     """
-    dialect.of(config).ids(tokenizer, query, LONG_SEC, config)
-    frames = video.read_frames(path, fps=fps, size=config.vision.image_size, progress=_stage(progress, "frames"))
-    _tell(progress, "sound", 0, 1)
-    samples, mel, size = audio.read_audio(path), None, None
-    if samples is not None:
-        mel, size = audio.log_mel(samples, config.audio.num_mel_bins, mel_frames=config.audio.mel_frames)
-    _tell(progress, "sound", 1, 1)
-    ids = dialect.of(config).ids(tokenizer, query, float(frames.duration_sec), config)
-    row = batch.Sample(ids=ids, images=frames.images_u8, audio=mel, audio_size=size)
-    return Inputs(frames, batch.make_batch([row], config).to(device, dtype))
+    costs = costs or Costs()
+    started, waited, encoded, total = time.perf_counter(), 0.0, 0, reader.video.num_kept
+
+    def count(stage_id: str, value: torch.Tensor) -> torch.Tensor:
+        nonlocal encoded
+        if stage_id == "vision.tower":
+            encoded += len(value)
+            _tell(progress, "encoding", encoded, total)
+        return value
+
+    def taken(pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+        nonlocal waited
+        while True:
+            before = time.perf_counter()
+            piece = next(pieces, None)
+            waited += time.perf_counter() - before
+            if piece is None:
+                return
+            yield piece
+
+    pieces = taken(reader.pictures())
+    if total is None:
+        # How long the stream gets is not known before the file has ended.
+        held = list(pieces)
+        pieces, total = iter(held), len(held)
+    try:
+        streams = {"v": model.encode_frames(pieces, total, count)}
+    except Recounted:
+        with reader.again() as again:
+            return encode(model, again, costs, progress)
+    before = time.perf_counter()
+    sound = reader.sound()
+    waited += time.perf_counter() - before
+    if sound is not None:
+        heard = batch.Sample(
+            ids=[model.config.bos_id, model.config.image_placeholder], audio=sound[0], audio_size=sound[1]
+        )
+        streams |= model.streams(batch.make_batch([heard], model.config).to(model.device, model.dtype))
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    costs.seconds["encoding"] += time.perf_counter() - started - waited
+    costs.seconds["reading"] += reader.seconds
+    found = reader.video
+    return Film(str(found.path), float(found.duration_sec), found.reading, found.why, streams)
+
+
+def ask(
+    model: Any,
+    tokenizer: Tokenizer,
+    film: Film,
+    query: str,
+    *,
+    max_new_tokens: int = 1024,
+    costs: Costs | None = None,
+    progress: Progress | None = None,
+) -> Answer:
+    """One question about a film: greedy decoding, its answer read as time ranges (spec §2).
+
+    The answer does not depend on earlier questions. ``costs`` grows by this question's; the answer's own hold what the film
+    cost, and this question alone. Raises ValueError as `check_request` does.
+    """
+    check_request(tokenizer, query, model.config, max_new_tokens)
+    config = model.config
+    ids = dialect.of(config).ids(tokenizer, query, film.duration_sec, config)
+    total = costs or Costs()
+    own = Costs(total.seconds | {"prefill": 0.0, "decoding": 0.0})
+    tokens = decode(model, film, ids, max_new_tokens=max_new_tokens, costs=own, progress=progress)
+    for phase in ("prefill", "decoding"):
+        total.seconds[phase] += own.seconds[phase]
+    text = prompt.decode(tokenizer, tokens)
+    return Answer(film.path, query, text, tokens, tuple(parse_ranges(text, dialect.of(config).ranges)), film, own)
+
+
+def decode(
+    model: Any,
+    film: Film,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    costs: Costs,
+    progress: Progress | None = None,
+) -> tuple[int, ...]:
+    """The ids that follow a prompt's; the stream keys of the first prompt serve all that come after it."""
+    # Imported here: reading an answer, or preparing inputs, needs no model.
+    from vidi import generate
+
+    started, first = time.perf_counter(), None
+
+    def step(done: float, total: float | None) -> None:
+        nonlocal first
+        # The first token has left the device: the prefill is over.
+        first = time.perf_counter() if first is None else first
+        _tell(progress, "answer", done, total)
+
+    _tell(progress, "answer", 0, max_new_tokens)
+    generated = generate.greedy(
+        model,
+        batch.make_batch([batch.Sample(ids=ids)], model.config),
+        max_new_tokens=max_new_tokens,
+        streams=film.streams,
+        reuse=film.cache,
+        progress=step,
+    )
+    film.cache = generated.cache if film.cache is None else film.cache
+    ended = time.perf_counter()
+    first = ended if first is None else first
+    costs.seconds["prefill"] += first - started
+    costs.seconds["decoding"] += ended - first
+    return tuple(generated.tokens[0])
 
 
 def retrieve(
@@ -149,63 +257,57 @@ def retrieve(
     max_new_tokens: int = 1024,
     progress: Progress | None = None,
 ) -> Answer:
-    """Ask a model when something is seen in a video file: greedy decoding, its answer read as time ranges (spec §2).
-
-    ``model``: `VidiModel`, or the fast path over it. Raises ValueError as ``prepare`` does.
-    """
-    # Imported here: reading an answer, or preparing inputs, needs no model.
-    from vidi import generate
-
+    """Ask a model when something is seen in a video file: `encode`, then `ask`. Raises ValueError as both do."""
     check_request(tokenizer, query, model.config, max_new_tokens)
-    inputs = prepare(
-        path, query, tokenizer, model.config, fps=fps, device=model.device, dtype=model.dtype, progress=progress
-    )
-    encoded, total = 0, len(inputs.frames.images_u8)
+    costs = Costs()
+    with Reader(path, model.config, fps=fps, progress=stage_progress(progress, "frames")) as reader:
+        film = encode(model, reader, costs, progress)
+    return ask(model, tokenizer, film, query, max_new_tokens=max_new_tokens, costs=costs, progress=progress)
 
-    def count(stage_id: str, value: torch.Tensor) -> torch.Tensor:
-        nonlocal encoded
-        if stage_id == "vision.tower":
-            encoded += len(value)
-            _tell(progress, "encoding", encoded, total)
-        return value
 
-    with torch.inference_mode():
-        streams = model.streams(inputs.batch, count)
-    _tell(progress, "answer", 0, max_new_tokens)
-    generated = generate.greedy(
-        model,
-        inputs.batch,
-        max_new_tokens=max_new_tokens,
-        streams=streams,
-        progress=_stage(progress, "answer"),
-    )
-    tokens = tuple(generated.tokens[0])
-    text = prompt.decode(tokenizer, tokens)
-    ranges = tuple(parse_ranges(text, dialect.of(model.config).ranges))
-    return Answer(str(path), query, text, tokens, ranges, inputs.frames.duration_sec)
+# ---- progress -------------------------------------------------------------------------------------------------------
+
+
+class Display:
+    """One progress display of all stages on stderr; stdout stays the answers'. A `Progress`."""
+
+    def __init__(self, bars: Any) -> None:
+        self._bars, self._tasks = bars, dict[str, Any]()
+
+    def __call__(self, stage: str, done: float, total: float | None) -> None:
+        if not self._bars.live.is_started:
+            self._bars.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def say(self, text: str) -> None:
+        """Print an answer; what was shown so far stays above it."""
+        self._bars.stop()
+        print(text, flush=True)
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
 
 
 @contextmanager
-def progress_on_stderr() -> Iterator[Progress]:
-    """A progress display of all stages on stderr; stdout stays the answer's."""
+def progress_on_stderr() -> Iterator[Display]:
+    """A display, ended when it is left."""
     from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     count = TextColumn("{task.completed:.0f}")
     columns = (TextColumn("{task.description:<8}"), BarColumn(), count, TimeElapsedColumn())
-    with Bars(*columns, console=Console(stderr=True)) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(stage: str, done: float, total: float | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield advance
+    bars = Bars(*columns, console=Console(stderr=True))
+    try:
+        yield Display(bars)
+    finally:
+        bars.stop()
 
 
-def _stage(progress: Progress | None, stage: str) -> Callable[[float, float | None], None] | None:
+def stage_progress(progress: Progress | None, stage: str) -> Callable[[float, float | None], None] | None:
+    """``progress`` of one stage."""
     if progress is None:
         return None
     return lambda done, total: progress(stage, done, total)

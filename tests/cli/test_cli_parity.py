@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stageparity import store
+from stageparity import evidence, store
 from tests.cli.clock import quickest
 from tests.parity.runs import GOLDENS
 from vidi.cli import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
@@ -59,6 +61,8 @@ def test_different_is_1_and_names_the_first_stage(capsys, spoiled, tmp_path):
     assert stages["vision.space_to_depth"]["alone"]["ok"]
     assert stages["vision.norm"]["alone"]["ratio"] > 1
     assert told["fingerprint"]["libraries"]["torch"] == torch.__version__
+    assert told["fingerprint"]["vidi"] == "0.1.0"
+    assert told["fingerprint"]["commit"] == (evidence.commit(ROOT) if (ROOT / ".git").exists() else "unknown")
 
 
 def test_a_stage_alone_is_compared_alone(capsys, spoiled):
@@ -90,6 +94,42 @@ def test_cases_are_chosen_by_name_set_or_pattern_and_add_up(capsys):
     arguments = ("--case", "small/one*", "--case", "small/no*", "--stage", "logits", "--chained", "--quiet")
     assert "3 stages of 3 cases" in run(capsys, *arguments)[1]
     assert "12 stages of 12 cases" in run(capsys, "--case", "small", "--stage", "logits", "--chained", "--quiet")[1]
+
+
+def test_dtypes_have_the_short_names_of_every_command(capsys):
+    assert (
+        "in bfloat16 with" in run(capsys, "--case", "oneframe", "--stage", "logits", "--chained", "--dtype", "bf16")[1]
+    )
+    for command in ("parity", "faults"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--dtype", "half"])
+        assert ended.value.code == 2
+        assert "choose float64, float32, bfloat16, float16 (bf16, fp16 for short)" in capsys.readouterr().err
+
+
+def test_debug_shows_where_an_error_is_from(capsys, tmp_path):
+    for command in ("parity", "faults"):
+        words = [command, "--goldens", str(tmp_path)]
+        assert main(words) == 2
+        err = capsys.readouterr().err
+        assert (
+            err
+            == f"vidi {command}: no goldens in {tmp_path}: give --goldens DIR with CASE.json files or sets of them\n"
+        )
+        assert main([*words, "--debug"]) == 2
+        shown = capsys.readouterr().err
+        assert "Traceback" in shown
+        assert shown.endswith(err)
+
+
+def test_what_the_model_raises_is_told_with_the_case(capsys, monkeypatch):
+    from vidi.bridge import norm
+
+    monkeypatch.delattr(norm, "EPS")
+    code, out, err = run(capsys, "--case", "oneframe")
+    assert (code, out) == (2, "")
+    assert err.startswith("vidi parity: small/oneframe: the model ends in NameError: name 'EPS' is not defined; ")
+    assert err.endswith("a fault of the model, or inputs that do not fit it: --debug shows where\n")
 
 
 def test_json_to_a_pipe(capsys):
@@ -138,8 +178,14 @@ def test_nothing_compared_is_3(capsys):
 
 def test_a_dump_holds_the_runs_own_tensors(capsys, tmp_path, spoiled):
     """Chained tensors of this run under the stage ids, not the goldens: a planted fault is in them."""
-    assert run(capsys, "--case", "small/base", "--dtype", "float64", "--dump", str(tmp_path / "dump"))[0] == 1
-    dumped = load_file(tmp_path / "dump" / "base.safetensors")
+    code, out, _ = run(capsys, "--case", "small/base", "--dtype", "float64", "--dump", str(tmp_path / "dump"))
+    assert code == 1
+    size = (tmp_path / "dump" / "base.safetensors").stat().st_size
+    assert f"{size / 1e6:,.1f} MB of tensors in {tmp_path / 'dump'}" in out
+    path = tmp_path / "dump" / "base.safetensors"
+    dumped = load_file(path)
+    (tmp_path / "usual").touch()
+    assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode  # what the umask says, no draft's 0600
     targets = store.open_case(GOLDENS / "small", "base").variant("none")
     assert set(targets) <= set(dumped)
     for stage in targets:

@@ -185,6 +185,45 @@ def test_names_that_are_no_text(folder: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "vidi retrieve: 'caf\\udce9' holds bytes that are no UTF-8\n")
 
 
+TOOLS = {
+    "compare_benchmarks.py": ["nowhere.json", "nowhere.json"],
+    "import_official.py": ["nowhere", "nowhere"],
+    "make_full_golden.py": ["--goldens", "nowhere", "--restate", "x"],
+    "migrate_goldens.py": ["nowhere"],
+    "regen_goldens.py": ["--candidate", "nowhere"],
+    "study.py": ["noise", "--goldens", "nowhere"],
+}
+
+
+def test_reports_under_an_ascii_locale(tmp_path: Path) -> None:
+    """Goldens, budgets and ledger hold letters that such a terminal has not."""
+    html, result = tmp_path / "página.html", tmp_path / "página.json"
+    done = vidi("parity", "--case", "oneframe", "--html", str(html), "--json", str(result), env=ASCII)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    assert json.loads(result.read_text("utf-8"))["verdict"] == "equal"
+    assert "§" in html.read_text("utf-8")
+    done = vidi("faults", "--list", env=ASCII)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = subprocess.run(
+        [sys.executable, "tools/draw_dataflow.py", "--check"],
+        env={**os.environ, **ASCII},
+        capture_output=True,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stderr) in ((0, b""), (1, b""))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tool_ends_in_one_line(tool: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / tool), *TOOLS[tool]]
+    done = subprocess.run(command, env={**os.environ, **ASCII}, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"{tool}: ")
+    assert "unexpected" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_whole_run_under_an_ascii_locale(tmp_path: Path) -> None:
     video, checkpoint = make_video(tmp_path / "fílm.mp4"), tmp_path / "chéckpoint"

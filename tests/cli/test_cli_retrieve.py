@@ -18,12 +18,12 @@ from tests.cli import talking
 from tests.cli.clock import quickest
 from tests.media import Sound, make_video, truncate
 from tests.not_run import not_run
-from vidi import retrieval
 from vidi.bridge import position
 from vidi.checkpoint import synthetic
 from vidi.cli import main
 from vidi.config import VidiConfig
-from vidi.inputs import prompt
+from vidi.inputs import pixels, prompt
+from vidi.inputs.reader import Reader
 
 CONFIG = VidiConfig.tiny()
 QUERY = "a red car."
@@ -84,14 +84,16 @@ def independent(film: Path) -> dict[str, np.ndarray]:
 
 
 def test_frames_mel_and_ids_equal_the_independent_readers(film, independent):
-    from vidi.inputs import pixels
-
-    batch = retrieval.prepare(film, QUERY, prompt.tiny_tokenizer(), CONFIG).batch
-    np.testing.assert_array_equal(batch.input_ids_BT.numpy(), independent["inputs.input_ids"])
-    floats = pixels.normalize(batch.images[0], torch.float32, "cpu").numpy()
+    ids = prompt.build_ids(prompt.tiny_tokenizer(), QUERY)
+    np.testing.assert_array_equal([ids], independent["inputs.input_ids"])
+    with Reader(film, CONFIG) as reader:
+        pictures = torch.cat(list(reader.pictures()))
+        mel, size = reader.sound()
+    assert reader.video.reading == "parallel"
+    floats = pixels.normalize(pictures, torch.float32, "cpu").numpy()
     np.testing.assert_array_equal(floats, independent["inputs.images.0"])
-    np.testing.assert_array_equal(batch.audios[0].numpy(), independent["inputs.audios.0"])
-    assert batch.audio_sizes == (independent["inputs.audio_sizes"][0],) == (800,)
+    np.testing.assert_array_equal(mel.numpy(), independent["inputs.audios.0"])
+    assert size == independent["inputs.audio_sizes"][0] == 800
     assert len(floats) == 8
 
 
@@ -152,6 +154,41 @@ def test_the_whole_command(film, tmp_path):
     assert seconds < 15
 
 
+@pytest.mark.parametrize("path", ["plain", "fast"])
+def test_every_question_is_answered_as_if_it_were_alone(film, checkpoint, tmp_path, capsys, path):
+    questions = ["a red car", "somebody laughing aloud", "a red car", "a door"]
+    options = ["--checkpoint", str(checkpoint), "--dtype", "float32", "--max-new-tokens", "9", "--json", "--path", path]
+    (tmp_path / "more.txt").write_text("\n".join(["", *questions[2:], ""]))
+    together = [str(film), *questions[:2], "--queries", str(tmp_path / "more.txt")]
+    assert main(["retrieve", *together, *options]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [one["query"] for one in said] == questions
+    for question, one in zip(questions, said, strict=True):
+        assert main(["retrieve", str(film), question, *options]) == 0
+        alone = json.loads(capsys.readouterr().out)
+        for figures in ("seconds", "peak_gib"):
+            del alone[figures], one[figures]
+        assert one == alone
+    assert said[0]["tokens"] != said[1]["tokens"], "answers that do not depend on the question prove little"
+
+
+def test_several_answers_as_text(film, tmp_path, capsys):
+    talking.write(tmp_path / "talking", ["0.25", "-0.50"])
+    assert main(["retrieve", str(film), "a car", "a tree", "--checkpoint", str(tmp_path / "talking")]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a car\n00:00:02-00:00:04\n0.25-0.50\n\na tree\n00:00:02-00:00:04\n0.25-0.50\n"
+    last = err.rstrip().splitlines()[-1]
+    for word in ("loading", "reading", "(parallel)", "encoding", "prefill", "decoding", "peak", "GiB"):
+        assert word in last
+
+
+def test_check_reads_in_sequence(film, tmp_path, capsys):
+    talking.write(tmp_path / "talking", ["0.25", "-0.50"])
+    assert main(["retrieve", str(film), QUERY, "--checkpoint", str(tmp_path / "talking"), "--check", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["reading"], said["why"]) == ("sequential", "asked for (--check)")
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -165,6 +202,13 @@ def test_the_whole_command(film, tmp_path):
         ("no tokens", "max_new_tokens is 0"),
         ("fps", "fps is -1.0"),
         ("backend", "sdpa"),
+        ("tiny fps", "fps is 1e-308"),
+        ("no query", "no query"),
+        ("few frames", "8 sampled frames, 0.0 GB of pixels; at most 7 are read. Raise the limit (--max-frames 8)"),
+        ("no frames", "max_frames is 0"),
+        ("queries in latin-1", "queries.txt: byte 1 is no UTF-8 text"),
+        ("queries that never end", "no regular file"),
+        ("no queries file", "queries.txt: no such file"),
     ],
 )
 def test_bad_input_is_exit_code_2_with_a_reason_and_nothing_on_stdout(film, checkpoint, tmp_path, capsys, spoil, said):
@@ -191,6 +235,18 @@ def test_bad_input_is_exit_code_2_with_a_reason_and_nothing_on_stdout(film, chec
         more = ["--fps", "-1"]
     elif spoil == "backend":
         more = ["--backend", "sdpa"]
+    elif spoil == "tiny fps":
+        more = ["--fps", "1e-308"]
+    elif spoil in ("few frames", "no frames"):
+        more = ["--max-frames", "7" if spoil == "few frames" else "0"]
+    elif spoil.startswith("queries") or spoil == "no queries file":
+        if spoil == "queries in latin-1":
+            (tmp_path / "queries.txt").write_bytes(b"K\xf6ln")
+        more = ["--queries", "/dev/zero" if spoil == "queries that never end" else str(tmp_path / "queries.txt")]
+    if spoil == "no query":
+        assert main(["retrieve", str(video), "--checkpoint", str(folder)]) == 2
+        assert said in capsys.readouterr().err
+        return
     code = main(["retrieve", str(video), query, "--checkpoint", str(folder), *more])
     out, err = capsys.readouterr()
     assert code == 2

@@ -221,6 +221,34 @@ def test_a_pipe_without_unicode() -> None:
     assert b"(local 1e9x, inherited 0x)" in raw.getvalue()
 
 
+def test_names_out_of_files_reach_a_terminal_and_a_page_as_text() -> None:
+    """A case, a stage and a reason may hold what a terminal or a browser would obey."""
+    hostile = "\x1b]0;owned\x07\x9b2J\u202e[red]<script>"
+    row = Row(hostile, result("logits", 1.0), None, None)
+    run = Run((CaseRun(hostile, hostile, "none", (row,), ((hostile, hostile),), 1.0, (hostile,)),), "float64")
+    out = io.StringIO()
+    terminal.print_run(run, Console(file=out, width=80, force_terminal=True, no_color=True), CONTEXT)
+    shown = re.sub(r"\x1b\[\d*m", "", out.getvalue())
+    assert all(line.isprintable() for line in shown.split("\n")), ascii(shown)
+    assert "\\x1b]0;owned\\x07\\x9b2J\\u202e[red]" in shown
+    text = page.render(run, CONTEXT)
+    assert "script" not in Tags(text).seen
+    assert "&lt;script&gt;" in text
+
+
+def test_a_dash_has_a_reason() -> None:
+    row = Row("logits", result("logits"))
+    assert "\n- = not fed alone, not forced: " in printed_run(run_of(row))
+    assert "- = " not in printed_run(run_of(replace(row, forced=row.chained, alone=row.chained)))
+    assert "- under <i>alone</i>: not fed alone" in page.render(run_of(row), CONTEXT)
+
+
+def printed_run(run: Run) -> str:
+    out = io.StringIO()
+    terminal.print_run(run, Console(file=out, width=80), CONTEXT)
+    return out.getvalue()
+
+
 # ---- the page ------------------------------------------------------------------------------------------------------------
 
 
@@ -279,7 +307,7 @@ def test_an_equal_run_names_what_is_closest() -> None:
     rows = [Row(s, result(s, e)) for s, e in (("vision.norm", 1e-12), ("logits", 4e-10))]
     text = page.render(run_of(*rows), CONTEXT)
     assert "✓ Equal" in text
-    assert text.index("0.4×") < text.index("<code>logits</code>") < text.index("<code>vision.norm</code>")
+    assert text.index("0.4×") < text.index("<code>logits</code>") < text.index("<code>vision.<wbr>norm</code>")
 
 
 def test_what_was_not_run_is_named() -> None:
@@ -289,7 +317,7 @@ def test_what_was_not_run_is_named() -> None:
     text = page.render(run, CONTEXT)
     assert "as far as it ran" in text
     assert '2 stages. <span class="soft">no &lt;baseline&gt;</span>' in text
-    assert "vision.norm, loss.mid" in text
+    assert "vision.<wbr>norm, loss.<wbr>mid" in text
 
 
 def test_nothing_compared_is_no_success() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from tests import tiny
 from vidi import generate
 from vidi.cache import Cache, LayerTextCache
+from vidi.fast import accelerate
 
 WINDOW = tiny.model().config.decoder.sliding_window
 
@@ -51,7 +53,7 @@ def test_a_padded_batch_decodes_as_each_row_alone():
 def told(script: list[list[int]], monkeypatch: pytest.MonkeyPatch):
     """A model whose rows say what they are told to."""
     model = copy.copy(tiny.model())
-    steps = iter(range(1, 99))
+    steps = itertools.count(1)
 
     def logits(step: int) -> torch.Tensor:
         return torch.nn.functional.one_hot(torch.tensor([row[step] for row in script]), 512).double()
@@ -59,7 +61,9 @@ def told(script: list[list[int]], monkeypatch: pytest.MonkeyPatch):
     def step(ids, cache):
         return logits(next(steps))
 
-    monkeypatch.setattr(model, "prefill", lambda batch, capacity, streams=None: (logits(0), None), raising=False)
+    monkeypatch.setattr(
+        model, "prefill", lambda batch, capacity, streams=None, reuse=None: (logits(0), None), raising=False
+    )
     monkeypatch.setattr(model, "step", step, raising=False)
     return model
 
@@ -79,6 +83,18 @@ def test_the_limit_counts_new_tokens(monkeypatch):
     found = generate.greedy(told([[5, 107, 9], [6, 7, 8]], monkeypatch), batch, max_new_tokens=3)
     assert found.tokens == [[5], [6, 7, 8]]
     assert found.stopped == [True, False]
+
+
+@pytest.mark.parametrize(("limit", "length"), [({}, 1024), ({"max_new_tokens": 3000}, 3000)])
+def test_no_answer_is_cut_below_the_limit(limit, length, monkeypatch):
+    found = generate.greedy(told([[5] * 3000], monkeypatch), tiny.make([tiny.sample(4, 1, 0)]), **limit)
+    assert found == generate.Generated([[5] * length], [False])
+
+
+@pytest.mark.parametrize("path", [lambda model: model, accelerate], ids=["plain", "fast"])
+def test_a_cache_holds_as_many_tokens_as_asked_for(path):
+    _, cache = path(tiny.model()).prefill(tiny.make([tiny.sample(4, 1, 0)]), 9000)
+    assert cache.capacity == 9000
 
 
 def test_a_stop_token_at_once_is_an_empty_answer(monkeypatch):
@@ -146,3 +162,39 @@ def test_what_a_shorter_rows_padding_left_in_the_cache_never_matters():
         held.v_BSGH[1, 4:] = 99.0
     ids = logits.argmax(-1)
     assert torch.equal(model.step(ids, cache), model.step(ids, clean))
+
+
+@pytest.mark.parametrize("path", ["plain", "fast"])
+def test_a_second_question_over_kept_keys_is_a_question_alone(path):
+    """Logits along given tokens, step by step; the first question's cache stays what it was."""
+    samples = [tiny.sample(12, 2, 60), tiny.sample(5, 2, 60, seed=7)]
+    # Another text about the first one's video.
+    first, second = (tiny.make([dataclasses.replace(samples[0], ids=sample.ids)]) for sample in samples)
+    model = tiny.model()
+    runner = model if path == "plain" else accelerate(copy.deepcopy(model))
+    tokens = torch.randint(3, 500, (1, 6), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        _, held = runner.prefill(first, 30)
+        for batch in (second, first):
+            logits, cache = runner.prefill(
+                dataclasses.replace(batch, images=None, audios=None, audio_sizes=None), 30, reuse=held
+            )
+            alone, alone_cache = runner.prefill(batch, 30)
+            assert torch.equal(logits, alone)
+            for step in range(tokens.shape[1]):
+                assert torch.equal(runner.step(tokens[:, step], cache), runner.step(tokens[:, step], alone_cache))
+
+
+@pytest.mark.parametrize("path", ["plain", "fast"])
+def test_frames_in_pieces_are_the_whole_video(path):
+    model = tiny.model()
+    runner = model if path == "plain" else accelerate(copy.deepcopy(model), frame_batch=4)
+    images = torch.randint(0, 256, (11, 3, 26, 26), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = runner.streams(tiny.make([dataclasses.replace(tiny.sample(5, 1, 60), images=images)]))["v"]
+        pieces = runner.encode_frames(iter(images.split([1, 2, 5, 3])), 11)
+        assert torch.equal(pieces.x_BLD, whole.x_BLD)
+        assert torch.equal(pieces.keep_BL, whole.keep_BL)
+        for wrong in (10, 12):
+            with pytest.raises(ValueError, match="announced"):
+                runner.encode_frames(iter(images.split(1)), wrong)

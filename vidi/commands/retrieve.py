@@ -1,4 +1,4 @@
-"""`vidi retrieve`: a video and a query in, time ranges out. Loads torch only when it runs."""
+"""`vidi retrieve`: a video and one or more queries in, time ranges out. Loads torch only when it runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from vidi.commands import arguments
 
 __all__ = ["add_arguments", "run"]
 
+MAX_QUERIES_BYTES = 1 << 20
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("video", metavar="VIDEO", help="mp4, mkv or webm file")
-    parser.add_argument("query", metavar="QUERY", help="what to look for, such as 'an onion being sliced'")
+    parser.add_argument("video", metavar="VIDEO", help="mp4, mkv, webm, ts, avi, ... file")
+    parser.add_argument("query", metavar="QUERY", nargs="*", help="what to look for, such as 'an onion being sliced'")
+    parser.add_argument("--queries", metavar="FILE", type=Path, help="a text file of further queries, one a line")
     arguments.add_checkpoint(parser, "--checkpoint", required=True)
     parser.add_argument("--device", default="cpu")
     arguments.add_dtype(parser, "bfloat16", "bfloat16", "float16", "float32")
@@ -27,30 +30,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second to look at (default 1, as trained)")
     parser.add_argument("--max-new-tokens", type=int, default=1024)
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    parser.add_argument(
+        "--max-frames", type=int, help="most frames to look at (default 14400: four hours at one a second)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="decode every frame of the file, so that damage anywhere in it is noticed"
+    )
+    parser.add_argument("--json", action="store_true", help="print each answer as JSON, one object a line")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints time ranges and the raw answer; progress goes to stderr. Raises ValueError for input that cannot be used."""
+    """Prints time ranges and the raw answer of each query as it comes; progress and costs go to stderr.
+
+    The file is read while weights are loaded, and encoded while it is read. Raises ValueError for input that cannot be used.
+    """
     import torch
 
     from vidi import device, retrieval
     from vidi.attention import dispatch, limits
-    from vidi.checkpoint import load, progress
+    from vidi.checkpoint import load
     from vidi.checkpoint.folder import read_folder
     from vidi.config import VidiConfig
+    from vidi.costs import Costs
     from vidi.fast import accelerate
     from vidi.inputs import dialect, video
+    from vidi.inputs.reader import Reader
 
-    dtype, args.query = getattr(torch, args.dtype), arguments.text(args.query)
+    dtype = getattr(torch, args.dtype)
     # What is wrong with a word on the command line is said before 20 GB are read.
     where = device.check(args.device)
-    if not Path(args.video).is_file():
-        raise ValueError(f"{args.video}: no such file")
+    queries = [*map(arguments.text, args.query), *(_queries(args.queries) if args.queries else ())]
+    if not queries:
+        raise ValueError("no query; say what to look for: vidi retrieve VIDEO 'a red car'")
     folder = arguments.checkpoint(args.checkpoint, args)
     config = VidiConfig.from_file(folder)
     tokenizer = dialect.of(config).load(folder, config)
-    retrieval.check_request(tokenizer, args.query, config, args.max_new_tokens)
+    for query in queries:
+        retrieval.check_request(tokenizer, query, config, args.max_new_tokens)
     video.frame_step(1.0, args.fps)
     if not 1e-6 <= args.fps <= 1e6:
         raise ValueError(f"--fps {args.fps}: from 0.000001 to 1,000,000 frames a second")
@@ -65,22 +81,47 @@ def run(args: argparse.Namespace) -> int:
     limits.check(backend, dtype=dtype, device=where, head_dim=decoder.head_dim, softcap=decoder.attn_softcap)
     if made := read_folder(folder).synthetic:
         print(f"NOTE: synthetic weights ({made}): this model speaks nonsense", file=sys.stderr)
-    with progress.bar("loading") as report:
-        model = load.load(folder, device=args.device, dtype=dtype, progress=report)
-    model.backend = backend
-    with retrieval.progress_on_stderr() as report:
-        answer = retrieval.retrieve(
-            accelerate(model) if fast else model,
-            tokenizer,
+    costs = Costs()
+    with retrieval.progress_on_stderr() as display:
+        with Reader(
             args.video,
-            args.query,
+            config,
             fps=args.fps,
-            max_new_tokens=args.max_new_tokens,
-            progress=report,
-        )
-    if args.json:
-        print(answer.to_json())
-    else:
-        print(answer.times or "no time ranges in the answer")
-        print(printable(answer.text, keep="\n"))
+            max_frames=video.MAX_FRAMES if args.max_frames is None else args.max_frames,
+            check=args.check,
+            progress=retrieval.stage_progress(display, "frames"),
+        ) as reader:
+            with costs.spent("loading"):
+                model = load.load(
+                    folder,
+                    device=args.device,
+                    dtype=dtype,
+                    progress=lambda done, total, name: display("weights", done / 1e9, total / 1e9),
+                )
+                model.backend = backend
+                runner = accelerate(model) if fast else model
+            film = retrieval.encode(runner, reader, costs, display)
+        for number, query in enumerate(queries):
+            answer = retrieval.ask(
+                runner, tokenizer, film, query, max_new_tokens=args.max_new_tokens, costs=costs, progress=display
+            )
+            lines = [answer.times or "no time ranges in the answer", answer.text]
+            if len(queries) > 1:
+                lines = [*([""] if number else []), query, *lines]
+            display.say(answer.to_json() if args.json else printable("\n".join(lines), keep="\n"))
+    print(costs.line(film.reading), file=sys.stderr)
     return 0
+
+
+def _queries(path: Path) -> list[str]:
+    """The lines of a text file, empty ones left out."""
+    from vidi.inputs import container
+
+    with container.open_regular(path) as file:
+        data = file.read(MAX_QUERIES_BYTES + 1)
+    if len(data) > MAX_QUERIES_BYTES:
+        raise ValueError(f"{path}: more than {MAX_QUERIES_BYTES:,} bytes of queries; split the file")
+    try:
+        return [line for line in data.decode("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is no UTF-8 text; save the queries as UTF-8") from None

@@ -5,7 +5,7 @@ Dims: B samples, T text tokens, L stream tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -63,13 +63,15 @@ class Decoder(nn.Module):
         *,
         backend: str = "eager",
         cache: Cache | None = None,
+        reuse: Cache | None = None,
         last_stream: bool = False,
         tap: Tap = no_tap,
     ) -> Tensor:
         """Text embeddings (B, T, D) and streams by modality ("v", "a") -> the text after the last layer and final norm.
 
-        ``cache`` is filled for decoding. ``last_stream``: also compute the last layer's stream update, which feeds
-        nothing; the recordings hold it.
+        ``cache`` is filled for decoding. ``reuse``: the cache of an earlier text over the same streams, whose keys and values
+        are read in place of ``streams``. ``last_stream``: also compute the last layer's stream update, which feeds nothing;
+        the recordings hold it.
         """
         samples, length = embeds_BTD.shape[:2]
         pos_1T = tap("rope.position_ids", torch.arange(length, device=embeds_BTD.device)[None])
@@ -77,7 +79,12 @@ class Decoder(nn.Module):
         cos_1TH, sin_1TH = tap("rope.cos", one.cos_BTH), tap("rope.sin", one.sin_BTH)
         text = replace(one, pos_BT=one.pos_BT.expand(samples, length), cos_BTH=cos_1TH, sin_BTH=sin_1TH)
         x_BTD = self.scaled(embeds_BTD)
-        for layer, cross in self.carry(streams, last_stream, tap):
+        layers: Iterable[tuple[DecoderLayer, Mapping[str, CrossKeys]]]
+        if reuse is None:
+            layers = self.carry(streams, last_stream, tap)
+        else:
+            layers = zip(cast("Sequence[DecoderLayer]", self.layers), reuse.cross, strict=True)
+        for layer, cross in layers:
             x_BTD = layer(x_BTD, text, cross, cache.text[layer.layer_idx] if cache else None, tap)
             if cache is not None:
                 cache.cross.append(cross)

@@ -5,7 +5,7 @@ Dims: B samples, T text tokens, R text rows in one line, L layers, S tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -53,6 +53,7 @@ class FastModel(Pipeline):
         self.bridge = bridge.accelerated(model.bridge)
 
     streams = torch.no_grad()(Pipeline.streams)
+    encode_frames = torch.no_grad()(Pipeline.encode_frames)
     forward = torch.no_grad()(Pipeline.forward)
     decode_text = torch.no_grad()(Pipeline.decode_text)
     prefill = torch.no_grad()(Pipeline.prefill)
@@ -67,8 +68,8 @@ class FastModel(Pipeline):
     def eval(self) -> FastModel:
         return self.train(False)
 
-    def image_features(self, images: Sequence[Tensor]) -> Iterator[Tensor]:
-        size = next(even_chunks(sum(map(len, images)), self.frame_batch)).stop
+    def image_features(self, images: Iterable[Tensor], num_frames: int) -> Iterator[Tensor]:
+        size = next(even_chunks(num_frames, self.frame_batch)).stop
         return map(self.vision_tower, frame_chunks(images, size))
 
     def audio_features(self, pieces_PML: Tensor) -> Tensor:
@@ -90,10 +91,10 @@ class FastModel(Pipeline):
         return tap("final.norm", padded.text(normed_RD))
 
     def fill(
-        self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int
+        self, embeds_BTD: Tensor, rows: Rows, streams: dict[str, Stream], capacity: int, reuse: FastCache | None = None
     ) -> tuple[Tensor, FastCache]:
         padded = taps.Padded(rows, streams, no_tap)
-        normed_RD, cache = self._pass(embeds_BTD, rows, streams, capacity, padded, False)
+        normed_RD, cache = self._pass(embeds_BTD, rows, streams, capacity, padded, False, reuse)
         return normed_RD[rows.cu_seqlens[1:].long() - 1], cache
 
     @torch.no_grad()
@@ -126,12 +127,19 @@ class FastModel(Pipeline):
         capacity: int,
         padded: taps.Padded,
         last_stream: bool,
+        reuse: FastCache | None = None,
     ) -> tuple[Tensor, FastCache]:
-        """Streams first, then the text against their keys: normed text rows (R, D), and the cache."""
+        """Streams first, then the text against their keys: normed text rows (R, D), and the cache.
+
+        ``reuse``: a cache whose stream keys are shared; no stream token is left to pass through the layers then.
+        """
         config, length = self.config.decoder, embeds_BTD.shape[1]
         x_SD, spans = stream_pass.flatten(streams, embeds_BTD)
-        shape = (len(x_SD), 2 * config.num_kv_heads * config.head_dim)
-        cross_SX = [x_SD.new_empty(shape) for _ in range(config.num_layers)]
+        if reuse is None:
+            shape = (len(x_SD), 2 * config.num_kv_heads * config.head_dim)
+            cross_SX: Sequence[Tensor] = [x_SD.new_empty(shape) for _ in range(config.num_layers)]
+        else:
+            cross_SX, spans = reuse.cross_SX, reuse.spans
         # All that the host must ask or tell the device comes before the long pass: the text's launches then wait behind it,
         # not the device for them.
         lengths = rows.lengths_B.tolist()

@@ -5,10 +5,11 @@ Letters: P pieces, M mel bins. A piece is the audio tower's input, 30 s at full 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any
 
 import av
@@ -19,7 +20,7 @@ from torch import Tensor
 from vidi.inputs import container as media
 from vidi.inputs.container import MediaError
 
-__all__ = ["HOP", "SAMPLE_RATE_HZ", "log_mel", "mel_filters", "read_audio"]
+__all__ = ["HOP", "SAMPLE_RATE_HZ", "Sound", "log_mel", "mel_filters", "read_audio"]
 
 SAMPLE_RATE_HZ = 16000
 N_FFT = 400
@@ -39,35 +40,131 @@ def read_audio(path: str | Path) -> Tensor | None:
         stream = media.first_stream(container, "audio")
         if stream is None:
             return None
-        resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
+        track = _Track(container, stream, path)
         samples_s16 = bytearray()
+        # The None behind the last frame asks for what the resampler still holds.
+        for frame in chain(media.decoded(container, stream, path), [None]):
+            samples_s16 += track.samples_s16(frame)
+    return _floats(samples_s16) if samples_s16 else None
+
+
+class Sound:
+    """Log-mel features of a file's first audio stream, made piece by piece while another reader goes through the file.
+
+    Holds one piece of samples beside the features. Decoding and features have a thread of their own, so that the reader
+    is not held up; it waits where it is more than ``_AHEAD`` packets in front.
+    """
+
+    _AHEAD = 4096
+
+    def __init__(self, path: str | Path, num_mel_bins: int, mel_frames: int, *, max_sec: float) -> None:
+        self.path, self.num_mel_bins, self.mel_frames, self.max_sec = path, num_mel_bins, mel_frames, max_sec
+        self._thread: Thread | None = None
+
+    def begin(self, container: Any) -> None:
+        self.close()
+        self._packets: Queue[Any] = Queue(self._AHEAD)
+        self._pieces: list[Tensor] = []
+        self._num_samples = 0
+        self._error: Exception | None = None
+        stream = media.first_stream(container, "audio")
+        self._index = None if stream is None else stream.index
+        if stream is not None:
+            media.check_decodable(stream, self.path)
+            self._thread = Thread(target=self._work, args=(container, stream), name="sound", daemon=True)
+            self._thread.start()
+
+    def hear(self, packet: Any) -> None:
+        if packet.stream.index == self._index:
+            self._packets.put(packet)
+
+    def features(self) -> tuple[Tensor, int] | None:
+        """(P, M, mel frames) and their size in mel frames as of `log_mel`, once the file has been read; None without sound.
+
+        Raises MediaError as `read_audio` does, and for sound longer than ``max_sec``.
+        """
+        self.close()
+        if self._error is not None:
+            raise self._error
+        if not self._num_samples:
+            return None
+        return torch.cat(self._pieces), self._num_samples // HOP
+
+    def close(self) -> None:
+        """End the thread, if there is one, behind what it was given."""
+        if self._thread is not None:
+            self._packets.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _work(self, container: Any, stream: Any) -> None:
         try:
-            # The None behind the last frame asks for what the resampler still holds.
-            for frame in chain(_within_stated_end(container, stream, path), [None]):
-                for piece in resampler.resample(frame):
-                    samples_s16 += piece.to_ndarray().tobytes()
-        except MediaError:
-            raise
-        except ValueError as error:
+            self._listen(container, stream)
+        except Exception as error:  # handed to the thread that asks for the features
+            self._error = error
+            while self._packets.get() is not None:
+                pass
+
+    def _listen(self, container: Any, stream: Any) -> None:
+        track, held = _Track(container, stream, self.path), bytearray()
+        piece_bytes = 2 * HOP * self.mel_frames
+        ends, count, ended = media.Ends(), 0, False
+        while not ended:
+            packet = self._packets.get()
+            ended = packet is None
+            try:
+                frames = [None] if packet is None else packet.decode()
+            except (av.FFmpegError, OSError) as error:
+                raise media.corrupt(self.path, "audio", count, ends, error) from None
+            for frame in frames:
+                held += track.samples_s16(frame)
+            if packet is not None:
+                ends.note(packet)
+                count += len(frames)
+            while len(held) >= piece_bytes or (ended and held):
+                self._add(_floats(held[:piece_bytes]))
+                del held[:piece_bytes]
+
+    def _add(self, samples: Tensor) -> None:
+        self._num_samples += len(samples)
+        if self._num_samples > self.max_sec * SAMPLE_RATE_HZ:
             raise MediaError(
-                f"{path}: its sound changes format midway ({error}); encode it anew: ffmpeg -i {path} fixed.mp4"
+                f"{self.path}: more than {self.max_sec:,.0f} s of sound, as long as the most frames that are read; raise "
+                f"--max-frames, or cut the file: ffmpeg -i {self.path} -t {int(self.max_sec)} -c copy part.mp4"
+            )
+        self._pieces.append(log_mel(samples, self.num_mel_bins, mel_frames=self.mel_frames)[0])
+
+
+class _Track:
+    """One audio stream's frames, mixed and resampled."""
+
+    def __init__(self, container: Any, stream: Any, path: str | Path) -> None:
+        self._resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE_HZ)
+        self._path = path
+        #: Samples up to the stream's stated end, where an index states it.
+        self._left = None
+        if stream.duration and media.has_index(container):
+            self._left = round(stream.duration * stream.time_base * stream.rate)
+
+    def samples_s16(self, frame: av.AudioFrame | None) -> bytes:
+        """16-bit samples that are ready after ``frame``; None: what the resampler still holds."""
+        if frame is not None and self._left is not None:
+            left, self._left = self._left, max(0, self._left - frame.samples)
+            if not left:
+                return b""
+            if frame.samples > left:
+                frame = _head(frame, left)
+        try:
+            return b"".join(piece.to_ndarray().tobytes() for piece in self._resampler.resample(frame))
+        except (ValueError, av.FFmpegError) as error:
+            raise MediaError(
+                f"{self._path}: its sound changes format midway ({error}); encode it anew: "
+                f"ffmpeg -i {self._path} fixed.mp4"
             ) from None
-    if not samples_s16:
-        return None
-    return torch.frombuffer(samples_s16, dtype=torch.int16).float().div_(32768)
 
 
-def _within_stated_end(container: Any, stream: Any, path: str | Path) -> Iterator[av.AudioFrame]:
-    """The decoded frames, up to the stream's duration where an index states it."""
-    left = None
-    if stream.duration and media.has_index(container):
-        left = round(stream.duration * stream.time_base * stream.rate)
-    for frame in media.decoded(container, stream, path):
-        if left is None or frame.samples <= left:
-            yield frame
-        elif left > 0:
-            yield _head(frame, left)
-        left = None if left is None else max(0, left - frame.samples)
+def _floats(samples_s16: bytes | bytearray) -> Tensor:
+    return torch.frombuffer(bytearray(samples_s16), dtype=torch.int16).float().div_(32768)
 
 
 def _head(frame: av.AudioFrame, samples: int) -> av.AudioFrame:

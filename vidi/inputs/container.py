@@ -1,4 +1,8 @@
-"""Opening a media file and decoding one of its streams, with errors that name the file and the remedy.
+"""Opening a media file that someone else wrote, and decoding one of its streams; errors name the file and the remedy.
+
+What is opened is decided here, not by FFmpeg: a regular file whose first bytes are those of one of CONTAINERS. The
+demuxer is named outright and reads through our own file handle; whatever else it asks to open is refused. Playlists,
+concat scripts, image patterns, session descriptions and references to other files (mov `dref`) therefore reach nothing.
 
 The whole file is demuxed even when one stream is decoded: a file that ends before its header says so is noticed from
 the packets of all streams together (sound may rightly outlast the pictures, or the other way round).
@@ -6,17 +10,44 @@ the packets of all streams together (sound may rightly outlast the pictures, or 
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn, Protocol
 
 import av
 from av.container import InputContainer
 from av.stream import Disposition, Stream
 
-__all__ = ["MediaError", "NoVideoError", "declared_sec", "decoded", "first_stream", "has_index", "open_media"]
+from vidi.inputs import boxes
+
+__all__ = ["CONTAINERS", "MAX_PIXELS", "Ends", "Listener", "MediaError", "NoVideoError", "check_decodable"]
+__all__ += ["corrupt", "declared_sec", "decoded", "first_stream", "has_index", "num_decoders", "open_media"]
+__all__ += ["open_regular", "packets", "states_length"]
+
+#: What is opened: FFmpeg's demuxer, and how such files are called.
+CONTAINERS = {
+    "mov": "mp4, mov, m4v, 3gp",
+    "matroska": "mkv, webm",
+    "avi": "avi",
+    "mpegts": "ts, m2ts",
+    "mpeg": "mpg, vob",
+    "flv": "flv",
+    "ogg": "ogv",
+    "asf": "wmv, asf",
+}
+#: Of one picture. H.264's highest level, 8192 × 4352; a decoder holds some 17 such pictures.
+MAX_PIXELS = 8192 * 4352
+#: Also for a size that a stream takes on midway.
+DECODER_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
+#: Of all pictures that decoders hold at once, beyond a first decoder's.
+MAX_DECODED_BYTES = 1 << 30
+#: FFmpeg asks for 32 KiB at a time otherwise, a call into Python each.
+_BUFFER_BYTES = 1 << 20
 
 
 class MediaError(ValueError):
@@ -31,21 +62,101 @@ class NoVideoError(MediaError):
 def open_media(path: str | Path) -> Iterator[InputContainer]:
     """Open ``path`` for reading. Raises MediaError for what is no readable media file."""
     path = Path(path)
-    if not path.exists():
-        raise MediaError(f"{path}: no such file")
-    if path.is_dir():
-        raise MediaError(f"{path}: a folder; give the video file itself")
-    if path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty (0 bytes); copy or download it again")
+    with open_regular(path) as file:
+        name = _demuxer(file.read(600))
+        if name is None:
+            kinds = "; ".join(CONTAINERS.values())
+            raise MediaError(
+                f"{path}: no readable media file (its first bytes are of none of the containers that are opened: "
+                f"{kinds}); it is damaged or of another kind. Download it again, or convert it: "
+                f"ffmpeg -i {path} converted.mp4"
+            )
+        source = _Source(file)
+        options = dict(DECODER_OPTIONS)
+        if name == "mov":
+            options["enable_drefs"] = "0"
+            problem = boxes.promises_too_much(file, os.fstat(file.fileno()).st_size)
+            if problem is not None:
+                raise MediaError(f"{path}: no readable media file (it states {problem}); download it again")
+        file.seek(0)
+        try:
+            container = av.open(
+                source,
+                "r",
+                format=name,
+                options=options,
+                metadata_errors="replace",
+                buffer_size=_BUFFER_BYTES,
+                io_open=_refuse_another_file,
+            )
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise MediaError(
+                f"{path}: no readable media file ({_reason(error)}); it is damaged, cut short, or of another kind. "
+                f"Download it again, or see what ffprobe says of it"
+            ) from None
+        with container:
+            yield container
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A binary handle of a regular file: neither opening nor reading it can wait for anybody."""
     try:
-        container = av.open(str(path), "r")
-    except (av.FFmpegError, OSError) as error:
-        raise MediaError(
-            f"{path}: no readable media file ({_reason(error)}); it is damaged, cut short, or of another kind. "
-            f"Download it again, or see what ffprobe says of it"
-        ) from None
-    with container:
-        yield container
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise MediaError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path}: cannot be opened ({_reason(error)})") from None
+    kind = os.fstat(handle)
+    reason = None
+    if stat.S_ISDIR(kind.st_mode):
+        reason = "a folder; give the video file itself"
+    elif not stat.S_ISREG(kind.st_mode):
+        reason = "no regular file but a pipe or a device, which may never end; save the video to a file first"
+    elif kind.st_size == 0:
+        reason = "the file is empty (0 bytes); copy or download it again"
+    if reason is not None:
+        os.close(handle)
+        raise MediaError(f"{path}: {reason}")
+    return os.fdopen(handle, "rb")
+
+
+class _Source:
+    """What FFmpeg reads through. A place that does not exist is an error it knows, not an exception in its callback."""
+
+    def __init__(self, file: Any) -> None:
+        self.name, self.read, self.tell, self._seek = file.name, file.read, file.tell, file.seek
+
+    def seek(self, offset: int, whence: int) -> int:
+        try:
+            return int(self._seek(offset, whence))
+        except (OSError, OverflowError):
+            return -errno.EINVAL
+
+
+def _demuxer(head: bytes) -> str | None:
+    """The demuxer for a file that begins with ``head``, a key of CONTAINERS, or None."""
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"styp"):
+        return "mov"
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return "avi"
+    # Packets of 188 bytes, or of 192 with a time stamp of four in front.
+    if any(head[first : first + 3 * size : size] == b"\x47\x47\x47" for first, size in ((0, 188), (4, 192))):
+        return "mpegts"
+    marks = {
+        b"\x1a\x45\xdf\xa3": "matroska",
+        b"\x00\x00\x01\xba": "mpeg",
+        b"FLV\x01": "flv",
+        b"OggS": "ogg",
+        bytes.fromhex("3026b2758e66cf11"): "asf",
+    }
+    return next((name for mark, name in marks.items() if head.startswith(mark)), None)
+
+
+def _refuse_another_file(url: str, flags: int, options: dict[str, str]) -> NoReturn:
+    raise PermissionError("it asks for another file to be opened, which is refused")
+
+
+# ---- what a container says of itself ------------------------------------------------------------------------------
 
 
 def first_stream(container: InputContainer, kind: str) -> Any | None:
@@ -58,7 +169,12 @@ def first_stream(container: InputContainer, kind: str) -> Any | None:
 
 def has_index(container: InputContainer) -> bool:
     """Whether the container is of the mp4/mov family, whose durations come from an index, not from an estimate."""
-    return "mp4" in container.format.name.split(",")
+    return "mov" in container.format.name.split(",")
+
+
+def states_length(container: InputContainer) -> bool:
+    """Whether its header states a length (mp4, mkv, webm); elsewhere `declared_sec` is FFmpeg's estimate."""
+    return has_index(container) or "matroska" in container.format.name
 
 
 def declared_sec(container: InputContainer) -> float | None:
@@ -66,52 +182,134 @@ def declared_sec(container: InputContainer) -> float | None:
     return container.duration / av.time_base if container.duration else None
 
 
-def decoded(container: InputContainer, stream: Stream, path: str | Path) -> Iterator[Any]:
-    """Decode ``stream`` from start to end, frame by frame, in presentation order, by all threads.
+class Ends:
+    """Where the packets seen so far end, over all streams: tells a file that was cut short."""
 
-    Raises MediaError where data is corrupt, and at the end where the file stops well before the length in its header.
+    def __init__(self) -> None:
+        self._ends: dict[int, int] = {}
+        self._streams: dict[int, Any] = {}
+
+    def note(self, packet: Any) -> None:
+        if packet.pts is not None:
+            index, end = packet.stream_index, packet.pts + (packet.duration or 0)
+            if index not in self._ends:
+                self._ends[index], self._streams[index] = end, packet.stream
+            elif end > self._ends[index]:
+                self._ends[index] = end
+
+    @property
+    def sec(self) -> Fraction:
+        ends = (Fraction(end) * (self._streams[index].time_base or 0) for index, end in self._ends.items())
+        return max(ends, default=Fraction(0))
+
+    def refuse_truncated(self, container: InputContainer, path: str | Path) -> None:
+        """Raise MediaError where a stated length is not reached.
+
+        The slack: containers round lengths, and count an encoder's padding or not (some 0.03 s); a last frame of
+        unknown duration counts for nothing.
+        """
+        declared = declared_sec(container)
+        if declared is None or not states_length(container):
+            return
+        video = first_stream(container, "video")
+        rate = video.average_rate if video is not None else None
+        slack = max(0.2, 1.5 / float(rate) if rate else 0.0)
+        # A header counts from zero also where the first frame comes later.
+        seen = max(float(self.sec), 0.0) - min(0, container.start_time or 0) / av.time_base
+        if declared - seen > slack:
+            raise MediaError(
+                f"{path}: cut short: its header states {declared:.2f} s, its data ends at {seen:.2f} s. Download it "
+                f"again, or keep what is there: ffmpeg -i {path} -c copy kept{Path(path).suffix}"
+            )
+
+
+def packets(container: InputContainer) -> Iterator[Any]:
+    """All packets in the order of the file, and one of size 0 a stream at its end.
+
+    PyAV 18 raises IndexError behind the last of them where streams have appeared midway; nobody asks for those here.
     """
-    codec: Any = stream.codec_context
+    try:
+        yield from container.demux()
+    except IndexError:
+        return
+
+
+def check_decodable(stream: Any, path: str | Path) -> None:
+    """Raise MediaError for a stream that has no decoder, or whose pictures are too large."""
+    codec = stream.codec_context
     if codec is None:
         raise MediaError(f"{path}: no decoder for its {stream.type} stream; convert it: ffmpeg -i {path} converted.mp4")
+    if stream.type == "video" and codec.width * codec.height > MAX_PIXELS:
+        raise _too_large(
+            path, f"{codec.width} × {codec.height}, {codec.width * codec.height / 1e6:,.0f} million pixels"
+        )
+
+
+def _too_large(path: str | Path, size: str) -> MediaError:
+    return MediaError(
+        f"{path}: pictures of {size}; at most {MAX_PIXELS / 1e6:.0f} million (8192 × 4352) are decoded. Make them smaller: "
+        f"ffmpeg -i {path} -vf scale=1920:-2 smaller.mp4"
+    )
+
+
+def num_decoders(codec: Any) -> int:
+    """Threads for decoding: the cores that this process may use; fewer where pictures are so large as to fill memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # 17 pictures of 1.5 bytes a pixel: the most references H.264 and HEVC allow, and the one being decoded.
+    decoder_bytes = 17 * 3 * max(1, codec.width * codec.height) // 2
+    return max(1, min(cores, MAX_DECODED_BYTES // decoder_bytes))
+
+
+class Listener(Protocol):
+    """Is given the packets of all streams but the one that is decoded, in the order of the file."""
+
+    def begin(self, container: InputContainer) -> None:
+        """The file is read from its start; once more, where it must be read twice."""
+
+    def hear(self, packet: Any) -> None: ...
+
+
+def decoded(
+    container: InputContainer, stream: Stream, path: str | Path, listener: Listener | None = None
+) -> Iterator[Any]:
+    """Decode ``stream`` from start to end, frame by frame, in presentation order, by all threads.
+
+    ``listener`` is given the packets of the other streams as they come by. Raises MediaError where data is corrupt, and
+    at the end where the file stops well before the length in its header.
+    """
+    check_decodable(stream, path)
+    codec: Any = stream.codec_context
+    codec.options = DECODER_OPTIONS
     codec.thread_type = "AUTO"
-    count, end_sec = 0, Fraction(0)
+    if stream.type == "video":
+        codec.thread_count = num_decoders(codec)
+    if listener is not None:
+        listener.begin(container)
+    count, ends = 0, Ends()
     try:
-        for packet in container.demux():
-            if packet.pts is not None and packet.time_base:
-                end_sec = max(end_sec, (packet.pts + (packet.duration or 0)) * packet.time_base)
+        for packet in packets(container):
+            ends.note(packet)
             if packet.stream.index == stream.index:  # packet.stream_index is 0 in the flushing packets
                 for frame in packet.decode():
                     count += 1
                     yield frame
+            elif listener is not None:
+                listener.hear(packet)
     except (av.FFmpegError, OSError) as error:
-        raise MediaError(
-            f"{path}: corrupt {stream.type} data after {count} decoded frames, about {float(end_sec):.2f} s in "
-            f"({_reason(error)}); copy or download the file again, or rebuild it: "
-            f"ffmpeg -err_detect ignore_err -i {path} rebuilt.mp4"
-        ) from None
-    _refuse_truncated(container, end_sec, path)
+        if stream.type == "video" and not count and not codec.width:
+            # FFmpeg keeps no size that is above the limit, and some formats state theirs in the picture alone.
+            raise _too_large(path, "no size that could be found, or of one above the limit") from None
+        raise corrupt(path, stream.type, count, ends, error) from None
+    ends.refuse_truncated(container, path)
 
 
-def _refuse_truncated(container: InputContainer, end_sec: Fraction, path: str | Path) -> None:
-    """Only where the header states a length (mp4, mkv, webm); elsewhere it is FFmpeg's estimate.
-
-    The slack: containers round lengths, and count an encoder's padding or not (some 0.03 s); a last frame of unknown
-    duration counts for nothing.
-    """
-    declared = declared_sec(container)
-    if declared is None or not (has_index(container) or "matroska" in container.format.name):
-        return
-    video = first_stream(container, "video")
-    rate = video.average_rate if video is not None else None
-    slack = max(0.2, 1.5 / float(rate) if rate else 0.0)
-    # A header counts from zero also where the first frame comes later.
-    seen = float(end_sec) - min(0, container.start_time or 0) / av.time_base
-    if declared - seen > slack:
-        raise MediaError(
-            f"{path}: cut short: its header states {declared:.2f} s, its data ends at {seen:.2f} s. Download it again, "
-            f"or keep what is there: ffmpeg -i {path} -c copy kept{Path(path).suffix}"
-        )
+def corrupt(path: str | Path, kind: str, count: int, ends: Ends, error: Exception) -> MediaError:
+    """The error for data that cannot be decoded, after ``count`` frames that could."""
+    return MediaError(
+        f"{path}: corrupt {kind} data after {count} decoded frames, about {float(ends.sec):.2f} s in "
+        f"({_reason(error)}); copy or download the file again, or rebuild it: "
+        f"ffmpeg -err_detect ignore_err -i {path} rebuilt.mp4"
+    )
 
 
 def _reason(error: Exception) -> str:

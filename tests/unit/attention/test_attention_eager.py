@@ -85,10 +85,18 @@ def test_a_window_w_keeps_w_plus_1_keys() -> None:
         assert mask.sees(torch.tensor([[9]]), torch.arange(12), window).sum() == window + 1
 
 
-def test_half_precision_softmax_is_float32() -> None:
-    """300 equal scores: a bf16 sum of weights would stick at 256 and give 300/256."""
-    q, k = torch.zeros(1, 1, 1, 8, dtype=torch.bfloat16), torch.zeros(1, 300, 1, 8, dtype=torch.bfloat16)
-    assert torch.equal(dispatch.attend(AttentionCall(q, k, torch.ones_like(k), scale=1.0)), torch.ones_like(q))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("keys", [300, 5000, 20000])
+def test_half_precision_rounds_at_its_end_alone(keys: int, dtype: torch.dtype) -> None:
+    """However many keys: one rounding of the output. 20,000 keys pass in three chunks."""
+    draw = torch.Generator().manual_seed(keys)
+    q, k, v = (torch.randn(1, length, 2, 8, generator=draw).to(dtype) for length in (3, keys, keys))
+    out, truth = (
+        dispatch.attend(AttentionCall(*(x.to(kind) for x in (q, k, v)), 0.5, 50.0)).double()
+        for kind in (dtype, torch.float64)
+    )
+    half_a_unit = torch.finfo(dtype).eps / 2 * truth.abs()
+    assert ((out - truth).abs() <= half_a_unit + 1e-6).all()
 
 
 def test_gradients_against_finite_differences() -> None:

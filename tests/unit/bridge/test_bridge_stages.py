@@ -138,6 +138,13 @@ def test_a_sum_that_cancels_is_not_zero():
     assert mask.keep_tokens(torch.tensor([[[1.0, -1.0]]]), torch.tensor([True])).item() is True
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_faint_token_is_a_token(dtype):
+    """Kept is what is not exactly zero: no threshold."""
+    packed = torch.tensor([[[0, 1e-30], [0, 0], [1e-6, 0]]], dtype=dtype)
+    assert mask.keep_tokens(packed, torch.tensor([True])).tolist() == [[True, False, True]]
+
+
 def test_signal_is_judged_on_the_raw_input():
     zero, one = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
     one[1, 2, 3, 3] = 1e-30

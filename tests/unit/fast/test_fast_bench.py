@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from tests.media import Sound, make_video
 from vidi.commands import bench
 from vidi.fast import measure
 
@@ -29,6 +30,21 @@ def test_bench_on_a_cpu(tmp_path, capsys):
         for name, floor in row["floors"].items():
             assert row["ratios"][name] == pytest.approx(row[name] / floor)
             assert row[name] > 0
+
+
+def test_bench_of_a_file(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    film, target = make_video(tmp_path / "film.mp4", num_frames=30, sound=Sound(3.0)), tmp_path / "bench.json"
+    arguments = ["--device", "cpu", "--max-new-tokens", "3", "--json", str(target), "--video"]
+    assert bench.run(parser.parse_args([*arguments, str(film)])) == 0
+    assert "second question: prefill" in capsys.readouterr().out
+    report = json.loads(target.read_text())
+    assert (report["video_sec"], report["reading"]) == (3.0, "parallel")
+    assert all(seconds > 0 for seconds in report["seconds"].values())
+    assert report["second"]["reading"] == report["second"]["encoding"] == 0
+    assert bench.run(parser.parse_args([*arguments, str(tmp_path / "absent.mp4")])) == 2
+    assert "absent.mp4: no such file" in capsys.readouterr().err
 
 
 def test_the_fit_finds_a_line():

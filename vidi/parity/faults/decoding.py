@@ -85,8 +85,8 @@ def loss_over_unshifted_labels(original: Any) -> Any:
 def pad_row_read(original: Any) -> Any:
     """Decoding starts from the last column, which is padding in shorter rows, as in the release."""
 
-    def prefill(self: Any, batch: Any, capacity: int, streams: Any = None) -> Any:
-        cache = original(self, batch, capacity, streams)[1]
+    def prefill(self: Any, batch: Any, capacity: int, streams: Any = None, **rest: Any) -> Any:
+        cache = original(self, batch, capacity, streams, **rest)[1]
         return self(batch)[:, -1], cache
 
     return prefill
@@ -96,8 +96,8 @@ def pad_row_read(original: Any) -> Any:
 def first_row_read(original: Any) -> Any:
     """All rows start from the first row's logits."""
 
-    def prefill(self: Any, batch: Any, capacity: int, streams: Any = None) -> Any:
-        logits, cache = original(self, batch, capacity, streams)
+    def prefill(self: Any, batch: Any, capacity: int, streams: Any = None, **rest: Any) -> Any:
+        logits, cache = original(self, batch, capacity, streams, **rest)
         return logits[:1].expand_as(logits).contiguous(), cache
 
     return prefill
@@ -107,8 +107,8 @@ def first_row_read(original: Any) -> Any:
 def last_but_one_read(original: Any) -> Any:
     """Decoding starts from the token before the last."""
 
-    def prefill(self: Any, batch: Any, capacity: int, streams: Any = None) -> Any:
-        logits, cache = original(self, batch, capacity, streams)
+    def prefill(self: Any, batch: Any, capacity: int, streams: Any = None, **rest: Any) -> Any:
+        logits, cache = original(self, batch, capacity, streams, **rest)
         return self(batch)[torch.arange(len(logits)), cache.lengths_B - 2], cache
 
     return prefill
@@ -118,8 +118,8 @@ def last_but_one_read(original: Any) -> Any:
 def placeholder_counted(original: Any) -> Any:
     """Lengths count the placeholder: decoding leaves a gap of one."""
 
-    def prefill(self: Any, batch: Any, capacity: int, streams: Any = None) -> Any:
-        logits, cache = original(self, batch, capacity + 1, streams)
+    def prefill(self: Any, batch: Any, capacity: int, streams: Any = None, **rest: Any) -> Any:
+        logits, cache = original(self, batch, capacity + 1, streams, **rest)
         cache.lengths_B = cache.lengths_B + 1
         return logits, cache
 
@@ -186,8 +186,8 @@ def second_best(original: Any) -> Any:
     def greedy(model: Any, batch: Any, **rest: Any) -> Any:
         prefill = model.prefill
 
-        def second(*given: Any) -> Any:
-            logits, cache = prefill(*given)
+        def second(*given: Any, **rest: Any) -> Any:
+            logits, cache = prefill(*given, **rest)
             return logits.scatter(1, logits.argmax(-1, keepdim=True), -torch.inf), cache
 
         model.prefill = second
