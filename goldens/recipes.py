@@ -16,13 +16,16 @@ written into the code in place of being read from the configuration shows there.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-__all__ = ["POS_FREQ", "Recipe", "cases", "config", "gaussianish", "odd_config", "pos_freq", "weights", "words"]
+__all__ = [
+    "POS_FREQ", "TOWERS", "Checkpoint", "Recipe", "absent", "cases", "config", "frames", "gaussianish", "ids_of", "mel",
+    "noise", "odd_config", "pos_freq", "put_bridge", "put_mlp", "put_towers", "text_of", "weights", "words",
+]  # fmt: skip
 
 # torch.exp(torch.arange(0, 24, 2, float32) · (-ln 10000 / 24)) on a CPU, as bits: the table w of spec §5 for width 24
 POS_FREQ = np.array(
@@ -104,6 +107,30 @@ def config(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy(_CONFIG) | changes
 
 
+TOWERS: dict[str, Any] = {
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "patch_size": 2,
+        "image_size": 22,
+        "layer_norm_eps": 1e-06,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "audio_config": {
+        "model_type": "whisper",
+        "d_model": 8,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "num_mel_bins": 4,
+        "max_source_positions": 20,
+        "activation_function": "gelu",
+    },
+}
 _CONFIG: dict[str, Any] = {
     "model_type": "dattn_gemma2",
     "vocab_size": 112,
@@ -136,28 +163,7 @@ _CONFIG: dict[str, Any] = {
     # 3 frames of 12² just fit (3·144 = 108·2²): "more than the budget" is strict
     "visual_token_budget": 108,
     "budget_scope": "batch",
-    "vision_config": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_channels": 3,
-        "patch_size": 2,
-        "image_size": 22,
-        "layer_norm_eps": 1e-06,
-        "hidden_act": "gelu_pytorch_tanh",
-    },
-    "audio_config": {
-        "model_type": "whisper",
-        "d_model": 8,
-        "encoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 16,
-        "num_mel_bins": 4,
-        "max_source_positions": 20,
-        "activation_function": "gelu",
-    },
+    **TOWERS,
 }
 
 
@@ -226,125 +232,147 @@ def odd_config() -> dict[str, Any]:
     return copy.deepcopy(_ODD)
 
 
+class Checkpoint:
+    """Weights by official name, float32, each of them its name's own stream of numbers."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, np.ndarray] = {}
+
+    def put(self, name: str, shape: tuple[int, ...], log2_scale: int, around: float = 0.0) -> None:
+        self.tensors[name] = gaussianish(name, shape, log2_scale) + np.float32(around)
+
+    def linear(self, name: str, out: int, inner: int, log2_gain: int = 0, bias: bool = True) -> None:
+        self.put(f"{name}.weight", (out, inner), log2_gain - round(np.log2(inner) / 2))
+        if bias:
+            self.put(f"{name}.bias", (out,), -3)
+
+    def norm(self, name: str, size: int) -> None:
+        self.put(f"{name}.weight", (size,), -3, around=1.0)
+        self.put(f"{name}.bias", (size,), -3)
+
+
 def weights(raw: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
     """The small checkpoint of a config, float32, official names (lm_head is tied and absent, as in saved files)."""
     raw = config() if raw is None else raw
-    tensors: dict[str, np.ndarray] = {}
+    made, width = Checkpoint(), raw["hidden_size"]
+    put_towers(made, raw)
+    made.put("model.mm_rand_aud_pool.weight", (width, raw["audio_config"]["d_model"], raw["mm_audio_pool_size"]), -3)
+    put_bridge(made, raw, visual=4 * raw["vision_config"]["hidden_size"], audio=width)
+    _put_decoder(made, raw)
+    return made.tensors
 
-    def put(name: str, shape: tuple[int, ...], log2_scale: int, around: float = 0.0) -> None:
-        tensors[name] = gaussianish(name, shape, log2_scale) + np.float32(around)
 
-    def linear(name: str, out: int, inner: int, log2_gain: int = 0, bias: bool = True) -> None:
-        put(f"{name}.weight", (out, inner), log2_gain - round(np.log2(inner) / 2))
-        if bias:
-            put(f"{name}.bias", (out,), -3)
+def put_towers(made: Checkpoint, raw: Mapping[str, Any]) -> None:
+    """SigLIP and Whisper of a config's sizes."""
+    _put_vision(made, raw["vision_config"])
+    _put_audio(made, raw["audio_config"])
 
-    def norm(name: str, size: int) -> None:
-        put(f"{name}.weight", (size,), -3, around=1.0)
-        put(f"{name}.bias", (size,), -3)
 
+def put_bridge(made: Checkpoint, raw: Mapping[str, Any], visual: int, audio: int) -> None:
+    """Projectors from the given widths, norms, position MLPs."""
     width = raw["hidden_size"]
-    _put_vision(raw["vision_config"], put, linear, norm)
-    _put_audio(raw["audio_config"], put, linear, norm)
-    linear("model.mm_rand_img_projector.model.0", width, 4 * raw["vision_config"]["hidden_size"])
-    linear("model.mm_rand_img_projector.model.2", width, width)
-    put("model.mm_rand_img_norm.weight", (width,), -3, around=1.0)
-    put("model.mm_rand_aud_pool.weight", (width, raw["audio_config"]["d_model"], raw["mm_audio_pool_size"]), -3)
-    linear("model.mm_rand_aud_projector.model.0", width, width)
-    linear("model.mm_rand_aud_projector.model.2", width, width)
-    put("model.mm_rand_aud_norm.weight", (width,), -3, around=1.0)
-    put("model.mm_rand_llm_norm.weight", (width,), -5, around=0.25)
+    for kind, inner in (("img", visual), ("aud", audio)):
+        made.linear(f"model.mm_rand_{kind}_projector.model.0", width, inner)
+        made.linear(f"model.mm_rand_{kind}_projector.model.2", width, width)
+        made.put(f"model.mm_rand_{kind}_norm.weight", (width,), -3, around=1.0)
+    made.put("model.mm_rand_llm_norm.weight", (width,), -5, around=0.25)
     for axis in "hwt":
-        linear(f"model.mm_rand_pos_{axis}.mlp.0", width, width)
-        linear(f"model.mm_rand_pos_{axis}.mlp.2", width, width)
-    _put_decoder(raw, put, linear)
-    return tensors
+        made.linear(f"model.mm_rand_pos_{axis}.mlp.0", width, width)
+        made.linear(f"model.mm_rand_pos_{axis}.mlp.2", width, width)
 
 
-def _put_vision(raw: Mapping[str, Any], put: Callable, linear: Callable, norm: Callable) -> None:
+def _put_vision(made: Checkpoint, raw: Mapping[str, Any]) -> None:
     root, width, inner = "model.mm_vis.vision_model.", raw["hidden_size"], raw["intermediate_size"]
     patch, side = raw["patch_size"], raw["image_size"] // raw["patch_size"]
-    put(root + "embeddings.patch_embedding.weight", (width, 3, patch, patch), -1)
-    put(root + "embeddings.patch_embedding.bias", (width,), -3)
-    put(root + "embeddings.position_embedding.weight", (side**2, width), -1)
+    made.put(root + "embeddings.patch_embedding.weight", (width, 3, patch, patch), -1)
+    made.put(root + "embeddings.patch_embedding.bias", (width,), -3)
+    made.put(root + "embeddings.position_embedding.weight", (side**2, width), -1)
     for i in range(raw["num_hidden_layers"]):
         layer = f"{root}encoder.layers.{i}."
         for part in ("q_proj", "k_proj"):
-            linear(f"{layer}self_attn.{part}", width, width, log2_gain=1)
+            made.linear(f"{layer}self_attn.{part}", width, width, log2_gain=1)
         for part in ("v_proj", "out_proj"):
-            linear(f"{layer}self_attn.{part}", width, width)
-        norm(layer + "layer_norm1", width)
-        norm(layer + "layer_norm2", width)
-        linear(layer + "mlp.fc1", inner, width)
-        linear(layer + "mlp.fc2", width, inner)
-    norm(root + "post_layernorm", width)
-    put(root + "head.probe", (1, 1, width), 0)
-    put(root + "head.attention.in_proj_weight", (3 * width, width), -2)
-    put(root + "head.attention.in_proj_bias", (3 * width,), -3)
-    linear(root + "head.attention.out_proj", width, width)
-    norm(root + "head.layernorm", width)
-    linear(root + "head.mlp.fc1", inner, width)
-    linear(root + "head.mlp.fc2", width, inner)
+            made.linear(f"{layer}self_attn.{part}", width, width)
+        made.norm(layer + "layer_norm1", width)
+        made.norm(layer + "layer_norm2", width)
+        made.linear(layer + "mlp.fc1", inner, width)
+        made.linear(layer + "mlp.fc2", width, inner)
+    made.norm(root + "post_layernorm", width)
+    made.put(root + "head.probe", (1, 1, width), 0)
+    made.put(root + "head.attention.in_proj_weight", (3 * width, width), -2)
+    made.put(root + "head.attention.in_proj_bias", (3 * width,), -3)
+    made.linear(root + "head.attention.out_proj", width, width)
+    made.norm(root + "head.layernorm", width)
+    made.linear(root + "head.mlp.fc1", inner, width)
+    made.linear(root + "head.mlp.fc2", width, inner)
 
 
-def _put_audio(raw: Mapping[str, Any], put: Callable, linear: Callable, norm: Callable) -> None:
+def _put_audio(made: Checkpoint, raw: Mapping[str, Any]) -> None:
     root, width, inner = "model.mm_aud.encoder.", raw["d_model"], raw["encoder_ffn_dim"]
-    put(root + "conv1.weight", (width, raw["num_mel_bins"], 3), -2)
-    put(root + "conv1.bias", (width,), -3)
-    put(root + "conv2.weight", (width, width, 3), -2)
-    put(root + "conv2.bias", (width,), -3)
-    put(root + "embed_positions.weight", (raw["max_source_positions"], width), -1)
+    made.put(root + "conv1.weight", (width, raw["num_mel_bins"], 3), -2)
+    made.put(root + "conv1.bias", (width,), -3)
+    made.put(root + "conv2.weight", (width, width, 3), -2)
+    made.put(root + "conv2.bias", (width,), -3)
+    made.put(root + "embed_positions.weight", (raw["max_source_positions"], width), -1)
     for i in range(raw["encoder_layers"]):
         layer = f"{root}layers.{i}."
-        linear(layer + "self_attn.k_proj", width, width, log2_gain=1, bias=False)
-        linear(layer + "self_attn.q_proj", width, width, log2_gain=1)
-        linear(layer + "self_attn.v_proj", width, width)
-        linear(layer + "self_attn.out_proj", width, width)
-        norm(layer + "self_attn_layer_norm", width)
-        linear(layer + "fc1", inner, width)
-        linear(layer + "fc2", width, inner)
-        norm(layer + "final_layer_norm", width)
-    norm(root + "layer_norm", width)
+        made.linear(layer + "self_attn.k_proj", width, width, log2_gain=1, bias=False)
+        made.linear(layer + "self_attn.q_proj", width, width, log2_gain=1)
+        made.linear(layer + "self_attn.v_proj", width, width)
+        made.linear(layer + "self_attn.out_proj", width, width)
+        made.norm(layer + "self_attn_layer_norm", width)
+        made.linear(layer + "fc1", inner, width)
+        made.linear(layer + "fc2", width, inner)
+        made.norm(layer + "final_layer_norm", width)
+    made.norm(root + "layer_norm", width)
 
 
-def _put_decoder(raw: Mapping[str, Any], put: Callable, linear: Callable) -> None:
-    width, inner, head_dim = raw["hidden_size"], raw["intermediate_size"], raw["head_dim"]
+def _put_decoder(made: Checkpoint, raw: Mapping[str, Any]) -> None:
+    width, head_dim = raw["hidden_size"], raw["head_dim"]
     query_width, key_width = raw["num_attention_heads"] * head_dim, raw["num_key_value_heads"] * head_dim
-    put("model.embed_tokens.weight", (raw["vocab_size"], width), -2)
+    made.put("model.embed_tokens.weight", (raw["vocab_size"], width), -2)
     for i in range(raw["num_hidden_layers"]):
         layer = f"model.layers.{i}."
-        linear(layer + "self_attn.q_proj", query_width, width, log2_gain=2, bias=False)
-        linear(layer + "self_attn.k_proj", key_width, width, log2_gain=1, bias=False)
-        linear(layer + "self_attn.v_proj", key_width, width, bias=False)
-        linear(layer + "self_attn.o_proj", width, query_width, bias=False)
-        for part in ("gate_proj", "up_proj"):
-            linear(f"{layer}mlp.{part}", inner, width, bias=False)
-        linear(layer + "mlp.down_proj", width, inner, bias=False)
+        made.linear(layer + "self_attn.q_proj", query_width, width, log2_gain=2, bias=False)
+        made.linear(layer + "self_attn.k_proj", key_width, width, log2_gain=1, bias=False)
+        made.linear(layer + "self_attn.v_proj", key_width, width, bias=False)
+        made.linear(layer + "self_attn.o_proj", width, query_width, bias=False)
+        put_mlp(made, raw, layer)
         for part in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            put(f"{layer}{part}_layernorm.weight", (width,), -3)
+            made.put(f"{layer}{part}_layernorm.weight", (width,), -3)
     # large and of both signs: logits of order 30, and a tied head that does not just repeat the token it reads
-    put("model.norm.weight", (width,), 3)
+    made.put("model.norm.weight", (width,), 3)
 
 
-def _frames(stream: str, count: int, side: int = 22) -> np.ndarray:
+def put_mlp(made: Checkpoint, raw: Mapping[str, Any], layer: str) -> None:
+    """A decoder layer's feed-forward."""
+    width, inner = raw["hidden_size"], raw["intermediate_size"]
+    for part in ("gate_proj", "up_proj"):
+        made.linear(f"{layer}mlp.{part}", inner, width, bias=False)
+    made.linear(layer + "mlp.down_proj", width, inner, bias=False)
+
+
+def frames(stream: str, count: int, side: int = 22) -> np.ndarray:
     """uint8 (count, 3, side, side)"""
     pixels = words(f"frames {stream}", count * 3 * side * side) >> np.uint64(56)
     return pixels.astype(np.uint8).reshape(count, 3, side, side)
 
 
-def _mel(stream: str, pieces: int, bins: int = 4, length: int = 40) -> np.ndarray:
+def mel(stream: str, pieces: int, bins: int = 4, length: int = 40) -> np.ndarray:
     """float32 (pieces, bins, length)"""
     return gaussianish(f"mel {stream}", (pieces, bins, length), -1)
 
 
-def _ids(stream: str, count: int, image_at: int) -> np.ndarray:
-    """bos, then ids from 3 to 106, with the placeholder at place `image_at`; int64 (count,)"""
+def ids_of(stream: str, count: int, image_at: int | None, bos: int = 2) -> np.ndarray:
+    """bos, then ids from 3 to 106, with the placeholder at place `image_at` if any; int64 (count,)"""
     ids = (words(f"ids {stream}", count) % np.uint64(104)).astype(np.int64) + 3
-    ids[0], ids[image_at] = 2, -200
+    ids[0] = bos
+    if image_at is not None:
+        ids[image_at] = -200
     return ids
 
 
-def _text(*rows: np.ndarray, pad: int = 0) -> dict[str, np.ndarray]:
+def text_of(*rows: np.ndarray, pad: int = 0) -> dict[str, np.ndarray]:
     """Rows right-padded with id `pad` to one length, and their mask."""
     longest = max(len(row) for row in rows)
     padded = [np.pad(row, (0, longest - len(row)), constant_values=pad) for row in rows]
@@ -352,21 +380,21 @@ def _text(*rows: np.ndarray, pad: int = 0) -> dict[str, np.ndarray]:
     return {"inputs.input_ids": np.stack(padded), "inputs.attention_mask": np.stack(mask)}
 
 
-def _noise(stream: str, length: int) -> np.ndarray:
+def noise(stream: str, length: int) -> np.ndarray:
     """Training's position noise, float64, about normal·0.45, cut at ±0.45 (spec §5)."""
     return np.clip(gaussianish(f"noise {stream}", (length,), 0).astype(np.float64) * 0.45, -0.45, 0.45)
 
 
 def cases() -> dict[str, Recipe]:
     """Every small case by name."""
-    videos = {"inputs.images_u8.0": _frames("a", 2), "inputs.images_u8.1": _frames("b", 1)}
+    videos = {"inputs.images_u8.0": frames("a", 2), "inputs.images_u8.1": frames("b", 1)}
     # 29 positions, 5 tokens; 13 positions, 2 tokens, and a third window that straddles the end (positions 10 to 14)
     audios = {
-        "inputs.audios.0": _mel("a", 2),
-        "inputs.audios.1": _mel("b", 1),
+        "inputs.audios.0": mel("a", 2),
+        "inputs.audios.1": mel("b", 1),
         "inputs.audio_sizes": np.array([58, 27], np.int64),
     }
-    text = _text(_ids("long", 9, 2), _ids("short", 6, 1))
+    text = text_of(ids_of("long", 9, 2), ids_of("short", 6, 1))
     made = [
         Recipe(
             "base", "two videos of unlike length, right-padded text, two audio pieces", config(), videos | audios | text
@@ -394,10 +422,10 @@ def cases() -> dict[str, Recipe]:
             "one frame and one audio token stand at position 0; no attention mask at all",
             config(),
             {
-                "inputs.images_u8.0": _frames("c", 1),
-                "inputs.audios.0": _mel("c", 1),
+                "inputs.images_u8.0": frames("c", 1),
+                "inputs.audios.0": mel("c", 1),
                 "inputs.audio_sizes": np.array([13], np.int64),
-                "inputs.input_ids": _ids("one", 7, 3)[None],
+                "inputs.input_ids": ids_of("one", 7, 3)[None],
             },
         ),
         Recipe(
@@ -411,14 +439,14 @@ def cases() -> dict[str, Recipe]:
             "absent",
             "all-zero mel, all-zero frames, and audio shorter than a token, a sample each",
             config(),
-            _absent(),
+            absent(),
         ),
         Recipe("train", "position noise and labels", config(), _training()),
         Recipe(
             "decode",
             "batched greedy decoding from right-padded prompts past the window; a row stops at 107 before the other",
             config(),
-            videos | audios | _text(_ids("prompt a23", 7, 1), _ids("prompt b29", 4, 2)),
+            videos | audios | text_of(ids_of("prompt a23", 7, 1), ids_of("prompt b29", 4, 2)),
             decode_steps=8,
         ),
         _odd(),
@@ -428,60 +456,62 @@ def cases() -> dict[str, Recipe]:
 
 
 def _holed() -> dict[str, np.ndarray]:
-    ids = np.stack([np.concatenate([np.zeros(3, np.int64), _ids("left", 8, 2)]), _ids("holes", 11, 4)])
+    ids = np.stack([np.concatenate([np.zeros(3, np.int64), ids_of("left", 8, 2)]), ids_of("holes", 11, 4)])
     mask = np.stack([np.arange(11) >= 3, ~np.isin(np.arange(11), [2, 6, 7, 10])])
     return {"inputs.input_ids": ids, "inputs.attention_mask": mask}
 
 
-def _absent() -> dict[str, np.ndarray]:
+def absent(bos: int = 2) -> dict[str, np.ndarray]:
+    """Three samples: all-zero mel, all-zero frames, audio shorter than a token."""
+    rows = [ids_of(name, count, at, bos) for name, count, at in (("quiet", 5, 1), ("dark", 7, 2), ("brief", 6, 3))]
     return {
-        "inputs.images_u8.0": _frames("d", 1),
+        "inputs.images_u8.0": frames("d", 1),
         "inputs.images.1": np.zeros((1, 3, 22, 22), np.float32),
-        "inputs.images_u8.2": _frames("e", 1),
+        "inputs.images_u8.2": frames("e", 1),
         "inputs.audios.0": np.zeros((1, 4, 40), np.float32),
-        "inputs.audios.1": _mel("d", 1),
-        "inputs.audios.2": _mel("e", 1),
+        "inputs.audios.1": mel("d", 1),
+        "inputs.audios.2": mel("e", 1),
         "inputs.audio_sizes": np.array([40, 31, 7], np.int64),
-    } | _text(_ids("quiet", 5, 1), _ids("dark", 7, 2), _ids("brief", 6, 3))
+    } | text_of(*rows)
 
 
 def _training() -> dict[str, np.ndarray]:
-    ids = _ids("train", 9, 2)[None]
+    ids = ids_of("train", 9, 2)[None]
     return {
-        "inputs.images_u8.0": _frames("a", 2),
-        "inputs.audios.0": _mel("a", 2),
+        "inputs.images_u8.0": frames("a", 2),
+        "inputs.audios.0": mel("a", 2),
         "inputs.audio_sizes": np.array([58], np.int64),
         "inputs.input_ids": ids,
         "inputs.attention_mask": np.ones((1, 9), bool),
         "inputs.labels": np.where(np.arange(9) < 5, -100, ids),
-        "inputs.pos_noise.h": _noise("h", 6),
-        "inputs.pos_noise.w": _noise("w", 6),
-        "inputs.pos_noise.t_v.0": _noise("t_v", 2),
-        "inputs.pos_noise.t_a.0": _noise("t_a", 5),
+        "inputs.pos_noise.h": noise("h", 6),
+        "inputs.pos_noise.w": noise("w", 6),
+        "inputs.pos_noise.t_v.0": noise("t_v", 2),
+        "inputs.pos_noise.t_a.0": noise("t_a", 5),
     }
 
 
 def _odd_media() -> dict[str, np.ndarray]:
     side, bins, length = 40, 6, 28
     return {
-        "inputs.images_u8.0": _frames("odd a", 2, side),
-        "inputs.images_u8.1": _frames("odd b", 1, side),
+        "inputs.images_u8.0": frames("odd a", 2, side),
+        "inputs.images_u8.1": frames("odd b", 1, side),
         # 22 positions, 7 tokens; 11 positions, 3 tokens and a window that straddles the end
-        "inputs.audios.0": _mel("odd a", 2, bins, length),
-        "inputs.audios.1": _mel("odd b", 1, bins, length),
+        "inputs.audios.0": mel("odd a", 2, bins, length),
+        "inputs.audios.1": mel("odd b", 1, bins, length),
         "inputs.audio_sizes": np.array([45, 22], np.int64),
     }
 
 
 def _odd_ids(stream: str, count: int, image_at: int) -> np.ndarray:
     """As `_ids`, of the odd vocabulary: ids from 6 to 85."""
-    ids = _ids(stream, count, image_at) % 80 + 6
+    ids = ids_of(stream, count, image_at) % 80 + 6
     ids[0], ids[image_at] = 5, -77
     return ids
 
 
 def _odd() -> Recipe:
-    text = _text(_odd_ids("odd a124", 10, 1), _odd_ids("odd b26", 7, 4), pad=1)
+    text = text_of(_odd_ids("odd a124", 10, 1), _odd_ids("odd b26", 7, 4), pad=1)
     return Recipe(
         "odd",
         "no number of the configuration is the release's or another case's; decoding past another window to another stop",

@@ -3,14 +3,14 @@
     python tools/import_official.py SRC DST [--full] [--case NAME ...] [--dtype f32 ...] [--reason "..."]
 
 SRC holds `CASE.DTYPE.safetensors` with a `.json` beside each, and `weights.safetensors`. DST becomes a golden set: a
-case CASE for float32 recordings, CASE.DTYPE for the others. Sizes, seed and the subset of cases are read from the
-files. What is no target is left out with its reason in the manifest. By default cases are thinned for git; --full
+case CASE for float32 recordings, CASE.DTYPE for the others. Which model it is, sizes, seed and the subset of cases are
+read from the files. What is no target is left out with its reason in the manifest. By default cases are thinned for git; --full
 keeps all rows.
 
     python tools/import_official.py --pos-freq GOLDENS WIDTH [WIDTH ...]
 
-stores the table pos.freq, made by torch on this CPU, for decoder widths. Recordings do not hold it; nothing else may
-make it.
+stores the table pos.freq, made by torch on this CPU, for decoder widths, where recordings do not hold it; nothing else
+may make it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ _SAMPLE_PARTS = ("sample", "sample_index", "row_sum", "stats")
 
 CACHED_RUN = "the release's cached decoding, which disagrees with the uncached pass once the text passes the window"
 CALLS = "describes the release's calls (lengths and positions it passed), not the mathematics"
+CACHED_SAME = "the release's cached decoding, which without a window equals the uncached pass: that one is the target"
 NARROW = "an uncached run with the narrower window of the release's cache: the release's own deviation"
 SILENT = (
     "the release marks a silent sample's rows as kept and multiplies by a gate; a correct mask keeps none,"
@@ -55,6 +56,13 @@ SILENT = (
 MARKER = "a marker, not a tensor: the inputs equal those of case batch"
 FROM_U8 = "equals u8/127.5 - 1 in float32 of the bytes that are kept"
 NO_TORCH = "torch is not installed and the table is not stored: pos.freq cannot be made without it"
+ROPE = "the table inside rope.cos and rope.sin, which are targets"
+TABLES = "tables.safetensors"  # where the release's own tables are recorded
+CONV = "model.mm_rand_img_pool.conv.weight"  # the 7B has it, the 9B folds patches instead
+COMMITS = {
+    "dattn_gemma2": "unmodified model code of the release of January 2026; the recordings name no commit",
+    "dattn_mistral": "unmodified model code of the 7B's release; the recordings name no commit",
+}
 TIED = "equals model.embed_tokens.weight (tied); released files omit it"
 
 # Thinning for git: elements kept of a tensor that is already sampled, and of a whole one outside the single-sample
@@ -175,8 +183,9 @@ def import_recordings(
         if tied:
             del weights["lm_head.weight"]
         named = write_weights(draft, "weights.safetensors", weights)
+        kind = "dattn_mistral" if CONV in weights else "dattn_gemma2"
         for name, short in found:
-            case = _Recording(src, name, short, full, dst.parent / "pos_freq.safetensors").case(named, tied)
+            case = _Recording(src, name, short, full, dst.parent / "pos_freq.safetensors").case(named, tied, kind)
             write_case(draft, case, compress=not full)
         verify(draft)
     return [name if short == "f32" else f"{name}.{short}" for name, short in found]
@@ -204,21 +213,25 @@ class _Recording:
     def __init__(self, src: Path, name: str, short: str, full: bool, table: Path) -> None:
         self.name, self.short, self.full, self.table = name, short, full, table
         self.json = json.loads((src / f"{name}.{short}.json").read_text("utf-8"))
+        self.tables = read_safetensors(src / TABLES)[0] if (src / TABLES).exists() else {}
         self.tensors, hashes = read_safetensors(src / f"{name}.{short}.safetensors")
         self.left_out: dict[str, str] = {}
         self.goldens = self._read(hashes)
 
-    def case(self, weights: Mapping[str, str], tied: bool) -> NewCase:
-        """The golden case: inputs, targets and what is left out."""
-        config = self.json["llm_config"]
+    def case(self, weights: Mapping[str, str], tied: bool, kind: str) -> NewCase:
+        """The golden case: inputs, targets and what is left out. kind: the model_type, which recordings do not say."""
+        config = self._config(kind)
         if tied:
             self.left_out["lm_head.weight"] = TIED
         inputs = self._take_inputs()
         self._leave_out()
         if any(stage.startswith("vision.") for stage in self.goldens):
-            table = pos_freq(config["hidden_size"], self.table)
+            table = self.tables.get("pos.freq")
+            table = pos_freq(config["hidden_size"], self.table) if table is None else table
             if table is None:
                 self.left_out["pos.freq"] = NO_TORCH
+            elif table.shape != (config["hidden_size"] // 2,):
+                raise GoldenError(f"{TABLES}: pos.freq has shape {list(table.shape)}; hidden_size needs half of it")
             else:
                 self.goldens["pos.freq"] = whole(table)
         targets = self.goldens if self.full else self._thinned()
@@ -231,16 +244,25 @@ class _Recording:
                 "device": "cpu",
                 "threads": self.json.get("args", {}).get("threads"),
                 "seed": self.json.get("seed"),
-                "commit": "unmodified model code of the release of January 2026; the recordings name no commit",
-                "pos.freq": "torch.exp on a CPU (not part of the recordings)",
+                "commit": COMMITS[kind],
+                "pos.freq": "recorded" if self.tables else "torch.exp on a CPU (not part of the recordings)",
             },
-            config={**config, "vision_config": self.json["vision_config"], "audio_config": self.json["audio_config"]},
+            config=config,
             info=self._info(),
             inputs=inputs,
             targets={"recorded": targets},
             weights=weights,
             left_out=self.left_out,
         )
+
+    def _config(self, kind: str) -> dict[str, Any]:
+        """The official dict, with what this case alone has, and the towers' configs inside."""
+        config = {**self.json["llm_config"]}
+        if kind != "dattn_gemma2":  # what a config without model_type is taken for
+            config.setdefault("model_type", kind)
+        if "sliding_window" in self.json["info"]:
+            config["sliding_window"] = self.json["info"]["sliding_window"]
+        return config | {key: self.json[key] for key in ("vision_config", "audio_config")}
 
     def _read(self, hashes: Mapping[str, str]) -> dict[str, Golden]:
         """Join the parts of sampled tensors, and hold everything against the json."""
@@ -305,9 +327,11 @@ class _Recording:
 
     def _leave_out(self) -> None:
         """Drop what the README of the recordings calls no target, judged by the data where it can be."""
-        for variant in self.json["info"].get("generate", {}):
+        if "rope.inv_freq" in self.tables:
+            self.left_out["rope.inv_freq"] = ROPE
+        for variant, given in self.json["info"].get("generate", {}).items():
             reasons = {
-                "logits": CACHED_RUN,
+                "logits": CACHED_SAME if given["window"] is None else CACHED_RUN,
                 "nocache_narrow.logits": NARROW,
                 "cache_position": CALLS,
                 "mask_lengths": CALLS,

@@ -1,10 +1,12 @@
 """Regenerate the small goldens from the oracle: what would change, and, only when told to, the change itself.
 
-    python tools/regen_goldens.py [--case NAME ...] [--stage GLOB]     print what would change, per tensor
+    python tools/regen_goldens.py [--set SET] [--case NAME ...] [--stage GLOB]     print what would change, per tensor
     python tools/regen_goldens.py --check                              the same for the gate: exit 1 if anything would
     python tools/regen_goldens.py --accept --reason "..."              write it, whole or not at all, and the ledger
     python tools/regen_goldens.py --accept-tolerances --reason "..."   enter changed tolerances or pos.freq in the ledger
     python tools/regen_goldens.py --case NAME --candidate FILE [...]   values from a safetensors file, not the oracle
+
+--set: small (default), the 9B's, or small-7b.
 
 What counts as changed and what is refused: `tools/regen_plan.py`. The tool never loads the model or torch, and never
 runs inside pytest when it writes.
@@ -20,19 +22,17 @@ from pathlib import Path
 
 from safetensors.numpy import load_file
 
-from goldens import recipes
 from stageparity import atomic, ledger
 from stageparity.golden import GoldenError
 from stageparity.manifest import set_sha256
 from stageparity.store import list_cases, list_sets, verify
 from stageparity.writer import NewCase, locked, replaced, write_case, write_weights
 from tools import studies
-from tools.regen_plan import Change, plan
+from tools.regen_plan import RECIPES, Change, plan
 
 __all__ = ["check", "main"]
 
 ROOT = studies.ROOT
-SET = "small"
 MODEL = ("torch", "vidi.model", "vidi.generate")  # and what lies in a folder of it; the folders alone hold no code
 FOLDERS = ("vidi.towers.", "vidi.bridge.", "vidi.attention.", "vidi.decoder.")
 LISTED = 40  # changes written out in one ledger entry
@@ -43,8 +43,9 @@ LEDGER_FILES = {"tolerances": "tolerances.toml", "pos.freq": "pos_freq.safetenso
 def check(goldens: Path) -> list[str]:
     """Everything that the gate must not let pass: changes, broken or stale sets, files the ledger does not cover."""
     problems = []
-    changes, _ = plan(goldens / SET)
-    problems += [change.line() for change in changes]
+    for name in RECIPES:
+        if (goldens / name).is_dir():
+            problems += [f"{name}: {change.line()}" for change in plan(goldens / name)[0]]
     sets = {folder.relative_to(goldens).as_posix(): folder for folder in list_sets(goldens)}
     for subject, folder in sets.items():
         try:
@@ -61,22 +62,25 @@ def check(goldens: Path) -> list[str]:
     return [problem for problem in problems if problem]
 
 
-def _write(goldens: Path, changes: list[Change], cases: Mapping[str, NewCase], reason: str, at: Callable) -> None:
+def _write(
+    goldens: Path, name: str, changes: list[Change], cases: Mapping[str, NewCase], reason: str, at: Callable
+) -> None:
     lines = [change.line() for change in changes[:LISTED]]
     if len(changes) > LISTED:
         lines.append(f"and {len(changes) - LISTED} more")
 
     def record() -> None:
-        ledger.append(goldens, SET, set_sha256(goldens / SET), reason, lines)
+        ledger.append(goldens, name, set_sha256(goldens / name), reason, lines)
 
-    with replaced(goldens / SET, at, record=record) as draft:
+    with replaced(goldens / name, at, record=record) as draft:
         for change in changes:
             if change.what.startswith("gone: no recipe"):
                 for suffix in (".json", ".h5"):
                     (draft / f"{change.case}{suffix}").unlink()
-        made = recipes.cases()
-        for file, raw in {made[name].weights_file: made[name].config for name in cases}.items():
-            write_weights(draft, file, recipes.weights(raw))
+        source = RECIPES[name]
+        made = source.cases()
+        for file, raw in {made[case].weights_file: made[case].config for case in cases}.items():
+            write_weights(draft, file, source.weights(raw))
         for case in cases.values():
             write_case(draft, case)
         verify(draft)
@@ -96,6 +100,7 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
     parser.add_argument(
         "--goldens", type=Path, default=ROOT / "goldens", help="golden folder (default: the repository's)"
     )
+    parser.add_argument("--set", choices=RECIPES, default="small", help="the golden set (default: small)")
     parser.add_argument("--case", action="append", help="only this case (may be repeated)")
     parser.add_argument("--stage", metavar="GLOB", help="only stages that match")
     parser.add_argument("--candidate", type=Path, metavar="FILE", help="new values by stage id, for one --case")
@@ -110,7 +115,7 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
             if not args.reason.strip():
                 raise GoldenError('writing needs --reason "..."')
         for name in args.case or ():
-            _refuse_recording(args.goldens, name)
+            _refuse_recording(args.goldens, args.set, name)
         if args.check:
             problems = check(args.goldens)
             print("\n".join(problems) or "goldens are as the oracle makes them, and the ledger covers them")
@@ -121,25 +126,26 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
         if args.candidate and len(args.case or ()) != 1:
             raise GoldenError("--candidate holds the tensors of one case: name it with --case")
         candidate = load_file(args.candidate) if args.candidate else None
-        changes, cases = plan(args.goldens / SET, args.case, args.stage, candidate)
+        folder = args.goldens / args.set
+        changes, cases = plan(folder, args.case, args.stage, candidate)
         print("\n".join(change.line() for change in changes) or "nothing would change")
         if args.accept:
-            missing = not changes and ledger.stale(args.goldens, SET, set_sha256(args.goldens / SET))
+            missing = not changes and ledger.stale(args.goldens, args.set, set_sha256(folder))
             if changes:
-                _write(args.goldens, changes, cases, args.reason, at)
+                _write(args.goldens, args.set, changes, cases, args.reason, at)
             elif missing:
                 with locked(args.goldens):
-                    atomic.collect(args.goldens / SET)  # what a writer left that was killed before its entry
-                    ledger.append(args.goldens, SET, set_sha256(args.goldens / SET), args.reason)
+                    atomic.collect(folder)  # what a writer left that was killed before its entry
+                    ledger.append(args.goldens, args.set, set_sha256(folder), args.reason)
     except (GoldenError, OSError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _refuse_recording(goldens: Path, name: str) -> None:
+def _refuse_recording(goldens: Path, own: str, name: str) -> None:
     for ref in list_cases(goldens):
-        if ref.name == name and ref.set != SET and name not in recipes.cases():
+        if ref.name == name and ref.set != own and name not in RECIPES[own].cases():
             raise GoldenError(f"{name} of {ref.set} is a recording of the official release: it is never regenerated")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from goldens import recipes
+from goldens import recipes, recipes_7b
 from goldens.oracle import forward, greedy, teacher_forced
 from stageparity.evidence import commit
 from stageparity.golden import Golden, GoldenError, Whole, whole
@@ -24,9 +24,11 @@ from stageparity.store import Case, list_cases, open_case
 from stageparity.writer import NewCase
 from vidi.parity.stages import STAGES
 
-__all__ = ["Change", "oracle_case", "plan"]
+__all__ = ["RECIPES", "Change", "oracle_case", "plan"]
 
 ROOT = Path(__file__).resolve().parents[1]
+# The sets made by the oracle, and the recipes of each: cases(), weights().
+RECIPES = {"small": recipes, "small-7b": recipes_7b}
 VARIANTS = {"none": "none", "cast": "official"}  # variant -> casts of the oracle
 CHANGED = 1e-10  # of rms
 
@@ -72,11 +74,12 @@ def plan(
     glob: str | None = None,
     candidate: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[list[Change], dict[str, NewCase]]:
-    """What would change in the golden set `folder`, and the cases to write for it.
+    """What would change in the golden set `folder`, one of `RECIPES`, and the cases to write for it.
 
     candidate: new values by stage id for the one named case and variant `none`, in place of the oracle's.
     """
-    made = recipes.cases()
+    source = RECIPES[folder.name]
+    made = source.cases()
     stored = {ref.name for ref in list_cases(folder)}
     wanted = set(made) | stored if names is None else set(names)
     unknown = wanted - set(made) - stored
@@ -91,7 +94,7 @@ def plan(
         if name not in made:
             changes.append(Change(name, "", "gone: no recipe makes this case any more"))
             continue
-        found, case = _compare_case(old, made[name], glob, candidate)
+        found, case = _compare_case(old, made[name], source.weights(made[name].config), glob, candidate)
         changes += found
         if found:
             cases[name] = case
@@ -101,10 +104,10 @@ def plan(
 def _compare_case(
     old: Case | None,
     recipe: recipes.Recipe,
+    weights: Mapping[str, np.ndarray],
     glob: str | None,
     candidate: Mapping[str, np.ndarray] | None,
 ) -> tuple[list[Change], NewCase]:
-    weights = recipes.weights(recipe.config)
     weights_entry = {"file": recipe.weights_file, "sha256": weights_sha256(weights)}
     oracle = oracle_case(recipe, weights)
     changes: list[Change] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stageparity import strict
-from vidi import official
+from vidi import official, official_7b
 from vidi.release import RELEASE, ReleaseWarning, contradictions
 
 __all__ = ["AudioConfig", "ConfigError", "DecoderConfig", "VidiConfig", "VisionConfig"]
@@ -39,10 +39,12 @@ def _mistyped(part: Any) -> Iterator[str]:
     for entry in fields(part):
         value, declared = getattr(part, entry.name), str(entry.type)
         least = -_LARGEST if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
-        if declared == "int" and not (type(value) is int and least <= value <= _LARGEST):
+        if value is None and "None" in declared:
+            continue
+        if declared.startswith("int") and not (type(value) is int and least <= value <= _LARGEST):
             yield f"{entry.name} = {_shown(value)} (a whole number from {least} to {_LARGEST:,})"
         real = type(value) in (int, float) and _SMALLEST_REAL <= value <= _LARGEST_REAL
-        if "float" in declared and not real and not (value is None and "None" in declared):
+        if "float" in declared and not real:
             yield f"{entry.name} = {_shown(value)} (a number from {_SMALLEST_REAL} to {_LARGEST_REAL:,.0f})"
 
 
@@ -97,7 +99,10 @@ class AudioConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(_Checked):
-    """Gemma 2 decoder. Every field is given by the checkpoint; none has a default."""
+    """Gemma 2 or Mistral. Every field is given by the checkpoint; what has a default here is absent from the 7B's.
+
+    kind: chooses norms, activation, head and how they are joined (`vidi.decoder.parts`).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -106,20 +111,32 @@ class DecoderConfig(_Checked):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    sliding_window: int
-    query_pre_attn_scalar: float
-    attn_softcap: float
-    final_softcap: float
+    sliding_window: int | None
     rms_norm_eps: float
     rope_theta: float
+    query_pre_attn_scalar: float | None = None
+    attn_softcap: float | None = None
+    final_softcap: float | None = None
+    kind: Literal["gemma2", "mistral"] = "gemma2"
+    windowed_every: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = (
+            ("sliding_window", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
+            if self.kind == "gemma2"
+            else ()
+        )
+        if absent := [name for name in needed if getattr(self, name) is None]:
+            raise ConfigError(f"fields of the wrong type or range: {', '.join(f'{name} = None' for name in absent)}")
 
     def window(self, layer_idx: int) -> int | None:
         """Past keys that layer ``layer_idx`` sees beside the query itself; None = all (spec §7)."""
-        return self.sliding_window if layer_idx % 2 == 0 else None
+        return self.sliding_window if layer_idx % self.windowed_every == 0 else None
 
     @property
     def scale(self) -> float:
-        return self.query_pre_attn_scalar**-0.5
+        return (self.head_dim if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar) ** -0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +156,16 @@ class VidiConfig(_Checked):
     end_of_turn_id: int = _TOKENS["end_of_turn_id"]
     image_placeholder: int = _TOKENS["image_placeholder"]
     max_positions: int = _TOKENS["max_positions"]
+    # Which parts the bridge has: how patches become tokens, which step gives sound the decoder's width, and whether the
+    # position MLPs' weights pass through the model's dtype on their way to float32.
+    image_grid: Literal["fold", "conv"] = "fold"
+    audio_widens: Literal["pool", "projector"] = "pool"
+    positions_rounded: bool = False
+
+    @property
+    def image_kernel(self) -> int:
+        """Side of the learned pool's kernel, ceil(patches / pool): 14 for 2 tokens a side of 27 patches, 9 for 3, 7 for 4."""
+        return -(-self.vision.patches_per_side // self.image_pool_size)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,8 +173,12 @@ class VidiConfig(_Checked):
             self, "norm_std", float(self.norm_std)
         )  # weights start from it: a file's 1 must not make integers
         wrong = []
-        if self.image_pool_size != 2:
+        if self.image_grid == "fold" and self.image_pool_size != 2:
             wrong.append(f"mm_image_pool_size {self.image_pool_size}: only 2 is specified")
+        if self.image_grid == "conv" and self.image_pool_size > self.vision.patches_per_side:
+            wrong.append(
+                f"mm_image_pool_size {self.image_pool_size}: the grid has {self.vision.patches_per_side} patches a side"
+            )
         if self.budget_scope not in ("batch", "video"):
             wrong.append(f"budget_scope {_shown(self.budget_scope)}: 'batch' or 'video'")
         if self.visual_token_budget < 1:
@@ -186,24 +217,17 @@ class VidiConfig(_Checked):
         fields, where a model of the released widths has other numbers than the release: weights that fit them may be
         the released ones, and would give wrong answers.
         """
+        known = official_7b.SEVEN if _is_7b(raw) else official.NINE
         wrong = []
-        for name, allowed in official.REQUIRED_VALUES.items():
+        for name, allowed in known.values.items():
             if name in raw and raw[name] not in allowed:
                 wrong.append(f"{name} = {_shown(raw[name])} (this model computes {' or '.join(map(repr, allowed))})")
         if wrong:
             raise ConfigError("fields that this model cannot honour: " + "; ".join(wrong))
-        if missing := sorted(name for name in official.DECODER_FIELDS if name not in raw):
+        needed = known.needed if vision or "vision_config" in raw else (*known.needed, *known.tower)
+        if missing := sorted(name for name in needed if name not in raw):
             raise ConfigError(f"missing fields: {', '.join(missing)}")
-        known = {
-            *official.DECODER_FIELDS,
-            *official.BRIDGE_FIELDS,
-            *official.REQUIRED_VALUES,
-            *official.IGNORED,
-            *official.GENERIC,
-            "vision_config",
-            "audio_config",
-        }
-        if unknown := sorted(set(raw) - known):
+        if unknown := sorted(set(raw) - known.known):
             raise ConfigError(
                 f"unknown fields: {', '.join(unknown)}; remove them, or teach vidi/config.py their meaning"
             )
@@ -219,12 +243,9 @@ class VidiConfig(_Checked):
             audio=_tower(
                 AudioConfig, official.AUDIO_FIELDS, official.AUDIO_REQUIRED, raw.get("audio_config"), audio, "audio"
             ),
-            decoder=DecoderConfig(**{ours: raw[name] for name, ours in official.DECODER_FIELDS.items()}),
-            **{
-                ours: raw[name]
-                for name, ours in official.BRIDGE_FIELDS.items()
-                if name in raw and not _absent(raw, name)
-            },
+            decoder=DecoderConfig(**_decoder_fields(raw, known)),
+            **known.bridge_parts,
+            **{ours: raw[name] for name, ours in known.bridge.items() if name in raw and not _absent(raw, name)},
         )
         if found := contradictions(config):
             warnings.warn(
@@ -252,10 +273,11 @@ class VidiConfig(_Checked):
 
     def to_official(self) -> dict[str, Any]:
         """The official fields, with the towers' sizes beside them where they are not the public models'."""
-        raw: dict[str, Any] = {"model_type": "dattn_gemma2", "architectures": ["DattnGemma2ForCausalLM"]}
-        raw |= {name: getattr(self.decoder, ours) for name, ours in official.DECODER_FIELDS.items()}
-        raw |= {name: getattr(self, ours) for name, ours in official.BRIDGE_FIELDS.items()}
-        raw |= {name: allowed[0] for name, allowed in official.REQUIRED_VALUES.items() if name != "model_type"}
+        known = official_7b.SEVEN if self.decoder.kind == "mistral" else official.NINE
+        raw: dict[str, Any] = {"architectures": [known.architecture]}
+        raw |= {name: getattr(self.decoder, ours) for name, ours in known.decoder.items()}
+        raw |= {name: getattr(self, ours) for name, ours in known.bridge.items()}
+        raw |= {name: allowed[0] for name, allowed in known.values.items()}
         raw["torch_dtype"] = "bfloat16"
         if self.vision != VisionConfig():
             raw["vision_config"] = {name: getattr(self.vision, ours) for name, ours in official.VISION_FIELDS.items()}
@@ -307,6 +329,20 @@ class VidiConfig(_Checked):
                 rope_theta=10000.0,
             ),
         )
+
+
+def _is_7b(raw: Mapping[str, Any]) -> bool:
+    """Recordings lack `model_type`; Gemma 2's own scale tells the models apart then."""
+    return (
+        raw.get("model_type", "dattn_gemma2" if "query_pre_attn_scalar" in raw else "dattn_mistral") == "dattn_mistral"
+    )
+
+
+def _decoder_fields(raw: Mapping[str, Any], known: official.Fields) -> dict[str, Any]:
+    found = {ours: raw[name] for name, ours in known.decoder.items() if name in raw} | known.decoder_parts
+    if "head_dim" not in known.needed and found.get("head_dim") is None:
+        found["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
+    return found
 
 
 def _tower(

@@ -1,4 +1,4 @@
-"""Vidi 1.5 9B: frames, sound and a prompt in, logits out (spec §3-§8).
+"""Vidi: frames, sound and a prompt in, logits out (spec §3-§8).
 
 Dims: B samples, F frames, P audio pieces, L tower positions, T text tokens, D decoder width, V vocabulary.
 """
@@ -130,7 +130,7 @@ class Pipeline(ABC):
         """As `forward`, over streams that are already there."""
         embeds_BTD, rows, _ = self.embed_text(batch, tap)
         x_BTD = self.decode(embeds_BTD, rows, streams, last_stream=last_stream, tap=tap)
-        return tap("logits", self.decoder.logits(x_BTD))
+        return tap("logits", self.decoder.logits(x_BTD, tap))
 
     def prefill(self, batch: Batch, capacity: int, streams: dict[str, Stream] | None = None) -> tuple[Tensor, Any]:
         """Logits (B, V) after each row's own last kept token, and the cache to decode from.
@@ -199,15 +199,23 @@ class VidiModel(Pipeline, nn.Module):
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         return self.decoder.step(ids_B, cache, backend=self.backend)
 
-    def loss(self, batch: Batch, *, threshold: float | None = None) -> Tensor:
-        """Scalar training loss of a batch with labels (§8); ``threshold`` None = the configuration's. ValueError without."""
+    def losses(self, batch: Batch, *, last_stream: bool = False, tap: Tap = no_tap) -> Tensor:
+        """Cross-entropy of each labelled token of a batch, (N,), row by row (§8). No other place reaches the head."""
         if batch.labels_BT is None:
             raise ValueError("the batch holds no labels_BT; a loss needs them")
-        logits_BTV = self(batch)
-        labels_BT = self.embed_text(batch)[2]
+        streams = self.streams(batch, tap)
+        embeds_BTD, rows, labels_BT = self.embed_text(batch, tap)
         assert labels_BT is not None
+        x_BTD = self.decode(embeds_BTD, rows, streams, last_stream=last_stream, tap=tap)
+        places_N2, targets_N = loss.labelled(labels_BT)
+        places_N2, targets_N = tap("loss.kept", places_N2), tap("loss.labels", targets_N)
+        logits_NV = tap("loss.logits", self.decoder.logits(x_BTD[places_N2[:, 0], places_N2[:, 1]]))
+        return tap("loss.per_token", loss.cross_entropy(logits_NV, targets_N))
+
+    def loss(self, batch: Batch, *, threshold: float | None = None) -> Tensor:
+        """Scalar training loss of a batch with labels (§8); ``threshold`` None = the configuration's. ValueError without."""
         threshold = self.config.loss_threshold if threshold is None else threshold
-        return loss.mean_above(loss.per_token(logits_BTV, labels_BT), labels_BT, threshold)
+        return loss.mean_of(self.losses(batch), threshold)
 
 
 def frame_chunks(images: Sequence[Tensor], size: int) -> Iterator[Tensor]:

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = [
-    *("AUDIO_FIELDS", "AUDIO_REQUIRED", "BRIDGE_FIELDS", "DECODER_FIELDS", "GENERIC", "IGNORED", "REQUIRED_VALUES"),
-    *("TOWER_IGNORED", "VISION_FIELDS", "VISION_REQUIRED"),
+    *("AUDIO_FIELDS", "AUDIO_REQUIRED", "BRIDGE_FIELDS", "DECODER_FIELDS", "GENERIC", "IGNORED", "NINE"),
+    *("REQUIRED_VALUES", "TOWER_IGNORED", "VISION_FIELDS", "VISION_REQUIRED", "Fields"),
 ]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What the config.json of one model may and must hold.
+
+    decoder, bridge: their fields -> ours. needed: must be there; tower: likewise, where the vision
+    tower's own configuration is not beside them. values: fields that choose what is computed, with the
+    choices that are. ignored: known, without effect. decoder_parts, bridge_parts: what the model itself chooses, as
+    fields of `DecoderConfig` and `VidiConfig`.
+    """
+
+    decoder: dict[str, str]
+    bridge: dict[str, str]
+    needed: tuple[str, ...]
+    values: dict[str, tuple[Any, ...]]
+    ignored: frozenset[str]
+    architecture: str
+    tower: tuple[str, ...] = ()
+    decoder_parts: dict[str, Any] = field(default_factory=dict)
+    bridge_parts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def known(self) -> set[str]:
+        """Every field that may stand in the file."""
+        return {*self.decoder, *self.bridge, *self.values, *self.ignored, *GENERIC, "vision_config", "audio_config"}
+
 
 # Theirs -> ours.
 DECODER_FIELDS = {
@@ -56,16 +84,18 @@ REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0, 0.0),
 }
 # Known, without effect on what is computed here: chunk counts, training switches, how the file was written.
-IGNORED = {
-    "mm_splits",
-    "train_vis",
-    "train_aud",
-    "eos_token_id",
-    "cache_implementation",
-    "initializer_range",
-    "use_cache",
-    "_attn_implementation",
-}
+IGNORED = frozenset(
+    {
+        "mm_splits",
+        "train_vis",
+        "train_aud",
+        "eos_token_id",
+        "cache_implementation",
+        "initializer_range",
+        "use_cache",
+        "_attn_implementation",
+    }
+)
 # What Hugging Face writes into every configuration, whatever the model.
 GENERIC = {
     *("_attn_implementation_autoset", "_name_or_path", "add_cross_attention", "architectures", "bad_words_ids"),
@@ -80,6 +110,7 @@ GENERIC = {
     *("temperature", "tf_legacy_loss", "tie_encoder_decoder", "tie_word_embeddings", "tokenizer_class", "top_k"),
     *("top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "use_bfloat16"),
 }
+NINE = Fields(DECODER_FIELDS, BRIDGE_FIELDS, tuple(DECODER_FIELDS), REQUIRED_VALUES, IGNORED, "DattnGemma2ForCausalLM")
 VISION_FIELDS = {
     "image_size": "image_size",
     "patch_size": "patch_size",

@@ -31,8 +31,13 @@ def sqrt_in(value: int, dtype: torch.dtype) -> float:
 
 
 def cast_model(model: M, dtype: torch.dtype) -> M:
-    """Cast ``model`` in place to ``dtype``, its position MLPs to at least float32 (§5). Returns the model."""
-    exact = {id(p) for m in model.modules() if getattr(m, "at_least_float32", False) for p in m.parameters()}
+    """Cast ``model`` in place to ``dtype``, its position MLPs to at least float32 (§5), those of the 7B through ``dtype``.
+    Returns the model."""
+    wide = {id(p): m for m in model.modules() if getattr(m, "at_least_float32", False) for p in m.parameters()}
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(promoted(dtype) if id(parameter) in exact else dtype)
+        module = wide.get(id(parameter))
+        if module is None or getattr(module, "rounded", False):
+            parameter.data = parameter.data.to(dtype)
+        if module is not None:
+            parameter.data = parameter.data.to(promoted(dtype))
     return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,12 @@ import torch
 from tokenizers import Tokenizer
 
 from vidi.config import VidiConfig
-from vidi.inputs import audio, batch, prompt, video
+from vidi.inputs import audio, batch, dialect, prompt, video
 
 __all__ = ["Answer", "Inputs", "Progress", "check_request", "format_ranges", "format_time", "parse_ranges", "prepare"]
 __all__ += ["progress_on_stderr", "retrieve"]
 
+LONG_SEC = 99999.0  #: a question that names the video's length is checked with this one before the file is open
 _RANGE = re.compile(r"(\d\.\d+)-(\d\.\d+)")
 
 
@@ -28,12 +30,21 @@ class Progress(Protocol):
     def __call__(self, stage: str, done: float, total: float | None) -> None: ...
 
 
-def parse_ranges(text: str) -> list[tuple[float, float]]:
+def parse_ranges(text: str, pattern: re.Pattern[str] = _RANGE) -> list[tuple[float, float]]:
     """Every match of ``(\\d\\.\\d+)-(\\d\\.\\d+)``, in order: (start, end), fractions of the video's length (spec §2).
 
-    Taken as the model wrote them: a start behind its end, or a fraction above 1, is neither dropped nor repaired.
+    Taken as the model wrote them: a start behind its end, or a fraction above 1, is neither dropped nor repaired. ``pattern``:
+    of another model (`vidi.inputs.dialect`); what matches and is no number ("0.1.2-0.3") is skipped.
     """
-    return [(float(start), float(end)) for start, end in _RANGE.findall(text)]
+    found = [tuple(map(_number, pair)) for pair in pattern.findall(text)]
+    return [(start, end) for start, end in found if math.isfinite(start + end)]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def format_time(fraction: float, duration_sec: float) -> str:
@@ -90,7 +101,7 @@ class Inputs:
 def check_request(tokenizer: Tokenizer, query: str, config: VidiConfig, max_new_tokens: int) -> None:
     """Raises ValueError for a question that cannot be asked: an empty one, no token to answer with, or more text than the
     decoder has positions."""
-    ids = prompt.build_ids(tokenizer, query, bos_id=config.bos_id, image_placeholder=config.image_placeholder)
+    ids = dialect.of(config).ids(tokenizer, query, LONG_SEC, config)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; at least 1")
     if len(ids) + max_new_tokens > config.max_positions:
@@ -116,13 +127,14 @@ def prepare(
     A file without sound gives a batch without sound. Log-mel features are always computed on the CPU, where they are
     bit-exact. Raises PromptError before the file is touched, MediaError (both ValueErrors) for the file.
     """
-    ids = prompt.build_ids(tokenizer, query, bos_id=config.bos_id, image_placeholder=config.image_placeholder)
+    dialect.of(config).ids(tokenizer, query, LONG_SEC, config)
     frames = video.read_frames(path, fps=fps, size=config.vision.image_size, progress=_stage(progress, "frames"))
     _tell(progress, "sound", 0, 1)
     samples, mel, size = audio.read_audio(path), None, None
     if samples is not None:
         mel, size = audio.log_mel(samples, config.audio.num_mel_bins, mel_frames=config.audio.mel_frames)
     _tell(progress, "sound", 1, 1)
+    ids = dialect.of(config).ids(tokenizer, query, float(frames.duration_sec), config)
     row = batch.Sample(ids=ids, images=frames.images_u8, audio=mel, audio_size=size)
     return Inputs(frames, batch.make_batch([row], config).to(device, dtype))
 
@@ -169,7 +181,7 @@ def retrieve(
     )
     tokens = tuple(generated.tokens[0])
     text = prompt.decode(tokenizer, tokens)
-    ranges = tuple(parse_ranges(text))
+    ranges = tuple(parse_ranges(text, dialect.of(model.config).ranges))
     return Answer(str(path), query, text, tokens, ranges, inputs.frames.duration_sec)
 
 

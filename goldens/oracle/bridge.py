@@ -14,7 +14,7 @@ from .pointwise import gelu_erf
 from .positions import bridge_norm, position_embedding, rms
 from .towers import siglip, whisper
 
-__all__ = ["audio_tokens", "grid_side", "resize_matrix", "space_to_depth", "visual_tokens"]
+__all__ = ["audio_tokens", "visual_tokens"]
 
 FRAMES_AT_ONCE = 4
 Inputs = Mapping[str, np.ndarray]
@@ -92,14 +92,14 @@ def audio_tokens(
         pieces_PLC = trace.put("audio.tower", whisper(ar, sizes, w, mel))
         trimmed.append(pieces_PLC.reshape(-1, pieces_PLC.shape[-1])[:kept])
     trim_BLC = trace.put("audio.trim", _right_padded(trimmed))
-    pool_BDA = trace.put("audio.pool", np.swapaxes(_pool(ar, sizes, w, trim_BLC), 1, 2))
-    pool_BAD = np.swapaxes(pool_BDA, 1, 2)
+    pool_BOA = trace.put("audio.pool", np.swapaxes(_pool(ar, sizes, w, trim_BLC), 1, 2))
+    pool_BAO = np.swapaxes(pool_BOA, 1, 2)
     flat_AD: list[np.ndarray] = []
     for b, length in enumerate(lengths):
         if length == 0:
-            flat_AD.append(pool_BAD[b, :0])
+            flat_AD.append(np.zeros((0, sizes.width), ar.work))
             continue
-        x_AD = _projector(ar, w, "model.mm_rand_aud_projector.", pool_BAD[b, :length])
+        x_AD = _projector(ar, w, "model.mm_rand_aud_projector.", pool_BAO[b, :length])
         x_AD = trace.put("audio.projector", x_AD)
         x_AD = trace.put("audio.norm", bridge_norm(ar, x_AD, w("model.mm_rand_aud_norm.weight")))
         embed_AD = _time(ar, sizes, w, length, freq, inputs, f"t_a.{b}")
@@ -111,21 +111,15 @@ def audio_tokens(
 def _grid(
     ar: Arithmetic, sizes: Sizes, w: Weights, chunks: Iterator[np.ndarray], total: int, trace: Trace, suffix: str
 ) -> np.ndarray:
-    """Tower features of one video, a few frames at a time, through pad, resize, fold, projector, norm -> (F, y, x, D).
-    `total` counts the frames that share the token budget."""
+    """Tower features of one video, a few frames at a time, through grid, projector and norm -> (F, y, x, D).
+    `total` counts the frames that share a token budget."""
     done: list[np.ndarray] = []
     for tower_FLC in chunks:
         tower_FLC = trace.put("vision.tower", tower_FLC)
         count, length, width = tower_FLC.shape
         patches = math.isqrt(length)
         x_FCyx = tower_FLC.reshape(count, patches, patches, width).transpose(0, 3, 1, 2)
-        short = -patches % sizes.image_pool
-        x_FCyx = trace.put("vision.pad", np.pad(x_FCyx, ((0, 0), (0, 0), (0, short), (0, short))))
-        side = grid_side(sizes, total, patches + short)
-        if side is not None:
-            matrix = resize_matrix(patches + short, side, ar.work).astype(ar.work)
-            x_FCyx = trace.put(f"vision.resize{suffix}", ar.store(matrix @ x_FCyx @ matrix.T))
-        x_FCyx = trace.put(f"vision.space_to_depth{suffix}", space_to_depth(x_FCyx, sizes.image_pool))
+        x_FCyx = sizes.parts.grid(ar, sizes, w, x_FCyx, total, trace, suffix)
         x_FyxD = _projector(ar, w, "model.mm_rand_img_projector.", x_FCyx.transpose(0, 2, 3, 1))
         x_FyxD = trace.put(f"vision.projector{suffix}", x_FyxD)
         x_FyxD = bridge_norm(ar, x_FyxD, w("model.mm_rand_img_norm.weight"))
@@ -133,45 +127,14 @@ def _grid(
     return np.concatenate(done)
 
 
-def grid_side(sizes: Sizes, total_frames: int, side: int) -> int | None:
-    """The side of the resized grid, None where `total_frames` grids of `side`² fit the budget as they are (§3.3)."""
-    budget = sizes.token_budget * sizes.image_pool**2
-    if total_frames * side * side <= budget:
-        return None
-    smaller = int(side * math.sqrt(budget / (total_frames * side * side)))
-    return max(smaller - smaller % 2, 10)
-
-
-def resize_matrix(before: int, after: int, dtype: type[np.floating] = np.float64) -> np.ndarray:
-    """Bilinear resampling of one axis as a matrix (after, before), half-pixel centres, no antialias, edges clamped.
-
-    dtype holds the source positions: a low-precision model computes them in float32, an error of up to a position's ulp.
-    """
-    ratio = dtype(before) / dtype(after)
-    source = np.maximum((np.arange(after).astype(dtype) + dtype(0.5)) * ratio - dtype(0.5), dtype(0.0))
-    low = np.minimum(source.astype(np.int64), before - 1)
-    high = np.minimum(low + 1, before - 1)
-    part = source - low
-    matrix = np.zeros((after, before))
-    np.add.at(matrix, (np.arange(after), low), 1.0 - part)
-    np.add.at(matrix, (np.arange(after), high), part)
-    return matrix
-
-
-def space_to_depth(x_FCyx: np.ndarray, pool: int) -> np.ndarray:
-    """(F, C, y, x) -> (F, C·pool², y/pool, x/pool), channel c·pool² + dy·pool + dx (§3.4)."""
-    count, width, rows, cols = x_FCyx.shape
-    blocks = x_FCyx.reshape(count, width, rows // pool, pool, cols // pool, pool)
-    return blocks.transpose(0, 1, 3, 5, 2, 4).reshape(count, width * pool * pool, rows // pool, cols // pool)
-
-
 def _pool(ar: Arithmetic, sizes: Sizes, w: Weights, trim_BLC: np.ndarray) -> np.ndarray:
-    """Conv1d(C -> D, kernel = stride = pool, no bias) over the zero-padded batch -> (B, max // pool, D)."""
+    """Conv1d (to the decoder's width or the encoder's own, kernel = stride = pool, no bias) over the zero-padded batch
+    -> (B, max // pool, its width)."""
     batch, length, width = trim_BLC.shape
     windows = trim_BLC[:, : length - length % sizes.audio_pool].reshape(batch, -1, sizes.audio_pool, width)
-    weight_DCK = w("model.mm_rand_aud_pool.weight")
+    weight_OCK = w("model.mm_rand_aud_pool.weight")
     return ar.linear(
-        np.swapaxes(windows, 2, 3).reshape(batch, windows.shape[1], -1), weight_DCK.reshape(len(weight_DCK), -1)
+        np.swapaxes(windows, 2, 3).reshape(batch, windows.shape[1], -1), weight_OCK.reshape(len(weight_OCK), -1)
     )
 
 

@@ -3,16 +3,35 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 
 from .casts import Arithmetic
 
-__all__ = ["IMAGE_PLACEHOLDER", "Keep", "Sizes", "Trace", "Weights", "audio_samples", "video_samples"]
+__all__ = ["IMAGE_PLACEHOLDER", "Keep", "Parts", "Sizes", "Trace", "Weights", "audio_samples", "video_samples"]
 
 IMAGE_PLACEHOLDER = -200
 Keep = None | str | Iterable[str] | Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The steps in which the models differ, as functions: `nine.py` and `seven.py` hold those of each."""
+
+    #: (ar, sizes, w, x_FCyx, frames that share the budget, trace, suffix) -> (F, channels, y, x): what the projector sees
+    grid: Callable[..., np.ndarray]
+    #: (ar, x, weight, eps) -> x: a norm of the decoder
+    norm: Callable[..., np.ndarray]
+    #: (x) -> x: the feed-forward's
+    activation: Callable[[np.ndarray], np.ndarray]
+    #: (layer, x, outputs of its attentions) -> x: how they join it
+    join: Callable[..., np.ndarray]
+    #: (layer, x) -> x: its norms and the MLP
+    feed_forward: Callable[..., np.ndarray]
+    #: (ar, sizes, w, normed_BTD, trace) -> (B, T, K)
+    logits: Callable[..., np.ndarray]
+    #: (ar, sizes, w, normed_BTD, labels_BT, thresholds, trace): traces the losses
+    losses: Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -24,17 +43,16 @@ class Sizes:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    window: int
+    window: int | None
+    windowed_every: int  # layers 0, n, 2n, … have the window
     score_scale: float
-    attn_softcap: float
-    final_softcap: float
+    attn_softcap: float | None
+    embed_factor: float
     norm_eps: float
     rope_theta: float
     image_pool: int
     audio_pool: int
     time_interval: int
-    token_budget: int
-    budget_scope: str
     patch: int
     vision_layers_run: int
     vision_heads: int
@@ -45,54 +63,20 @@ class Sizes:
     audio_eps: float
     stop_id: int
     placeholder: int
-
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> "Sizes":
-        """From the official dict. Missing optional keys take the released values of spec §1."""
-        vision, audio = config["vision_config"], config["audio_config"]
-        scope = config.get("budget_scope", "batch")
-        if scope not in ("batch", "video"):
-            raise ValueError(f"budget_scope is {scope!r}; it must be 'batch' or 'video'")
-        if config.get("mm_image_pool_size", 2) != 2:
-            raise ValueError(f"mm_image_pool_size is {config['mm_image_pool_size']}; only 2 is specified (§3)")
-        # hidden state k is the output after k layers; -2 of (layers + 1) states is one layer short of the end
-        layers_run = vision["num_hidden_layers"] + 1 + config.get("mm_vision_select_layer", -2)
-        return cls(
-            width=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config["num_key_value_heads"],
-            head_dim=config["head_dim"],
-            window=config["sliding_window"],
-            score_scale=float(config["query_pre_attn_scalar"]) ** -0.5,
-            attn_softcap=config["attn_logit_softcapping"],
-            final_softcap=config["final_logit_softcapping"],
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=config.get("rope_theta", 10000.0),
-            image_pool=2,
-            audio_pool=config.get("mm_audio_pool_size", 5),
-            time_interval=config.get("mm_time_interval", 10000),
-            token_budget=config.get("visual_token_budget", 60000),
-            budget_scope=scope,
-            patch=vision["patch_size"],
-            vision_layers_run=layers_run,
-            vision_heads=vision["num_attention_heads"],
-            vision_eps=vision.get("layer_norm_eps", 1e-6),
-            audio_layers=audio["encoder_layers"],
-            audio_heads=audio["encoder_attention_heads"],
-            audio_positions=audio["max_source_positions"],
-            audio_eps=audio.get("layer_norm_eps", 1e-5),
-            stop_id=config.get("end_of_turn_id", 107),
-            placeholder=config.get("image_placeholder", IMAGE_PLACEHOLDER),
-        )
+    parts: Parts
+    rounded_positions: bool = False  # position MLPs' weights, to the model's dtype, before they are widened
+    final_softcap: float | None = None
+    token_budget: int | None = None
+    budget_scope: str = "batch"
 
 
 class Weights:
     """The weights by official name, rounded to the run's dtype on first use. `wide` gives one as the position MLPs have
-    it: float32 also in a half-precision model (§5)."""
+    it: float32 also in a half-precision model (§5), from the checkpoint's own values or, `rounded`, from the run's."""
 
-    def __init__(self, ar: Arithmetic, tensors: Mapping[str, np.ndarray]) -> None:
+    def __init__(self, ar: Arithmetic, tensors: Mapping[str, np.ndarray], rounded: bool = False) -> None:
         self._ar, self._tensors, self._stored = ar, tensors, dict[str, np.ndarray]()
+        self._rounded = rounded
 
     def _raw(self, name: str) -> np.ndarray:
         if name not in self._tensors:
@@ -111,8 +95,8 @@ class Weights:
         return self(name) if name in self._tensors else None
 
     def wide(self, name: str) -> np.ndarray:
-        """Unrounded, in the dtype of the float32-forced steps."""
-        return self._ar.widen(self._raw(name))
+        """In the dtype of the float32-forced steps."""
+        return self._ar.widen(self(name) if self._rounded else self._raw(name))
 
 
 class Trace:

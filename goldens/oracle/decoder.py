@@ -12,10 +12,10 @@ import numpy as np
 
 from .case import Sizes, Trace, Weights
 from .casts import Arithmetic
-from .pointwise import gelu_tanh, rsqrt, softcap, softmax_average
+from .pointwise import softcap, softmax_average
 from .unpad import trace_unpadded
 
-__all__ = ["StreamLayer", "attend", "carry_stream", "gemma_norm", "rope_tables", "run_text", "scaled", "window_mask"]
+__all__ = ["Layer", "StreamLayer", "attend", "carry_stream", "rope_tables", "run_text", "scaled", "window_mask"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,39 @@ class StreamLayer:
     keep_BL: np.ndarray
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One layer's weights at work, by their official names."""
+
+    ar: Arithmetic
+    sizes: Sizes
+    w: Weights
+    index: int
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        return self.ar.linear(x, self.w(f"model.layers.{self.index}.{name}.weight"))
+
+    def norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        weight = self.w(f"model.layers.{self.index}.{name}.weight")
+        return self.sizes.parts.norm(self.ar, x, weight, self.sizes.norm_eps)
+
+    def mlp(self, x: np.ndarray) -> np.ndarray:
+        gate = self.ar.store(self.sizes.parts.activation(self.linear("mlp.gate_proj", x)))
+        return self.linear("mlp.down_proj", self.ar.store(gate * self.linear("mlp.up_proj", x)))
+
+    def heads(self, name: str, x_BLD: np.ndarray, heads: int) -> np.ndarray:
+        """A projection as (B, heads, L, H)."""
+        y_BLX = self.linear(f"self_attn.{name}", x_BLD)
+        return y_BLX.reshape(*y_BLX.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+    def output(self, x_BLNH: np.ndarray) -> np.ndarray:
+        """Heads joined and projected: (B, L, D)."""
+        return self.linear("self_attn.o_proj", x_BLNH.reshape(*x_BLNH.shape[:2], -1))
+
+
 def scaled(ar: Arithmetic, sizes: Sizes, x: np.ndarray) -> np.ndarray:
-    """x times sqrt(D), the factor itself rounded to the model's dtype: 59.75 at D 3584 in bf16 (§6)."""
-    return ar.store(x * ar.store(np.array(sizes.width, np.float64) ** 0.5))
-
-
-def gemma_norm(ar: Arithmetic, x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x32·rsqrt(mean(x32²)+eps)·(1+weight32), all in float32, stored."""
-    wide = ar.widen(x)
-    normed = wide * rsqrt(ar.mean(wide * wide) + ar.wide(eps)) * (ar.wide(1) + ar.widen(weight))
-    return ar.store(normed.astype(ar.work))
+    """x times the model's factor, itself rounded to the model's dtype: sqrt(D) is 59.75 at D 3584 in bf16 (§6)."""
+    return ar.store(x * ar.store(np.array(sizes.embed_factor, np.float64)))
 
 
 def rope_tables(ar: Arithmetic, sizes: Sizes, length: int, trace: Trace) -> tuple[np.ndarray, np.ndarray]:
@@ -66,7 +89,7 @@ def window_mask(length: int, window: int | None) -> np.ndarray:
 def attend(
     ar: Arithmetic, sizes: Sizes, q_BNTH: np.ndarray, k_BGLH: np.ndarray, v_BGLH: np.ndarray, keep: np.ndarray
 ) -> np.ndarray:
-    """cap·tanh(q·k·scale/cap), softmax over kept keys, times v -> (B, T, N, H). Head n uses kv head n // (N/G).
+    """cap·tanh(q·k·scale/cap) if there is a cap, softmax over kept keys, times v -> (B, T, N, H). Head n uses kv head n // (N/G).
     keep broadcasts to (B, T, L); a query that keeps no key gives 0. Scores and softmax are not rounded."""
     k_BNLH, v_BNLH = (np.repeat(x, sizes.num_heads // sizes.num_kv_heads, axis=1) for x in (k_BGLH, v_BGLH))
     scores_BNTL = ar.contract(q_BNTH, np.swapaxes(k_BNLH, 2, 3)) * ar.work(sizes.score_scale)
@@ -85,15 +108,13 @@ def carry_stream(
     x_BLD = trace.put(f"layer.0.{name}_input", scaled(ar, sizes, x_BLD))
     layers: list[StreamLayer] = []
     for i in range(sizes.num_layers):
-        attention = f"model.layers.{i}.self_attn."
-        n_BLD = _norm(ar, sizes, w, i, "input_layernorm", x_BLD)
-        k_BGLH = _heads(ar.linear(n_BLD, w(attention + "k_proj.weight")), sizes.num_kv_heads)
-        v_BGLH = _heads(ar.linear(n_BLD, w(attention + "v_proj.weight")), sizes.num_kv_heads)
+        layer = Layer(ar, sizes, w, i)
+        n_BLD = layer.norm("input_layernorm", x_BLD)
+        k_BGLH, v_BGLH = (layer.heads(f"{part}_proj", n_BLD, sizes.num_kv_heads) for part in "kv")
         layers.append(StreamLayer(k_BGLH, v_BGLH, keep_BL))
         repeated_BNLH = np.repeat(v_BGLH, sizes.num_heads // sizes.num_kv_heads, axis=1)
-        out_BLD = ar.linear(_joined(repeated_BNLH.transpose(0, 2, 1, 3)), w(attention + "o_proj.weight"))
-        x_BLD = ar.store(x_BLD + _norm(ar, sizes, w, i, "post_attention_layernorm", out_BLD))
-        x_BLD = trace.put(f"layer.{i}.{name}_stream", _feed_forward(ar, sizes, w, i, x_BLD))
+        x_BLD = sizes.parts.join(layer, x_BLD, [layer.output(repeated_BNLH.transpose(0, 2, 1, 3))])
+        x_BLD = trace.put(f"layer.{i}.{name}_stream", sizes.parts.feed_forward(layer, x_BLD))
     return layers
 
 
@@ -106,49 +127,34 @@ def run_text(
     streams: dict[str, list[StreamLayer]],
     trace: Trace,
 ) -> np.ndarray:
-    """Embeddings (B, T, D) before the sqrt(D) factor -> (B, T, D) after the last layer. `streams` maps "v" and "a" to
+    """Embeddings (B, T, D) before the model's factor -> (B, T, D) after the final norm. `streams` maps "v" and "a" to
     the layers of `carry_stream`; a modality that the batch lacks is not a key and leaves no t2v or t2a stage."""
     x_BTD = scaled(ar, sizes, x_BTD)
     cos, sin = rope_tables(ar, sizes, x_BTD.shape[1], trace)
     for i in range(sizes.num_layers):
         x_BTD = trace.put(f"layer.{i}.input", x_BTD)
-        attention = f"model.layers.{i}.self_attn."
-        n_BTD = _norm(ar, sizes, w, i, "input_layernorm", x_BTD)
-        q_BNTH = _heads(ar.linear(n_BTD, w(attention + "q_proj.weight")), sizes.num_heads)
-        k_BGTH = _heads(ar.linear(n_BTD, w(attention + "k_proj.weight")), sizes.num_kv_heads)
-        v_BGTH = _heads(ar.linear(n_BTD, w(attention + "v_proj.weight")), sizes.num_kv_heads)
+        layer = Layer(ar, sizes, w, i)
+        n_BTD = layer.norm("input_layernorm", x_BTD)
+        q_BNTH = layer.heads("q_proj", n_BTD, sizes.num_heads)
+        k_BGTH, v_BGTH = (layer.heads(f"{part}_proj", n_BTD, sizes.num_kv_heads) for part in "kv")
 
-        causal_TT = window_mask(x_BTD.shape[1], sizes.window if i % 2 == 0 else None)
+        causal_TT = window_mask(x_BTD.shape[1], sizes.window if i % sizes.windowed_every == 0 else None)
         keep_BTT = causal_TT[None] & keep_BT[:, None, :] & keep_BT[:, :, None]
         own_BTNH = attend(ar, sizes, _rotated(ar, q_BNTH, cos, sin), _rotated(ar, k_BGTH, cos, sin), v_BGTH, keep_BTT)
-        added_BTD = trace.put(f"layer.{i}.t2t", ar.linear(_joined(own_BTNH), w(attention + "o_proj.weight")))
+        outputs = [trace.put(f"layer.{i}.t2t", layer.output(own_BTNH))]
 
-        for modality, layers in streams.items():
-            stream, stage = layers[i], f"layer.{i}.t2{modality}"
+        for modality, held in streams.items():
+            stream, stage = held[i], f"layer.{i}.t2{modality}"
             keep_BTL = keep_BT[:, :, None] & stream.keep_BL[:, None, :]
             out_BTNH = attend(ar, sizes, q_BNTH, stream.k_BGLH, stream.v_BGLH, keep_BTL)
             if i in (0, sizes.num_layers - 1):
                 _trace_cross(ar, sizes, f"xattn.{i}.{modality}", q_BNTH, stream, keep_BT, out_BTNH, trace)
-            cross_BTD = trace.put(stage, ar.linear(_joined(out_BTNH), w(attention + "o_proj.weight")))
+            outputs.append(trace.put(stage, layer.output(out_BTNH)))
             trace.put(f"{stage}.gate", np.asarray(stream.keep_BL.any(axis=1)))
-            added_BTD = ar.store(added_BTD + cross_BTD)  # (self + vis) + aud, in this order
 
-        x_BTD = ar.store(x_BTD + _norm(ar, sizes, w, i, "post_attention_layernorm", added_BTD))
-        x_BTD = trace.put(f"layer.{i}.output", _feed_forward(ar, sizes, w, i, x_BTD))
-    return x_BTD
-
-
-def _feed_forward(ar: Arithmetic, sizes: Sizes, w: Weights, i: int, x: np.ndarray) -> np.ndarray:
-    mlp = f"model.layers.{i}.mlp."
-    n = _norm(ar, sizes, w, i, "pre_feedforward_layernorm", x)
-    gate = ar.store(gelu_tanh(ar.linear(n, w(mlp + "gate_proj.weight"))))
-    hidden = ar.store(gate * ar.linear(n, w(mlp + "up_proj.weight")))
-    down = ar.linear(hidden, w(mlp + "down_proj.weight"))
-    return ar.store(x + _norm(ar, sizes, w, i, "post_feedforward_layernorm", down))
-
-
-def _norm(ar: Arithmetic, sizes: Sizes, w: Weights, i: int, name: str, x: np.ndarray) -> np.ndarray:
-    return gemma_norm(ar, x, w(f"model.layers.{i}.{name}.weight"), sizes.norm_eps)
+        x_BTD = sizes.parts.join(layer, x_BTD, outputs)
+        x_BTD = trace.put(f"layer.{i}.output", sizes.parts.feed_forward(layer, x_BTD))
+    return trace.put("final.norm", sizes.parts.norm(ar, x_BTD, w("model.norm.weight"), sizes.norm_eps))
 
 
 def _rotated(ar: Arithmetic, x_BNTH: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
@@ -156,16 +162,6 @@ def _rotated(ar: Arithmetic, x_BNTH: np.ndarray, cos: np.ndarray, sin: np.ndarra
     first, second = np.split(x_BNTH, 2, axis=-1)
     turned = np.concatenate([-second, first], axis=-1)
     return ar.store(ar.store(x_BNTH * cos[:, None]) + ar.store(turned * sin[:, None]))
-
-
-def _heads(x_BLX: np.ndarray, heads: int) -> np.ndarray:
-    """(B, L, heads·H) -> (B, heads, L, H)"""
-    return x_BLX.reshape(*x_BLX.shape[:2], heads, -1).transpose(0, 2, 1, 3)
-
-
-def _joined(x_BLNH: np.ndarray) -> np.ndarray:
-    """(B, L, N, H) -> (B, L, N·H)"""
-    return x_BLNH.reshape(*x_BLNH.shape[:2], -1)
 
 
 def _trace_cross(

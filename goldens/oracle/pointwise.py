@@ -6,7 +6,10 @@ import numpy as np
 
 from .casts import Arithmetic
 
-__all__ = ["fused", "gelu_erf", "gelu_erf_float32", "gelu_tanh", "layer_norm", "rsqrt", "softcap", "softmax_average"]
+__all__ = [
+    "fused", "gelu_erf", "gelu_erf_float32", "gelu_tanh", "interpolation", "layer_norm", "normed", "rsqrt", "silu",
+    "softcap", "softmax_average",
+]  # fmt: skip
 
 _erf_objects = np.frompyfunc(math.erf, 1, 1)
 
@@ -45,8 +48,13 @@ def fused(a: np.ndarray | np.float32, b: np.ndarray, c: np.ndarray | np.float32)
 
 
 def gelu_tanh(x: np.ndarray) -> np.ndarray:
-    """x/2·(1+tanh(√(2/π)(x+0.044715x³))), in x's dtype: SigLIP and the decoder."""
+    """x/2·(1+tanh(√(2/π)(x+0.044715x³))), in x's dtype: SigLIP and Gemma."""
     return (0.5 * x * (1.0 + np.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x * x * x)))).astype(x.dtype)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """x/(1+exp(-x)), in x's dtype: Mistral."""
+    return (x / (1.0 + np.exp(-x))).astype(x.dtype)
 
 
 def rsqrt(x: np.ndarray) -> np.ndarray:
@@ -54,9 +62,27 @@ def rsqrt(x: np.ndarray) -> np.ndarray:
     return (1.0 / np.sqrt(x)).astype(x.dtype)
 
 
-def softcap(x: np.ndarray, cap: float) -> np.ndarray:
-    """cap·tanh(x/cap) in x's dtype."""
-    return (cap * np.tanh(x / cap)).astype(x.dtype)
+def softcap(x: np.ndarray, cap: float | None) -> np.ndarray:
+    """cap·tanh(x/cap) in x's dtype; x itself without a cap."""
+    return x if cap is None else (cap * np.tanh(x / cap)).astype(x.dtype)
+
+
+def normed(ar: Arithmetic, x: np.ndarray, eps: float) -> np.ndarray:
+    """x·rsqrt(mean(x²)+eps) over the last axis in the wide dtype, not yet stored: what every RMS norm begins with."""
+    wide = ar.widen(x)
+    return wide * rsqrt(ar.mean(wide * wide) + ar.wide(eps))
+
+
+def interpolation(source: np.ndarray, before: int) -> np.ndarray:
+    """Linear interpolation of an axis of `before` entries at the positions `source`, as a matrix (len(source), before);
+    the edges are clamped."""
+    low = np.minimum(source.astype(np.int64), before - 1)
+    high = np.minimum(low + 1, before - 1)
+    part, rows = source - low, np.arange(len(source))
+    matrix = np.zeros((len(source), before))
+    np.add.at(matrix, (rows, low), 1.0 - part)
+    np.add.at(matrix, (rows, high), part)
+    return matrix
 
 
 def layer_norm(ar: Arithmetic, x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:

@@ -4,7 +4,7 @@ import numpy as np
 
 from .case import Weights
 from .casts import Arithmetic
-from .pointwise import fused, gelu_erf, gelu_erf_float32, rsqrt
+from .pointwise import fused, gelu_erf, gelu_erf_float32, normed
 
 __all__ = ["bridge_norm", "position_embedding", "rms"]
 
@@ -13,8 +13,7 @@ EPS = 1e-5
 
 def rms(ar: Arithmetic, x: np.ndarray) -> np.ndarray:
     """x·rsqrt(mean(x²)+1e-5) over the last axis, in float32, stored."""
-    wide = ar.widen(x)
-    return ar.store((wide * rsqrt(ar.mean(wide * wide) + ar.wide(EPS))).astype(ar.work))
+    return ar.store(normed(ar, x, EPS).astype(ar.work))
 
 
 def bridge_norm(ar: Arithmetic, x: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from . import models
 from .bridge import audio_tokens, visual_tokens
-from .case import Keep, Sizes, Trace, Weights
+from .case import Keep, Trace, Weights
 from .casts import Arithmetic
 from .decoder import StreamLayer, carry_stream, run_text
-from .head import logits, loss
 from .text import embed, pack
 
 __all__ = ["Greedy", "forward", "greedy", "teacher_forced"]
@@ -44,8 +44,8 @@ class _Run:
         trace: Trace,
     ) -> None:
         self.ar = Arithmetic(casts, round_to, order_seed)
-        self.sizes = Sizes.read(config)
-        self.weights = Weights(self.ar, weights)
+        self.sizes = models.read(config)
+        self.weights = Weights(self.ar, weights, self.sizes.rounded_positions)
         pos_freq = np.asarray(pos_freq)
         if pos_freq.shape != (self.sizes.width // 2,):
             raise ValueError(f"pos_freq has shape {pos_freq.shape}; hidden_size {self.sizes.width} needs half of it")
@@ -58,10 +58,13 @@ class _Run:
                 self.streams[modality] = carry_stream(self.ar, self.sizes, self.weights, name, *tokens, trace)
 
     def text(self, ids_BT: np.ndarray, keep_BT: np.ndarray, trace: Trace) -> np.ndarray:
-        """Packed ids -> logits (B, T, K)."""
+        """Packed ids -> what the head reads, (B, T, D)."""
         x_BTD = embed(self.ar, self.weights, ids_BT, keep_BT, trace)
-        x_BTD = run_text(self.ar, self.sizes, self.weights, x_BTD, keep_BT, self.streams, trace)
-        return logits(self.ar, self.sizes, self.weights, x_BTD, trace)
+        return run_text(self.ar, self.sizes, self.weights, x_BTD, keep_BT, self.streams, trace)
+
+    def logits(self, n_BTD: np.ndarray, trace: Trace) -> np.ndarray:
+        """(B, T, K)"""
+        return self.sizes.parts.logits(self.ar, self.sizes, self.weights, n_BTD, trace)
 
 
 def forward(
@@ -89,11 +92,12 @@ def forward(
     casts, round_to, order_seed: see `Arithmetic`. pos_freq: the table w (D/2) of §5, as torch on the CPU makes it;
       data, in every regime. keep: which stages to hold (glob, globs or predicate); a long case needs it to stay small.
     anchor: stage tensors by id that the run goes on with in place of its own (rounded to its dtype), so that each
-      stage's error is its own. thresholds: of the losses, see `loss`.
+      stage's error is its own. thresholds: name -> τ of the losses (`head.mean_above`), None for the plain mean; by
+      default that alone, named "none".
 
     Stages hold float64 (float32 with round_to); masks bool; ids int64. A modality that no sample has leaves no stage.
-    With labels: `text.labels`, `loss.per_token` (B·T,) and `loss.none` too. Raises ValueError for a missing weight, a
-    table or mask of the wrong shape, an unknown regime.
+    With labels: `text.labels`, `loss.per_token` and the losses too (the 7B: in place of logits). Raises ValueError for
+    a missing weight, a table or mask of the wrong shape, an unknown regime.
     """
     trace = Trace(keep, anchor, Arithmetic(casts, round_to).store)
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, trace)
@@ -101,12 +105,13 @@ def forward(
     ids_BT, keep_BT, labels_BT = pack(
         inputs["inputs.input_ids"], inputs.get("inputs.attention_mask"), labels_BS, placeholder=run.sizes.placeholder
     )
-    logits_BTK = run.text(ids_BT, keep_BT, trace)
-    if labels_BT is not None:
+    n_BTD = run.text(ids_BT, keep_BT, trace)
+    if labels_BT is None:
+        run.logits(n_BTD, trace)
+    else:
         trace.put("text.labels", labels_BT)
-        for name, value in loss(logits_BTK, labels_BT, thresholds, casts=casts, trace=trace).items():
-            if name != "loss.per_token":
-                trace.put(name, value)
+        named = {"none": None} if thresholds is None else thresholds
+        run.sizes.parts.losses(run.ar, run.sizes, run.weights, n_BTD, labels_BT, named, trace)
     return trace.result()
 
 
@@ -121,7 +126,7 @@ def greedy(
     pos_freq: np.ndarray,
     order_seed: int | None = None,
 ) -> Greedy:
-    """At most `steps` new tokens a row, highest logit first id on ties, a row stops at the end-of-turn id (kept).
+    """At most `steps` new tokens a row, highest logit first id on ties, a row stops at the model's stop id (kept).
     Uncached: each step passes the whole text anew; every row continues from its own last kept token. The rest as in
     `forward`."""
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, Trace([]))
@@ -134,7 +139,8 @@ def greedy(
     running_B = np.ones(batch, bool)
     for step in range(steps):
         ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=tokens_BS[:, :step], placeholder=run.sizes.placeholder)
-        last_BK = run.text(ids_BT, keep_BT, Trace([]))[np.arange(batch), keep_BT.sum(axis=1) - 1]
+        logits_BTK = run.logits(run.text(ids_BT, keep_BT, Trace([])), Trace([]))
+        last_BK = logits_BTK[np.arange(batch), keep_BT.sum(axis=1) - 1]
         for b in np.flatnonzero(running_B):
             logits_BSK[b, step] = last_BK[b]
             second, first = np.sort(last_BK[b])[-2:]
@@ -162,7 +168,7 @@ def teacher_forced(
     run = _Run(config, weights, inputs, casts, round_to, pos_freq, order_seed, Trace([]))
     prompt, mask = inputs["inputs.input_ids"], inputs.get("inputs.attention_mask")
     ids_BT, keep_BT, _ = pack(prompt, mask, extra_BN=np.asarray(tokens_BS)[:, :-1], placeholder=run.sizes.placeholder)
-    all_BTK = run.text(ids_BT, keep_BT, Trace([]))
+    all_BTK = run.logits(run.text(ids_BT, keep_BT, Trace([])), Trace([]))
     steps = np.asarray(tokens_BS).shape[1]
     first_B = keep_BT.sum(axis=1) - steps  # the prompt's last token: T_b = prompt + steps - 1
     return all_BTK[np.arange(len(prompt))[:, None], first_B[:, None] + np.arange(steps)]

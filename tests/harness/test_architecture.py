@@ -261,7 +261,7 @@ def test_no_room_holds_a_quarter_of_the_lines() -> None:
 
 
 # Names as in a released checkpoint. Model code speaks of its own.
-OFFICIAL = re.compile(r"model\.(layers|embed_tokens|mm_)|_layernorm\b|\b[qkvo]_proj\b|self_attn\b|mm_rand_|lm_head")
+OFFICIAL = re.compile(r"model\.(layers|embed_tokens|mm_)|_layernorm\b|\b[qkvo]_proj\b|self_attn\b|mm_rand_|lm_head\.")
 MAY_NAME = ("vidi/checkpoint/names.py", "vidi/checkpoint/explain.py")
 
 

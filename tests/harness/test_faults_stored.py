@@ -179,4 +179,7 @@ def test_an_invisible_fault_is_excused_by_name_alone() -> None:
 
 def test_goldens_stay_small() -> None:
     assert (GOLDENS / LEDGER["faults"]).stat().st_size < 120_000
-    assert sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()) < 32_000_000
+    sizes = {path.relative_to(GOLDENS): path.stat().st_size for path in GOLDENS.rglob("*") if path.is_file()}
+    own_7b = sum(size for path, size in sizes.items() if path.parts[0].endswith("-7b"))
+    assert sum(sizes.values()) - own_7b < 32_000_000
+    assert own_7b < 12_000_000

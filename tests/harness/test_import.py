@@ -15,6 +15,7 @@ from stageparity import store
 from stageparity.golden import GoldenError, Sampled, Whole, stats_of
 from stageparity.manifest import set_sha256
 from tests.not_run import not_run
+from tests.oracle.recordings import FOLDER_7B
 from tools import import_official
 from vidi.parity.goldens import inputs_of
 
@@ -28,6 +29,12 @@ def _recordings() -> Path:
     if not (folder / "weights.safetensors").exists():
         not_run(f"no recordings of the official release in {folder}; set VIDI_RECORDINGS")
     return folder
+
+
+def _recordings_7b() -> Path:
+    if not (FOLDER_7B / "weights.safetensors").exists():
+        not_run(f"no recordings of the 7B's release in {FOLDER_7B}; set VIDI_RECORDINGS_7B")
+    return FOLDER_7B
 
 
 def _record(folder: Path, name: str, tensors: dict[str, np.ndarray], sampled: dict[str, tuple], info: dict) -> None:
@@ -178,6 +185,50 @@ def test_the_recordings_give_the_goldens_in_the_repository(tmp_path: Path) -> No
     """The committed set is what the importer makes, content for content; so is nothing edited by hand."""
     import_official.import_recordings(_recordings(), tmp_path / "official", dtypes=["f32"])
     assert set_sha256(tmp_path / "official") == set_sha256(GOLDENS / "official")
+
+
+def test_the_recordings_of_the_7b_give_their_goldens(tmp_path: Path) -> None:
+    recorded = {path.name.split(".")[0] for path in _recordings_7b().glob("*.f32.safetensors")}
+    # all but one: 2.7 MB of frames that show only that nothing depends on length
+    cases = recorded - {"longvideo"}
+    import_official.import_recordings(_recordings_7b(), tmp_path / "official-7b", cases=cases, dtypes=["f32"])
+    assert set_sha256(tmp_path / "official-7b") == set_sha256(GOLDENS / "official-7b")
+
+
+def test_what_is_the_7bs_own(tmp_path: Path) -> None:
+    """Its kind, its head, its own table, a window that only one case has, and which decoding is the target."""
+    names = ["nowindow", "generate", "loss", "audioonly"]
+    import_official.import_recordings(_recordings_7b(), tmp_path / "set", cases=names, dtypes=["f32"])
+    cases = {name: store.open_case(tmp_path / "set", name) for name in names}
+    for case in cases.values():
+        assert case.config["model_type"] == "dattn_mistral"
+        assert "7B" in case.provenance["commit"]
+        assert "lm_head.weight" in case.weights()
+        assert "lm_head.weight" not in case.left_out
+    assert [cases[name].config["sliding_window"] for name in names] == [None, 8, 8, 8]
+    tables, _ = import_official.read_safetensors(_recordings_7b() / "tables.safetensors")
+    np.testing.assert_array_equal(cases["nowindow"].targets["pos.freq"].array, tables["pos.freq"])
+    assert cases["nowindow"].provenance["pos.freq"] == "recorded"
+    assert cases["nowindow"].left_out == {"rope.inv_freq": import_official.ROPE}
+    decoding = cases["generate"]
+    variants = ("generate", "generate_short", "generate_nowindow")
+    wanted = {f"{v}.{what}" for v in variants for what in ("nocache.logits", "greedy_nocache.tokens")}
+    assert set(decoding.targets) == wanted
+    assert decoding.left_out["generate.logits"] == import_official.CACHED_RUN
+    assert decoding.left_out["generate_nowindow.logits"] == import_official.CACHED_SAME
+    assert {f"{v}.{what}" for v in variants for what in ("tokens", "prompt_ids")} <= set(decoding.inputs)
+    assert {"loss.kept", "loss.labels", "loss.logits", "text.labels"} <= set(cases["loss"].targets)
+    assert cases["loss"].info["loss_thresholds"]["mid"] == 8.049
+    silent = import_official.import_recordings(_recordings_7b(), tmp_path / "s", cases=["silent"], dtypes=["f32"])
+    left = store.open_case(tmp_path / "s", silent[0]).left_out
+    assert left["xattn.3.a.unpad.k"] == import_official.SILENT
+    assert left["xattn.0.v.kv_mask"] == import_official.SILENT
+
+
+def test_a_table_that_does_not_fit_is_named(foreign: Path, tmp_path: Path) -> None:
+    save_file({"pos.freq": np.ones(4, np.float32)}, foreign / "tables.safetensors")
+    with pytest.raises(GoldenError, match=r"pos\.freq has shape \[4\]; hidden_size needs half of it"):
+        import_official.import_recordings(foreign, tmp_path / "set")
 
 
 def test_every_dtype_imports_whole(tmp_path: Path) -> None:

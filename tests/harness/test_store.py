@@ -191,10 +191,14 @@ def test_writer_refuses_what_is_no_golden(tmp_path: Path) -> None:
 
 def test_the_goldens_in_the_repository_are_whole_and_small() -> None:
     sets = store.list_sets(GOLDENS)
-    assert [folder.relative_to(GOLDENS).as_posix() for folder in sets] == ["large/full", "official", "small"]
+    assert [folder.relative_to(GOLDENS).as_posix() for folder in sets] == [
+        *("large/full", "official", "official-7b", "small", "small-7b")
+    ]
     assert all(store.verify(folder) > 50 for folder in sets)
-    size = sum(path.stat().st_size for path in GOLDENS.rglob("*") if path.suffix != ".pyc")
-    assert size < 32e6, f"goldens take {size / 1e6:.1f} MB; 32 MB is the limit"
+    for limit, kind in ((32, False), (12, True)):
+        files = [path for path in GOLDENS.rglob("*") if path.suffix != ".pyc"]
+        size = sum(path.stat().st_size for path in files if path.parent.name.endswith("-7b") == kind)
+        assert size < limit * 1e6, f"goldens take {size / 1e6:.1f} MB; {limit} MB is the limit"
 
 
 def test_every_id_in_the_goldens_is_known_and_classed_by_its_dtype() -> None:

@@ -1,8 +1,11 @@
-"""The official recordings as the oracle's tests read them: a folder beside the repository, or VIDI_RECORDINGS."""
+"""The official recordings as the oracle's tests read them: folders beside the repository, or VIDI_RECORDINGS (1.5 9B)
+and VIDI_RECORDINGS_7B."""
 
 import json
 import math
 import os
+import re
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,27 +16,81 @@ from safetensors.numpy import load_file
 
 from tests.not_run import not_run
 
-__all__ = ["differences", "load", "pos_freq", "sampled", "weights"]
+__all__ = [
+    "FOLDER", "FOLDER_7B", "SILENT_FORM", "about", "differences", "hold", "load", "pos_freq", "sampled", "stages_of",
+    "tables", "weights",
+]  # fmt: skip
 
-FOLDER = Path(os.environ.get("VIDI_RECORDINGS") or Path(__file__).parents[3] / "shared" / "official")
+SHARED = Path(__file__).parents[3] / "shared"
+FOLDER = Path(os.environ.get("VIDI_RECORDINGS") or SHARED / "official")
+FOLDER_7B = Path(os.environ.get("VIDI_RECORDINGS_7B") or SHARED / "official-7b")
+# The release marks a silent sample's keys kept and gates the result; a correct mask does not (spec §7).
+SILENT_FORM = re.compile(r"xattn\.\d+\.[va]\.(kv_mask|unpad\.(k|v|cu_seqlens_k|max_seqlen))")
 
 
-def load(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def about(name: str, folder: Path = FOLDER) -> dict[str, Any]:
+    """The json beside the tensors of CASE.DTYPE; NOT RUN where it is absent."""
+    _there(folder, f"{name}.json")
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def load(name: str, folder: Path = FOLDER) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(config, tensors) of CASE.DTYPE; NOT RUN where the file is absent. The config is the official dict with the
-    towers' configs inside."""
-    if not (FOLDER / f"{name}.safetensors").is_file():
-        not_run(f"recording {name} is not in {FOLDER}; set VIDI_RECORDINGS to the folder that holds it")
-    about = json.loads((FOLDER / f"{name}.json").read_text())
-    config = about["llm_config"] | {key: about[key] for key in ("vision_config", "audio_config")}
-    return config, load_file(FOLDER / f"{name}.safetensors")
+    towers' configs inside, and what the json says of the case alone."""
+    _there(folder, f"{name}.safetensors")
+    said = about(name, folder)
+    config = said["llm_config"] | {key: said[key] for key in ("vision_config", "audio_config")}
+    config |= {key: said["info"][key] for key in ("sliding_window",) if key in said["info"]}
+    return config, load_file(folder / f"{name}.safetensors")
 
 
 @cache
-def weights() -> dict[str, np.ndarray]:
+def weights(folder: Path = FOLDER) -> dict[str, np.ndarray]:
     """The recordings' checkpoint."""
-    if not (FOLDER / "weights.safetensors").is_file():
-        not_run(f"weights.safetensors is not in {FOLDER}; set VIDI_RECORDINGS")
-    return load_file(FOLDER / "weights.safetensors")
+    _there(folder, "weights.safetensors")
+    return load_file(folder / "weights.safetensors")
+
+
+def tables(folder: Path) -> dict[str, np.ndarray]:
+    """Tables that the release made, where they are recorded: the 7B's."""
+    _there(folder, "tables.safetensors")
+    return load_file(folder / "tables.safetensors")
+
+
+def _there(folder: Path, name: str) -> None:
+    if not (folder / name).is_file():
+        variable = "VIDI_RECORDINGS_7B" if folder == FOLDER_7B else "VIDI_RECORDINGS"
+        not_run(f"recording {name} is not in {folder}; set {variable} to the folder that holds it")
+
+
+def stages_of(recorded: dict[str, np.ndarray]) -> set[str]:
+    """Recorded stage ids, without inputs and gradients, and with .sample and its like taken off."""
+    names = {re.sub(r"\.(sample|sample_index|row_sum|stats)$", "", name) for name in recorded}
+    return {name for name in names if not name.startswith(("inputs.", "grad."))}
+
+
+def hold(
+    got: dict[str, np.ndarray],
+    recorded: dict[str, np.ndarray],
+    stages: Collection[str],
+    allowed: Callable[[str], tuple[float, float]],
+) -> str:
+    """Hold every stage against the recording: exact ones equal, the others within allowed(stage) = (RMS, max) of the
+    stage's RMS. Fails with all that are off; returns the worst of the rest in words."""
+    wrong: list[str] = []
+    worst = (0.0, 0.0, "")
+    for stage in sorted(stages):
+        if got[stage].dtype.kind in "bi":
+            if not np.array_equal(got[stage], recorded[stage]):
+                wrong.append(f"{stage}: not equal")
+            continue
+        limits = allowed(stage)
+        for what, (rms, peak) in sampled(stage, got[stage], recorded).items():
+            worst = max(worst, (peak, rms, what))
+            if rms > limits[0] or peak > limits[1]:
+                wrong.append(f"{what}: RMS {rms:.1e} (allowed {limits[0]:.0e}), max {peak:.1e} ({limits[1]:.0e})")
+    assert not wrong, "\n".join(wrong)
+    return f"{len(stages)} stages, worst {worst[2]}: max {worst[0]:.2e}, RMS {worst[1]:.2e} of rms"
 
 
 def pos_freq(width: int) -> np.ndarray:

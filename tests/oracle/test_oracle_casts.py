@@ -159,7 +159,7 @@ def test_rounded_runs_store_nothing_finer(runs: dict, name: str) -> None:
 def test_imports_numpy_alone() -> None:
     """Everything in sys.modules after importing the oracle and the recipes is NumPy's, the standard library's or theirs."""
     code = (
-        "import sys, numpy; before = set(sys.modules); import goldens.oracle, goldens.recipes;"
+        "import sys, numpy; before = set(sys.modules); import goldens.oracle, goldens.recipes, goldens.recipes_7b;"
         "new = {name.split('.')[0] for name in set(sys.modules) - before};"
         "print(sorted(new - set(sys.stdlib_module_names) - {'numpy', 'goldens'}))"
     )

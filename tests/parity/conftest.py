@@ -25,4 +25,9 @@ def pytest_stageparity_subjects() -> list[Held]:
             ("vidi", "parity"), ("--backend", "eager"),
         )  # fmt: skip
 
-    return [held("official", low), held("small", ("float64", *low), "small.", NOT_ALONE)]
+    return [
+        held("official", low),
+        held("small", ("float64", *low), "small.", NOT_ALONE),
+        held("official-7b", ("float32", "float16"), "7b."),  # its release ran in no bfloat16
+        held("small-7b", ("float64", "float32", "float16"), "7b.small.", NOT_ALONE),
+    ]

@@ -183,7 +183,7 @@ def _settings(case: Case, dtype: str, seed: int | None) -> dict[str, Any]:
 def _forward(
     case: Case, weights: Run, dtype: str, seed: int | None, anchor: Run | None, wanted: set[str]
 ) -> dict[str, np.ndarray]:
-    if "logits" not in case.targets:
+    if not {"logits", "loss.logits"} & set(case.targets):
         return {}
     settings = _settings(case, dtype, seed) | {"thresholds": case.info.get("loss_thresholds")}
     return forward(case.config, weights, inputs_of(case), keep=wanted.__contains__, anchor=anchor, **settings)

@@ -7,13 +7,46 @@ Nothing here is learned. Four patches become one token of 4·C channels; that is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["MIN_SIDE", "pad", "resize", "resized_side", "space_to_depth"]
+from vidi.config import VidiConfig
+from vidi.tap import Tap, no_tap
+
+__all__ = ["MIN_SIDE", "Fold", "Group", "groups", "pad", "resize", "resized_side", "space_to_depth"]
 
 MIN_SIDE = 10
+
+
+@dataclass(frozen=True)
+class Group:
+    """Consecutive videos that share one token budget, hence one grid."""
+
+    videos: range
+    num_frames: int
+    side: int  #: of the padded, maybe shrunk patch grid, before folding
+    suffix: str  #: appended to the ids of stages that differ in shape between groups
+
+
+def groups(num_frames_B: Sequence[int], config: VidiConfig) -> list[Group]:
+    """Which videos share the visual token budget, and the grid that leaves them (§3.3).
+
+    Scope "batch": one group, as in the official release. Scope "video": a group each, so that a result does not depend
+    on its neighbours; the ids from `vision.resize` to `vision.pos_t` then end in the video's number.
+    """
+    side = config.vision.patches_per_side
+    side += -side % config.image_pool_size
+    shared = config.budget_scope == "batch"
+    parts = [range(len(num_frames_B))] if shared else [range(b, b + 1) for b in range(len(num_frames_B))]
+    found = []
+    for videos in parts:
+        total = sum(num_frames_B[b] for b in videos)
+        shrunk = resized_side(total, side, config.visual_token_budget, config.image_pool_size)
+        found.append(Group(videos, total, shrunk, "" if shared else f".{videos[0]}"))
+    return found
 
 
 def pad(tower_FLC: Tensor, pool: int = 2) -> Tensor:
@@ -51,3 +84,25 @@ def resize(grid_FCSS: Tensor, side: int) -> Tensor:
 def space_to_depth(grid_FCSS: Tensor, pool: int = 2) -> Tensor:
     """(F, C, S, S) -> (F, pool²·C, S/pool, S/pool); channel = c·pool² + dy·pool + dx (§3.4)."""
     return nnf.pixel_unshuffle(grid_FCSS, pool)
+
+
+class Fold(nn.Module):
+    """The whole of it for a group of videos. No weights; `channels` is what the projector sees."""
+
+    def __init__(self, config: VidiConfig) -> None:
+        super().__init__()
+        self.pool = config.image_pool_size
+        self.channels = config.vision.hidden_size * self.pool**2
+
+    def groups(self, num_frames_B: Sequence[int], config: VidiConfig) -> list[Group]:
+        return groups(num_frames_B, config)
+
+    def tokens_side(self, group: Group) -> int:
+        return group.side // self.pool
+
+    def forward(self, tower_FLC: Tensor, group: Group, tap: Tap = no_tap) -> Tensor:
+        """Rows of patches (F, P·P, C) -> (F, h, w, channels)."""
+        grid = tap("vision.pad", pad(tower_FLC, self.pool))
+        if grid.shape[-1] != group.side:
+            grid = tap(f"vision.resize{group.suffix}", resize(grid, group.side))
+        return tap(f"vision.space_to_depth{group.suffix}", space_to_depth(grid, self.pool)).permute(0, 2, 3, 1)

@@ -74,13 +74,15 @@ def embed(module: PositionEmbedding, axis: str, length: int, noise: Noise | None
 
 
 class PositionEmbedding(nn.Module):
-    """Sinusoid, Linear, GELU (erf), Linear. The weights stay in at least float32 (`precision.cast_model`)."""
+    """Sinusoid, Linear, GELU (erf), Linear. The weights stay in at least float32 (`precision.cast_model`); ``rounded``:
+    they have passed through the model's dtype before."""
 
     at_least_float32 = True
 
-    def __init__(self, width: int, extent: int) -> None:
+    def __init__(self, width: int, extent: int, rounded: bool = False) -> None:
         super().__init__()
         self.extent = extent
+        self.rounded = rounded
         self.freq_K = frequencies(width)
         self.fc1 = nn.Linear(width, width, dtype=torch.float32)
         self.fc2 = nn.Linear(width, width, dtype=torch.float32)

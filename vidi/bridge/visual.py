@@ -1,4 +1,5 @@
-"""Tower features of frames -> visual tokens (spec §3.2-3.9).
+"""Tower features of frames -> visual tokens (spec §3.2-3.9). How a patch grid becomes tokens is the grid's own: `fold`
+or `conv_pool`.
 
 Dims: B videos, F frames of all videos joined, L patches, C encoder width, D decoder width, S grid side, V tokens.
 
@@ -10,47 +11,19 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vidi.bridge import fold, pack, position
+from vidi.bridge import pack, position
 from vidi.bridge.bridge import Bridge
+from vidi.bridge.fold import Group, groups
 from vidi.bridge.position import Noise
 from vidi.config import VidiConfig
 from vidi.stream import Stream
 from vidi.tap import Tap, no_tap
 
 __all__ = ["Group", "encode", "groups", "split_at"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Consecutive videos that share one token budget, hence one grid."""
-
-    videos: range
-    num_frames: int
-    side: int  #: of the padded, maybe shrunk patch grid, before folding
-    suffix: str  #: appended to the ids of stages that differ in shape between groups
-
-
-def groups(num_frames_B: Sequence[int], config: VidiConfig) -> list[Group]:
-    """Which videos share the visual token budget, and the grid that leaves them (§3.3).
-
-    Scope "batch": one group, as in the official release. Scope "video": a group each, so that a result does not depend
-    on its neighbours; the ids from `vision.resize` to `vision.pos_t` then end in the video's number.
-    """
-    side = config.vision.patches_per_side
-    side += -side % config.image_pool_size
-    shared = config.budget_scope == "batch"
-    parts = [range(len(num_frames_B))] if shared else [range(b, b + 1) for b in range(len(num_frames_B))]
-    found = []
-    for videos in parts:
-        total = sum(num_frames_B[b] for b in videos)
-        shrunk = fold.resized_side(total, side, config.visual_token_budget, config.image_pool_size)
-        found.append(Group(videos, total, shrunk, "" if shared else f".{videos[0]}"))
-    return found
 
 
 def split_at(chunks_FLC: Iterable[Tensor], sizes: Iterable[int]) -> Iterator[Tensor]:
@@ -83,13 +56,15 @@ def encode(
     ``signal_B`` (B,) bool: the raw frames of that video are not all zero. ``noise`` (training): index noise by axis
     ("h", "w", "t_v.b") and length. Raises ValueError where the chunks do not hold exactly the announced frames.
     """
-    plan = [group for group in groups(num_frames_B, config) if group.num_frames]
+    grid = bridge.image_grid
+    plan = [group for group in grid.groups(num_frames_B, config) if group.num_frames]
     chunks = split_at(features_FLC, [group.num_frames for group in plan])
     dtype = bridge.llm_norm.weight.dtype
-    pool, tokens, tokens_B = config.image_pool_size, [], [0] * len(num_frames_B)
+    tokens, tokens_B = [], [0] * len(num_frames_B)
     for group in plan:
+        side = grid.tokens_side(group)
         pos_h, pos_w = (
-            position.embed(module, axis, group.side // pool, noise, dtype)
+            position.embed(module, axis, side, noise, dtype)
             for module, axis in ((bridge.pos_h, "h"), (bridge.pos_w, "w"))
         )
         along = {
@@ -98,7 +73,7 @@ def encode(
         }
         time = []
         for b in group.videos:
-            tokens_B[b] = num_frames_B[b] * (group.side // pool) ** 2
+            tokens_B[b] = num_frames_B[b] * side**2
             if num_frames_B[b]:
                 embed = position.embed(bridge.pos_t, f"t_v.{b}", num_frames_B[b], noise, dtype)
                 time.append(tap(f"vision.pos_t.embed.{b}", embed[:, None, None]))
@@ -109,7 +84,7 @@ def encode(
             if chunk is None:
                 raise ValueError(f"the tower gave too few frames; {list(num_frames_B)} per video were announced")
             embeddings = along | {"pos_t": time_F11D[done : done + len(chunk)]}
-            tokens.append(_frame_tokens(bridge, chunk, group, embeddings, pool, tap).flatten(0, 2))
+            tokens.append(_frame_tokens(bridge, chunk, group, embeddings, tap).flatten(0, 2))
             done += len(chunk)
     if next(chunks, None) is not None:
         raise ValueError(f"the tower gave too many frames; {list(num_frames_B)} per video were announced")
@@ -117,15 +92,11 @@ def encode(
 
 
 def _frame_tokens(
-    bridge: Bridge, tower_FLC: Tensor, group: Group, embeddings: Mapping[str, Tensor], pool: int, tap: Tap
+    bridge: Bridge, tower_FLC: Tensor, group: Group, embeddings: Mapping[str, Tensor], tap: Tap
 ) -> Tensor:
-    """(f, L, C) -> (f, h, w, D): fold, project, norm, then the three embeddings in the order height, width, time."""
+    """(f, L, C) -> (f, h, w, D): grid, project, norm, then the three embeddings in the order height, width, time."""
     tower_FLC = tap("vision.tower", tower_FLC)
-    grid = tap("vision.pad", fold.pad(tower_FLC, pool))
-    if grid.shape[-1] != group.side:
-        grid = tap(f"vision.resize{group.suffix}", fold.resize(grid, group.side))
-    folded = tap(f"vision.space_to_depth{group.suffix}", fold.space_to_depth(grid, pool))
-    x = tap(f"vision.projector{group.suffix}", bridge.image_projector(folded.permute(0, 2, 3, 1)))
+    x = tap(f"vision.projector{group.suffix}", bridge.image_projector(bridge.image_grid(tower_FLC, group, tap)))
     x = tap(f"vision.norm{group.suffix}", bridge.image_norm(x))
     for name, embedding in embeddings.items():
         x = tap(f"vision.{name}{group.suffix}", position.add(x, embedding))

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
-from typing import Any
 
 from vidi.checkpoint import names
 from vidi.checkpoint.headers import Entry
 from vidi.checkpoint.names import Expected
 from vidi.config import VidiConfig
 
-__all__ = ["FLOATS", "dtype", "facts", "missing", "shape", "signs_of_7b", "unexpected"]
+__all__ = ["FLOATS", "dtype", "facts", "missing", "shape", "signs_of", "unexpected"]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 
@@ -24,6 +23,8 @@ def shape(want: Expected, got: tuple[int, ...], config: VidiConfig) -> str:
 
 def _shape_reason(want: Expected, got: tuple[int, ...], config: VidiConfig) -> str:
     v, a, d = config.vision, config.audio, config.decoder
+    if d.kind == "mistral" and want.part == "bridge" and (reason := _reason_7b(want, got, config)):
+        return reason
     width, folded = v.hidden_size, 4 * v.hidden_size
     if want.ours == "bridge.audio_pool.weight" and len(got) == 3:
         if got[0] == got[1]:
@@ -71,6 +72,21 @@ def _shape_reason(want: Expected, got: tuple[int, ...], config: VidiConfig) -> s
     return "another size of model than the config describes"
 
 
+def _reason_7b(want: Expected, got: tuple[int, ...], config: VidiConfig) -> str:
+    """The bridge of the 7B; nothing where what holds for both models says enough."""
+    v, a = config.vision.hidden_size, config.audio.hidden_size
+    if want.ours == "bridge.image_grid.conv.weight" and len(got) == 4:
+        side, pool = config.vision.patches_per_side, config.image_pool_size
+        return f"a kernel of {got[2]}×{got[3]}; {side} patches a side and mm_image_pool_size {pool} give {config.image_kernel}"
+    if want.ours == "bridge.image_projector.fc1.weight" and got[1:] == (4 * v,):
+        return f"1.5 9B's layout, which folds 2×2 patches into channels (4·{v}); the 7B projects each location alone"
+    if want.ours == "bridge.audio_pool.weight" and len(got) == 3 and got[0] != got[1]:
+        return f"1.5 9B's layout, whose audio pool widens ({got[1]}→{got[0]}); the 7B's keeps the encoder's {a}"
+    if want.ours == "bridge.audio_projector.fc1.weight" and len(got) == 2 and got[0] == got[1]:
+        return f"1.5 9B's layout, whose audio pool has widened before; the 7B's projector widens from {a}"
+    return ""
+
+
 def _other_width(want: tuple[int, ...], got: tuple[int, ...], width: int) -> int | None:
     """The one size that stands in ``got`` wherever ``want`` has the decoder's width; None if that is not all."""
     if len(want) != len(got) or any(a != b for a, b in zip(want, got, strict=True) if a != width):
@@ -100,7 +116,7 @@ def missing(want: Expected, stored_layers: Set[tuple[str | None, int | None]]) -
 
 def unexpected(name: str, entry: Entry, wanted: Mapping[str, Expected], config: VidiConfig) -> str:
     """What a tensor might be that the config has no place for."""
-    if names.our_name(name) is not None:
+    if names.our_name(name, config) is not None:
         part = names.part_of(name)
         tower = config.vision if part == "vision_tower" else config.audio if part == "audio_tower" else config.decoder
         return f"a layer beyond the config's {tower.num_layers} (0 to {tower.num_layers - 1})"
@@ -110,6 +126,8 @@ def unexpected(name: str, entry: Entry, wanted: Mapping[str, Expected], config: 
         return "rotary frequencies are computed from the config, not stored"
     if name.endswith(".bias") and name.removesuffix("bias") + "weight" in wanted:
         return "this layer has no bias"
+    if names.part_of(name) == "decoder" and "feedforward_layernorm" in name:
+        return "a Gemma 2 norm around the feed-forward: 1.5 9B has it, the 7B has not"
     if names.part_of(name) == "bridge" and len(entry.shape) == 4:
         return f"a learned Conv2d over the image grid {_list(entry.shape)}, the 7B's pool; the 9B pools nothing"
     for cut in (".", "model.", "module.", "base_model.model."):
@@ -121,31 +139,50 @@ def unexpected(name: str, entry: Entry, wanted: Mapping[str, Expected], config: 
     return "no tensor of this model"
 
 
-def signs_of_7b(raw_config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> list[str]:
-    """What says that a folder is Vidi 7B (spec §11); empty where it is not. One odd shape alone is no proof."""
-    signs = []
+def signs_of(kind: str, tensors: Mapping[str, Entry]) -> list[str]:
+    """What says that tensors are those of Vidi 7B ("mistral") or 1.5 9B ("gemma2"); empty where they are not. One odd shape
+    alone is no proof."""
     by_ours = {names.our_name(name): entry.shape for name, entry in tensors.items() if names.part_of(name) == "bridge"}
     pool = by_ours.get("bridge.audio_pool.weight", ())
-    if len(pool) == 3 and pool[0] == pool[1]:
-        signs.append(f"the audio pool {_list(pool)} keeps the encoder's width")
-    position = tensors.get(names.official_name("vision_tower.position.weight") or "")
     image = by_ours.get("bridge.image_projector.fc1.weight", ())
-    if len(image) == 2 and position is not None and len(position.shape) == 2 and image[1] == position.shape[1]:
-        signs.append(f"the image projector {_list(image)} takes one location at a time")
     audio = by_ours.get("bridge.audio_projector.fc1.weight", ())
-    if len(audio) == 2 and len(pool) == 3 and audio[1] == pool[1] != audio[0]:
-        signs.append(f"the audio projector {_list(audio)} does the widening")
-    if any(len(entry.shape) == 4 and names.part_of(name) == "bridge" for name, entry in tensors.items()):
-        signs.append("a learned Conv2d pools the image grid")
-    model_type = str(raw_config.get("model_type", ""))[:60]
-    if "mistral" in model_type.lower():
-        return [f"model_type {model_type!r}: a Mistral decoder", *signs]
+    position = tensors.get(names.official_name("vision_tower.position.weight") or "")
+    width = position.shape[1] if position is not None and len(position.shape) == 2 else 0
+    signs = _signs_of_9b(pool, image, width, tensors) if kind == "gemma2" else []
+    if kind == "mistral":
+        if len(pool) == 3 and pool[0] == pool[1]:
+            signs.append(f"the audio pool {_list(pool)} keeps the encoder's width")
+        if len(image) == 2 and image[1] == width:
+            signs.append(f"the image projector {_list(image)} takes one location at a time")
+        if len(audio) == 2 and len(pool) == 3 and audio[1] == pool[1] != audio[0]:
+            signs.append(f"the audio projector {_list(audio)} does the widening")
+        if any(len(entry.shape) == 4 and names.part_of(name) == "bridge" for name, entry in tensors.items()):
+            signs.append("a learned Conv2d pools the image grid")
     return signs if len(signs) >= 2 else []
+
+
+def _signs_of_9b(pool: tuple[int, ...], image: tuple[int, ...], width: int, tensors: Mapping[str, Entry]) -> list[str]:
+    signs = []
+    if len(pool) == 3 and pool[0] != pool[1]:
+        signs.append(f"the audio pool {_list(pool)} widens")
+    if len(image) == 2 and image[1] == 4 * width:
+        signs.append(f"the image projector {_list(image)} takes 2×2 patches at a time")
+    if any("feedforward_layernorm" in name for name in tensors):
+        signs.append("Gemma 2 norms around the feed-forward")
+    return signs
 
 
 def facts(config: VidiConfig, head_stored: bool) -> list[str]:
     """What the shapes mean, said once in every report (the questions people ask first)."""
     v, a, d = config.vision, config.audio, config.decoder
+    if d.kind == "mistral":
+        pool, k = config.image_pool_size, config.image_kernel
+        return [
+            f"image pool [{v.hidden_size}, {v.hidden_size}, {k}, {k}]: a learned convolution, then {pool}×{pool} = {pool**2} "
+            "samples a frame from corner to corner",
+            f"audio pool [{a.hidden_size}, {a.hidden_size}, {config.audio_pool_size}]: pooling alone; the projector widens",
+            f"{names.HEAD}: stored and not tied",
+        ]
     side = (v.patches_per_side + 1) // 2
     return [
         f"image projector [{d.hidden_size}, {4 * v.hidden_size}]: 2×2 patches are folded into channels "

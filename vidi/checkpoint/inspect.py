@@ -20,7 +20,7 @@ from vidi.config import VidiConfig
 __all__ = ["Inspection", "PartCount", "inspect_folder", "read_config"]
 
 SHOWN_PROBLEMS = 30
-SEVEN_B = "Vidi 7B"
+KINDS = {"gemma2": "Vidi 1.5 9B", "mistral": "Vidi 7B"}
 IN_MISSING_SHARD = "in the missing shard"
 
 
@@ -78,12 +78,13 @@ class Inspection:
         stored, parameters = sum(p.stored for p in self.parts), sum(p.parameters for p in self.parts)
         wanted = sum(p.wanted for p in self.parts)
         lines.append(f"{'stored':<13}{stored:>9,}{wanted:>8,}{parameters:>17,}{len(self.problems):>10,}")
-        lines.append(
-            f"wanted: {self._wanted():,} tensors with the tied head, {self._wanted_parameters():,} unique parameters"
-        )
+        head = " with the tied head" if self._tied else ""
+        lines.append(f"wanted: {self._wanted():,} tensors{head}, {self._wanted_parameters():,} unique parameters")
         lines.append("")
         grouped = _grouped(self.problems)
-        shown = SHOWN_PROBLEMS if self.recognised != SEVEN_B else 4  # of another model, not all is news
+        shown = (
+            4 if any(p.kind == "model" for p in self.problems) else SHOWN_PROBLEMS
+        )  # of another model, not all is news
         lines += grouped[:shown]
         if len(grouped) > shown:
             lines.append(f"… and {len(grouped) - shown:,} more kinds of problem; --json has them")
@@ -92,7 +93,11 @@ class Inspection:
         return "\n".join(printable(line) for line in lines)
 
     def _wanted(self) -> int:
-        return sum(part.wanted for part in self.parts) + 1
+        return sum(part.wanted for part in self.parts) + self._tied
+
+    @property
+    def _tied(self) -> bool:
+        return self.config is None or self.config.decoder.kind == "gemma2"
 
     def _wanted_parameters(self) -> int:
         return sum(part.wanted_parameters for part in self.parts)
@@ -101,29 +106,30 @@ class Inspection:
 def inspect_folder(folder: str | Path, *, config: VidiConfig | None = None) -> Inspection:
     """Read headers only and compare them with ``config`` (default: the folder's config.json).
 
-    A folder of Vidi 7B is recognised, named, and compared with the full-size 9B. Raises CheckpointError for a folder
-    that cannot be judged (see ``read_folder``; also a config that this model cannot honour).
+    Tensors of the one model under a config of the other are told by name. Raises CheckpointError for a folder that cannot
+    be judged (see ``read_folder``; also a config that no model here can honour).
     """
     found = read_folder(folder)
-    signs = explain.signs_of_7b(found.config, found.tensors)
-    if config is None and not signs:
-        config = read_config(found)
-    judged_by = config or VidiConfig.full()
+    config = config or read_config(found)
+    said, other = config.decoder.kind, "gemma2" if config.decoder.kind == "mistral" else "mistral"
+    signs = explain.signs_of(other, found.tensors)
     try:
-        wanted = names.expected(judged_by)
+        wanted = names.expected(config)
     except ValueError as error:
         raise CheckpointError(str(error), file=found.path / CONFIG_NAME) from None
-    problems = [*found.problems, *_compare(found, wanted, judged_by)]
+    problems = [*found.problems, *_compare(found, wanted, config)]
     if signs:
-        text = f"Vidi 7B: {'; '.join(signs)}. This model is Vidi 1.5 9B and cannot run it"
+        text = f"config.json describes {KINDS[said]}, the tensors are those of {KINDS[other]}: {'; '.join(signs)}"
         problems.insert(0, Problem("model", text, file=CONFIG_NAME))
-        recognised = SEVEN_B
+        recognised = KINDS[other]
+    elif said == "gemma2":
+        recognised = "Vidi 1.5 9B" if config == VidiConfig.full() else "Vidi 1.5 of another size"
     else:
-        recognised = "Vidi 1.5 9B" if judged_by == VidiConfig.full() else "Vidi 1.5 of another size"
+        recognised = "Vidi 7B" if config.decoder.hidden_size == 4096 else "Vidi 7B of another size"
     made_up = [f"synthetic weights ({found.synthetic}): such a model speaks nonsense"] if found.synthetic else []
     notes = [*found.notes, *made_up, *_dtype_notes(found.tensors, wanted)]
     if not signs:
-        notes += explain.facts(judged_by, names.HEAD in found.tensors)
+        notes += explain.facts(config, names.HEAD in found.tensors)
     return Inspection(
         path=found.path,
         recognised=recognised,
@@ -162,7 +168,7 @@ def _compare(found: Folder, wanted: Mapping[str, names.Expected], config: VidiCo
         elif entry.dtype not in explain.FLOATS:
             problems.append(Problem("dtype", explain.dtype(want, entry.dtype), name, entry.path.name, want.part))
     for name, entry in found.tensors.items():
-        if name == names.HEAD:
+        if name == names.HEAD and name not in wanted:
             problems += _head(entry, wanted[names.HEAD_TIED_TO])
         elif name not in wanted:
             text, part = explain.unexpected(name, entry, wanted, config), names.part_of(name)
@@ -186,7 +192,11 @@ def _count(
     part: str, tensors: Mapping[str, Entry], wanted: Mapping[str, names.Expected], problems: list[Problem]
 ) -> PartCount:
     key = None if part == "other" else part
-    entries = [entry for name, entry in tensors.items() if names.part_of(name) == key and name != names.HEAD]
+    entries = [
+        entry
+        for name, entry in tensors.items()
+        if names.part_of(name) == key and (name != names.HEAD or name in wanted)
+    ]
     mine = [want for want in wanted.values() if want.part == part]
     wrong = sum(p.tensor is not None and (p.part or names.part_of(p.tensor)) == key for p in problems)
     return PartCount(

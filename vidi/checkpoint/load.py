@@ -74,7 +74,8 @@ def load(
         key=lambda job: (job[0].path, job[0].start),
     )
     _fill(jobs, progress)
-    if names.HEAD in report.tensors and names.HEAD_TIED_TO in wanted:
+    precision.cast_model(model, dtype)  # the 7B's position MLPs pass through its dtype
+    if names.HEAD in report.tensors and names.HEAD not in names.expected(config) and names.HEAD_TIED_TO in wanted:
         _check_tied(report.tensors[names.HEAD], report.tensors[names.HEAD_TIED_TO])
     return model
 

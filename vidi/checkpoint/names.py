@@ -65,17 +65,15 @@ def _layer_norm(ours: str, official: str) -> list[Row]:
     return [Row(f"{ours}.{kind}", f"{official}.{kind}", "C") for kind in ("weight", "bias")]
 
 
-def _decoder() -> Iterator[Row]:
+def _decoder(norms: Mapping[str, str]) -> Iterator[Row]:
     ours, official = "decoder.layers.{i}", "model.layers.{i}"
     yield Row("decoder.embed.weight", HEAD_TIED_TO, "Z D")
     for letter, shape in (("q", "Q D"), ("k", "G D"), ("v", "G D"), ("o", "D Q")):
         yield Row(f"{ours}.attention.{letter}.weight", f"{official}.self_attn.{letter}_proj.weight", shape)
     for name, shape in (("gate", "F D"), ("up", "F D"), ("down", "D F")):
         yield Row(f"{ours}.mlp.{name}.weight", f"{official}.mlp.{name}_proj.weight", shape)
-    yield Row(f"{ours}.input_norm.weight", f"{official}.input_layernorm.weight", "D")
-    yield Row(f"{ours}.post_attn_norm.weight", f"{official}.post_attention_layernorm.weight", "D")
-    yield Row(f"{ours}.pre_ffn_norm.weight", f"{official}.pre_feedforward_layernorm.weight", "D")
-    yield Row(f"{ours}.post_ffn_norm.weight", f"{official}.post_feedforward_layernorm.weight", "D")
+    for norm, name in norms.items():
+        yield Row(f"{ours}.{norm}_norm.weight", f"{official}.{name}_layernorm.weight", "D")
     yield Row("decoder.norm.weight", "model.norm.weight", "D")
 
 
@@ -117,9 +115,9 @@ def _audio() -> Iterator[Row]:
     yield from _layer_norm("audio_tower.norm", root + ".layer_norm")
 
 
-def _bridge() -> Iterator[Row]:
-    # Vc and Ac: the widths of the two towers. 4Vc because 2×2 patches are folded into channels, not pooled (spec §3).
-    for ours, official, width in (("image", "img", "4Vc"), ("audio", "aud", "D")):
+def _bridge(seen: str, heard: str) -> Iterator[Row]:
+    """seen, heard: what the projectors are given, in terms of Vc and Ac, the widths of the two towers."""
+    for ours, official, width in (("image", "img", seen), ("audio", "aud", heard)):
         yield from _linear(f"bridge.{ours}_projector.fc1", f"model.mm_rand_{official}_projector.model.0", f"D {width}")
         yield from _linear(f"bridge.{ours}_projector.fc2", f"model.mm_rand_{official}_projector.model.2", "D D")
     for ours, official in (("image", "img"), ("audio", "aud"), ("llm", "llm")):
@@ -127,10 +125,27 @@ def _bridge() -> Iterator[Row]:
     for axis in "hwt":
         yield from _linear(f"bridge.pos_{axis}.fc1", f"model.mm_rand_pos_{axis}.mlp.0", "D D")
         yield from _linear(f"bridge.pos_{axis}.fc2", f"model.mm_rand_pos_{axis}.mlp.2", "D D")
-    yield Row("bridge.audio_pool.weight", "model.mm_rand_aud_pool.weight", "D Ac W")
+    yield Row("bridge.audio_pool.weight", "model.mm_rand_aud_pool.weight", f"{heard} Ac W")
 
 
-TABLE: tuple[Row, ...] = (*_decoder(), *_vision(), *_audio(), *_bridge())
+# Gemma 2 norms what attention and feed-forward give back; in Mistral post_attention_layernorm is what comes before the latter.
+_GEMMA2 = {
+    "input": "input",
+    "post_attn": "post_attention",
+    "pre_ffn": "pre_feedforward",
+    "post_ffn": "post_feedforward",
+}
+_MISTRAL = {"input": "input", "pre_ffn": "post_attention"}
+# 4Vc because 2×2 patches are folded into channels, not pooled (spec §3); the 7B pools them by a convolution of kernel L.
+TABLE: tuple[Row, ...] = (*_decoder(_GEMMA2), *_vision(), *_audio(), *_bridge("4Vc", "D"))
+TABLE_7B: tuple[Row, ...] = (
+    *_decoder(_MISTRAL),
+    Row("decoder.head.weight", HEAD, "Z D"),
+    *_vision(),
+    *_audio(),
+    Row("bridge.image_grid.conv.weight", "model.mm_rand_img_pool.conv.weight", "Vc Vc L L"),
+    *_bridge("Vc", "Ac"),
+)
 
 
 def _sizes(config: VidiConfig) -> dict[str, dict[str, int]]:
@@ -142,6 +157,7 @@ def _sizes(config: VidiConfig) -> dict[str, dict[str, int]]:
     decoder = {"D": d.hidden_size, "F": d.intermediate_size, "Z": d.vocab_size, "layers": d.num_layers}
     decoder |= {"Q": d.num_heads * d.head_dim, "G": d.num_kv_heads * d.head_dim}
     bridge = {"D": d.hidden_size, "Vc": v.hidden_size, "Ac": a.hidden_size, "W": config.audio_pool_size}
+    bridge |= {"L": config.image_kernel}
     sizes = {"vision_tower": vision, "audio_tower": audio, "bridge": bridge, "decoder": decoder}
     for part, letters in sizes.items():
         for letter, size in letters.items():
@@ -166,7 +182,7 @@ def expected(config: VidiConfig) -> Mapping[str, Expected]:
     sizes = _sizes(config)
     found: dict[str, Expected] = {}
     for part in PARTS:
-        rows = [row for row in TABLE if row.part == part]
+        rows = [row for row in table(config) if row.part == part]
         layered = [row for row in rows if "{i}" in row.ours]
         first = rows.index(layered[0]) if layered else len(rows)
         singles = [row for row in rows if "{i}" not in row.ours]
@@ -180,14 +196,19 @@ def expected(config: VidiConfig) -> Mapping[str, Expected]:
     return found
 
 
-def our_name(official: str) -> str | None:
+def table(config: VidiConfig | None) -> tuple[Row, ...]:
+    """The rows of the model that a configuration describes; 1.5 9B without one."""
+    return TABLE_7B if config is not None and config.image_grid == "conv" else TABLE
+
+
+def our_name(official: str, config: VidiConfig | None = None) -> str | None:
     """The model's name of an official one; None where the table has no such tensor."""
-    return _translate(official, _FROM_OFFICIAL)
+    return _translate(official, {row.official: row.ours for row in table(config)})
 
 
-def official_name(ours: str) -> str | None:
+def official_name(ours: str, config: VidiConfig | None = None) -> str | None:
     """The official name of one of the model's parameters; None where the table has no such tensor."""
-    return _translate(ours, _FROM_OURS)
+    return _translate(ours, {row.ours: row.official for row in table(config)})
 
 
 def layer_of(name: str) -> int | None:
@@ -214,8 +235,6 @@ _PREFIXES = (
     (HEAD, "decoder"),
 )
 _LAYER = re.compile(r"(\blayers\.)(0|[1-9]\d{0,5})(?=\.)", re.ASCII)
-_FROM_OFFICIAL = {row.official: row.ours for row in TABLE}
-_FROM_OURS = {row.ours: row.official for row in TABLE}
 
 
 def _translate(name: str, table: Mapping[str, str]) -> str | None:

@@ -76,9 +76,19 @@ RECIPES: tuple[tuple[str, int | tuple[float, int] | str], ...] = (
 )
 
 
+# Mistral's norms hold the factor itself, and none follows a block: the head's own gain keeps greedy decoding alive.
+RECIPES_7B: tuple[tuple[str, int | tuple[float, int] | str], ...] = (
+    ("decoder.head.weight", 3),
+    ("decoder.*norm.weight", (1.0, 19)),
+    ("decoder.layers.*.attention.o.weight", -1),
+    ("decoder.layers.*.mlp.down.weight", -1),
+)
+
+
 def recipe(want: Expected, config: VidiConfig) -> Recipe:
     """How the values of one tensor are scaled; integers only."""
-    kind = next(kind for pattern, kind in RECIPES if fnmatchcase(want.ours, pattern))
+    recipes = (*RECIPES_7B, *RECIPES) if config.decoder.kind == "mistral" else RECIPES
+    kind = next(kind for pattern, kind in recipes if fnmatchcase(want.ours, pattern))
     if isinstance(kind, tuple):
         return Recipe(*kind)
     if kind == "std":
@@ -166,7 +176,7 @@ def create(
     progress: Progress | None = None,
 ) -> VidiModel:
     """A synthetic model straight in device memory, no disk: the bits that ``load`` gives from ``synth``'s folder."""
-    return fill_(empty_model(config, device=device, dtype=dtype), seed, progress)
+    return precision.cast_model(fill_(empty_model(config, device=device, dtype=dtype), seed, progress), dtype)
 
 
 def synth(

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case", metavar="GLOB", action="append", default=[],
         help="only cases whose name, set or SET/NAME matches; may be repeated (default: all)",
     )  # fmt: skip
+    parser.add_argument("--model", choices=("9b", "7b"), help="only cases of Vidi 1.5 9B or of Vidi 7B (default: both)")
     parser.add_argument("--stage", metavar="GLOB", help="only stages that match, such as 'layer.*.t2v,logits'")
     parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, sdpa, flash, flex")
     arguments.add_dtype(parser, "float32")
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from stageparity.report import page, terminal
     from vidi import device
     from vidi.commands import outputs
-    from vidi.parity.goldens import goldens_dir
+    from vidi.parity.goldens import goldens_dir, of_model
     from vidi.parity.stages import STAGES
     from vidi.parity.subject import VidiSubject
 
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         return _full(args, console)
     device.check(args.device)
     goldens = goldens_dir(args.goldens)
-    refs = store.select(goldens, args.case)
+    refs = of_model(store.select(goldens, args.case), args.model)
     # Imported recordings bring no tolerances of their own: the embedded ones judge them.
     judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
     tolerances = tolerance.load(judged_by, STAGES)

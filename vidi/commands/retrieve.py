@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from vidi.checkpoint.folder import read_folder
     from vidi.config import VidiConfig
     from vidi.fast import accelerate
-    from vidi.inputs import prompt, video
+    from vidi.inputs import dialect, video
 
     dtype, args.query = getattr(torch, args.dtype), arguments.text(args.query)
     # What is wrong with a word on the command line is said before 20 GB are read.
@@ -49,12 +49,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.video}: no such file")
     folder = arguments.checkpoint(args.checkpoint, args)
     config = VidiConfig.from_file(folder)
-    tokenizer = prompt.load_tokenizer(folder, config)
+    tokenizer = dialect.of(config).load(folder, config)
     retrieval.check_request(tokenizer, args.query, config, args.max_new_tokens)
     video.frame_step(1.0, args.fps)
     if not 1e-6 <= args.fps <= 1e6:
         raise ValueError(f"--fps {args.fps}: from 0.000001 to 1,000,000 frames a second")
-    fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None)
+    able = config.decoder.kind == "gemma2"
+    fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None and able)
+    if fast and not able:
+        raise ValueError("--path fast: it computes the layers of 1.5 9B alone; use --path plain")
     if fast and args.backend is not None:
         raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
     backend = dispatch.check(args.backend or "eager")

@@ -1,4 +1,4 @@
-"""The Gemma 2 decoder over three streams, its embedding and its tied head (spec §6-§8).
+"""The decoder over three streams, its embedding and its head (spec §6-§8).
 
 Dims: B samples, T text tokens, L stream tokens, D width, V vocabulary.
 """
@@ -12,13 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vidi import precision
 from vidi.attention import rope
 from vidi.attention.unpad import Rows
 from vidi.cache import Cache, CrossKeys
 from vidi.config import DecoderConfig
 from vidi.decoder.layer import DecoderLayer, TextRows
-from vidi.decoder.norm import GemmaNorm
+from vidi.decoder.parts import PARTS
 from vidi.stream import Stream
 from vidi.tap import Tap, no_tap
 
@@ -39,7 +38,9 @@ class Decoder(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
-        self.norm = GemmaNorm(config.hidden_size, config.rms_norm_eps)
+        self.parts = PARTS[config.kind]
+        self.norm = self.parts.norm(config.hidden_size, config.rms_norm_eps)
+        self.head = None if self.parts.tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed_tokens(self, ids_BT: Tensor, keep_BT: Tensor | None = None) -> Tensor:
         """(B, T) ids -> (B, T, D); rows that are not kept are exact zeros, not the embedding of the pad id (§6)."""
@@ -47,8 +48,8 @@ class Decoder(nn.Module):
         return x_BTD if keep_BT is None else x_BTD * keep_BT[..., None]
 
     def scaled(self, x: Tensor) -> Tensor:
-        """x · sqrt(D), the factor rounded to the model's dtype: text, visual and audio features alike (§6)."""
-        return x * precision.sqrt_in(self.config.hidden_size, x.dtype)
+        """Text, visual and audio features on their way in: times sqrt(D), or as they are (§6)."""
+        return self.parts.scaled(x)
 
     def text_rows(self, pos_BT: Tensor, rows: Rows | None, backend: str, dtype: torch.dtype) -> TextRows:
         cos_BTH, sin_BTH = rope.angles(pos_BT, self.config.head_dim, self.config.rope_theta, dtype)
@@ -109,9 +110,12 @@ class Decoder(nn.Module):
         cache.lengths_B = cache.lengths_B + 1
         return self.logits(self.norm(x_B1D))[:, 0]
 
-    def logits(self, normed_BTD: Tensor) -> Tensor:
-        """Tied head, then the final softcap: (B, T, V) (§8)."""
-        return softcap(nn.functional.linear(normed_BTD, self.embed.weight), self.config.final_softcap)
+    def logits(self, normed_BTD: Tensor, tap: Tap = no_tap) -> Tensor:
+        """The embedding as head, or one of its own, then the final softcap where there is one: (B, T, V) (§8)."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        raw_BTV = self.parts.finish(nn.functional.linear(normed_BTD, weight), tap)
+        cap = self.config.final_softcap
+        return raw_BTV if cap is None else softcap(raw_BTV, cap)
 
 
 def update_in_chunks(layer: DecoderLayer, s_BLD: Tensor, v_BLGH: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from vidi.cache import CrossKeys, LayerTextCache
 from vidi.config import DecoderConfig
 from vidi.decoder.attention import DecomposedAttention
 from vidi.decoder.mlp import GatedMlp
-from vidi.decoder.norm import GemmaNorm
+from vidi.decoder.parts import PARTS
 from vidi.tap import Tap, no_tap
 
 __all__ = ["DecoderLayer", "TextRows"]
@@ -52,11 +52,12 @@ class DecoderLayer(nn.Module):
         self.window = config.window(layer_idx)
         width, eps = config.hidden_size, config.rms_norm_eps
         self.attention = DecomposedAttention(config)
-        self.mlp = GatedMlp(width, config.intermediate_size)
-        self.input_norm = GemmaNorm(width, eps)
-        self.post_attn_norm = GemmaNorm(width, eps)
-        self.pre_ffn_norm = GemmaNorm(width, eps)
-        self.post_ffn_norm = GemmaNorm(width, eps)
+        self.parts = PARTS[config.kind]
+        self.mlp = GatedMlp(width, config.intermediate_size, self.parts.activation)
+        self.input_norm = self.parts.norm(width, eps)
+        self.post_attn_norm = self.parts.after(width, eps)
+        self.pre_ffn_norm = self.parts.norm(width, eps)
+        self.post_ffn_norm = self.parts.after(width, eps)
 
     # ---- streams ------------------------------------------------------------------------------------------------
 
@@ -72,8 +73,7 @@ class DecoderLayer(nn.Module):
 
     def update_stream(self, s_BLD: Tensor, v_BLGH: Tensor) -> Tensor:
         """The stream after this layer; its values are those of `stream_keys_values`. Rows of 0 stay 0."""
-        s_BLD = s_BLD + self.post_attn_norm(self.attention.attend_own_token(v_BLGH))
-        return self.feed_forward(s_BLD)
+        return self.merge(s_BLD, [self.attention.attend_own_token(v_BLGH)])
 
     # ---- text ---------------------------------------------------------------------------------------------------
 
@@ -99,10 +99,7 @@ class DecoderLayer(nn.Module):
 
     def merge(self, x_BTD: Tensor, branches: Sequence[Tensor]) -> Tensor:
         """The text after this layer, from the text before it and its attentions in the order self, visual, audio."""
-        mixed_BTD = branches[0]
-        for branch_BTD in branches[1:]:
-            mixed_BTD = mixed_BTD + branch_BTD
-        return self.feed_forward(x_BTD + self.post_attn_norm(mixed_BTD))
+        return self.feed_forward(self.parts.join(x_BTD, branches, self.post_attn_norm))
 
     def text_to_text(self, n_BTD: Tensor, text: TextRows, cache: LayerTextCache | None = None) -> Tensor:
         """Causal self-attention of normed text, after the output projection: (B, T, D). Even layers see a window."""

@@ -1,4 +1,6 @@
-"""Gemma's root-mean-square norm (spec §7): the weight is stored minus one and applied before the cast back."""
+"""The decoder's root-mean-square norms (spec §7): Gemma's weight is stored minus one and applied before the cast back,
+Mistral's is plain and applied after it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 from vidi import precision
 
-__all__ = ["GemmaNorm", "gemma_norm"]
+__all__ = ["GemmaNorm", "PlainNorm", "gemma_norm"]
 
 
 def gemma_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,3 +27,16 @@ class GemmaNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return gemma_norm(x, self.weight, self.eps)
+
+
+class PlainNorm(nn.Module):
+    """weight · (x / sqrt(mean(x²) + eps)), the norm in at least float32 and cast back before the product."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = precision.at_least_float32(x)
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)

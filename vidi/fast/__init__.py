@@ -19,7 +19,14 @@ __all__ = ["accelerate"]
 
 
 def accelerate(model: VidiModel, **options: Any) -> FastModel:
-    """A fast path over ``model``'s own parameters (no copy but fused layouts); options as of `FastModel`."""
+    """A fast path over ``model``'s own parameters (no copy but fused layouts); options as of `FastModel`.
+
+    Raises ValueError for a decoder that is not Gemma 2's.
+    """
+    if model.config.decoder.kind != "gemma2":
+        raise ValueError(
+            f"the fast path computes Gemma 2 layers, not {model.config.decoder.kind}'s; use the plain model"
+        )
     from vidi.fast.model import FastModel
 
     return FastModel(model, **options)

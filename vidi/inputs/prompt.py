@@ -17,7 +17,7 @@ from vidi.config import VidiConfig
 from vidi.inputs import tokenizer_file
 
 __all__ = ["CONTROL_WORDS", "PLACEHOLDER_WORD", "PromptError", "build_ids", "check_tokenizer", "decode"]
-__all__ += ["load_tokenizer", "tiny_tokenizer", "user_text", "write_tiny_tokenizer"]
+__all__ += ["load_tokenizer", "tiny_files", "tiny_tokenizer", "user_text", "write_tiny_tokenizer"]
 
 PLACEHOLDER_WORD = "<image>"
 #: Strings that steer the model; a question that holds one is refused rather than silently changed.
@@ -158,6 +158,11 @@ def tiny_tokenizer(vocab_size: int = 512) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _TINY_SPECIAL])
     return tokenizer
+
+
+def tiny_files() -> dict[str, str]:
+    """What stands beside the tiny checkpoint's shards, by file name."""
+    return {"tokenizer.json": tiny_tokenizer().to_str(pretty=True)}
 
 
 def write_tiny_tokenizer(folder: str | Path, vocab_size: int = 512) -> Path:

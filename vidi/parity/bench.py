@@ -23,8 +23,8 @@ from stageparity.stage import NotHeld, Stage, Stages, fill
 from stageparity.store import Case, Targets
 from stageparity.subject import Tap
 from vidi.attention.unpad import Rows
-from vidi.bridge import audio, mask, position, visual
-from vidi.bridge.visual import Group
+from vidi.bridge import audio, mask, position
+from vidi.bridge.fold import Group
 from vidi.cache import CrossKeys
 from vidi.decoder.layer import DecoderLayer, TextRows
 from vidi.inputs.batch import Batch
@@ -141,7 +141,7 @@ class Bench:
 
     @cached_property
     def plan(self) -> list[Group]:
-        return [g for g in visual.groups(self.num_frames, self.model.config) if g.num_frames]
+        return [g for g in self.model.bridge.image_grid.groups(self.num_frames, self.model.config) if g.num_frames]
 
     @cached_property
     def audio_sizes(self) -> tuple[int, ...]:
@@ -198,7 +198,7 @@ class Site:
     @property
     def grid(self) -> int:
         """Visual tokens a side."""
-        return self.group.side // self.model.config.image_pool_size
+        return self.model.bridge.image_grid.tokens_side(self.group)
 
     @property
     def frames(self) -> slice:

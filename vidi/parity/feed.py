@@ -15,6 +15,7 @@ from stageparity.golden import Whole
 from stageparity.store import Case
 from vidi import precision
 from vidi.bridge import position
+from vidi.bridge.conv_pool import ConvPool
 from vidi.checkpoint import names
 from vidi.config import VidiConfig
 from vidi.fast import accelerate
@@ -52,18 +53,21 @@ def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu
     """
     config, weights = VidiConfig.from_official(case.config), case.weights()
     _check_fit(case, config, weights)
-    _check_info(case)
+    _check_info(case, config)
     model = VidiModel(config, backend=backend)
-    ours = {names.our_name(official): torch.from_numpy(array) for official, array in weights.items()}
+    ours = {names.our_name(official, config): torch.from_numpy(array) for official, array in weights.items()}
     model.load_state_dict({name: x for name, x in ours.items() if name is not None}, strict=True)
     install_table(model, table_of(case))
+    if isinstance(model.bridge.image_grid, ConvPool):
+        model.bridge.image_grid.everywhere = True
     return precision.cast_model(model, dtype).to(device)
 
 
 def _check_fit(case: Case, config: VidiConfig, weights: Mapping[str, np.ndarray]) -> None:
     """Before a model is built: a configuration can name any size, its weights cannot."""
     wanted = names.expected(config)
-    for name in sorted({*wanted, *weights} - {names.HEAD}):
+    tied = {names.HEAD} - wanted.keys()
+    for name in sorted({*wanted, *weights} - tied):
         if name not in wanted:
             raise ValueError(f"{case.name}: the weights hold {name}, which no part of the model reads")
         if name not in weights:
@@ -73,14 +77,15 @@ def _check_fit(case: Case, config: VidiConfig, weights: Mapping[str, np.ndarray]
             raise ValueError(f"{case.name}: the weights do not fit the configuration: {said}")
 
 
-def _check_info(case: Case) -> None:
+def _check_info(case: Case, config: VidiConfig) -> None:
     """What a manifest says beside tensors: loss thresholds by name, and decoding runs with their windows."""
     thresholds, runs = case.info.get("loss_thresholds", {}), case.info.get("generate", {})
     if not isinstance(thresholds, dict) or not all(x is None or type(x) in (int, float) for x in thresholds.values()):
         raise ValueError(f"{case.name}: info: loss_thresholds must be numbers, or null, by name")
     named = runs.values() if isinstance(runs, dict) else [None]
-    windows = [run.get("window") if isinstance(run, dict) else None for run in named]
-    if not all(type(window) is int and 0 < window < 1 << 31 for window in windows):
+    windows = [run.get("window", 0) if isinstance(run, dict) else 0 for run in named]
+    may_lack = config.decoder.kind == "mistral"  # null is no window
+    if not all((type(x) is int and 0 < x < 1 << 31) or (x is None and may_lack) for x in windows):
         raise ValueError(f"{case.name}: info: generate must name decoding runs, each with a window above 0")
 
 
@@ -120,7 +125,7 @@ def machine_table(width: int) -> Tensor:
     return torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
 
 
-def with_window(model: Runner, window: int) -> Runner:
+def with_window(model: Runner, window: int | None) -> Runner:
     """The same weights under another sliding window (the recordings hold a decoding run with a wider one)."""
     if window == model.config.decoder.sliding_window:
         return model

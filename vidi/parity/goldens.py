@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from stageparity import store
-from stageparity.store import Case
+from stageparity import manifest, store
+from stageparity.store import Case, CaseRef
 
-__all__ = ["goldens_dir", "inputs_of", "position_table", "synthetic_tower"]
+__all__ = ["MODELS", "goldens_dir", "inputs_of", "of_model", "position_table", "synthetic_tower"]
+
+MODELS = {"9b": "dattn_gemma2", "7b": "dattn_mistral"}  #: what a user calls a model -> model_type of its configuration
 
 
 def goldens_dir(given: str | Path | None = None) -> Path:
     """The golden folder: the given one, the packaged `vidi/goldens`, or `goldens/` beside the package. Raises GoldenError."""
     package = Path(__file__).resolve().parents[1]
     return store.goldens_dir(*([given] if given is not None else [package / "goldens", package.parent / "goldens"]))
+
+
+def of_model(refs: Iterable[CaseRef], model: str | None) -> list[CaseRef]:
+    """The cases of one model (a key of MODELS; None: all). Raises ValueError where there is none."""
+    refs = list(refs)
+    if model is None:
+        return refs
+    configs = {ref: manifest.parse(ref.folder / f"{ref.name}.json")["config"] for ref in refs}
+    found = [ref for ref in refs if configs[ref].get("model_type", MODELS["9b"]) == MODELS[model]]
+    if not found:
+        raise ValueError(f"--model {model}: none of the {len(refs)} cases chosen is of that model")
+    return found
 
 
 def position_table(width: int, goldens: Path | None = None) -> np.ndarray | None:

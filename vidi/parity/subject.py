@@ -15,6 +15,7 @@ from vidi import __version__
 from vidi.fast import accelerate
 from vidi.parity import feed, varlen
 from vidi.parity.bench import Bench
+from vidi.parity.goldens import MODELS
 from vidi.parity.stages import SECTIONS, STAGES
 
 __all__ = ["VidiSubject"]
@@ -38,6 +39,8 @@ class VidiSubject(Subject):
     def build(self, case: Case) -> feed.Runner:
         if self.fast and "inputs.labels" in case.inputs:
             raise NotHeld("the fast path is for inference: no loss, no gradients, no position noise")
+        if self.fast and case.config.get("model_type") == MODELS["7b"]:
+            raise NotHeld("the fast path computes the layers of 1.5 9B alone")
         model = feed.load_model(case, feed.DTYPES[self.dtype], self.device, self.backend)
         return accelerate(model) if self.fast else model
 

@@ -8,8 +8,9 @@ copies, losses, gradients, decoding) is added here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,7 @@ def run(case: Case, model: feed.Runner, tap: Tap) -> None:
     Where the case has labels, losses and the gradients that its targets name are there too; where it decodes, the
     logits along the golden tokens, cached and uncached, and the model's own greedy tokens.
     """
-    if "logits" in case.targets:
+    if not {"logits", "loss.logits"}.isdisjoint(case.targets):
         forward(case, model, tap)
     for variant in case.info.get("generate", {}):
         if tap.wants(f"{variant}.nocache.logits") or tap.wants(f"{variant}.tokens"):
@@ -130,11 +131,18 @@ def forward(case: Case, model: feed.Runner, tap: Tap) -> None:
             visual = model.fold_features(iter(features.split(64)), [len(features)], signal_B, recorded)
             streams = {"v": visual, **model.streams(batch, recorded)}
             logits_BTV = model.decode_text(batch, streams, last_stream=True, tap=recorded)
+        elif "loss.logits" in case.targets:
+            assert isinstance(model, VidiModel)
+            losses_N = model.losses(batch, last_stream=True, tap=recorded)
+            _means(case, model, partial(loss.mean_of, losses_N), grads, tap)
+            logits_BTV = None
         else:
             logits_BTV = model(batch, last_stream=True, tap=recorded)
         recorded.beside_attention()
-        if batch.labels_BT is not None and isinstance(model, VidiModel):
-            _losses(case, model, logits_BTV, recorded.gone_on["text.labels"], grads, tap)
+        if batch.labels_BT is not None and logits_BTV is not None and isinstance(model, VidiModel):
+            labels_BT = recorded.gone_on["text.labels"]
+            losses_BT = tap("loss.per_token", loss.per_token(logits_BTV, labels_BT))
+            _means(case, model, partial(loss.mean_above, losses_BT, labels_BT), grads, tap)
 
 
 @contextmanager
@@ -153,15 +161,16 @@ def _training(model: feed.Runner, noise: Mapping[str, Tensor]) -> Iterator[None]
         model.position_noise = drawn
 
 
-def _losses(case: Case, model: VidiModel, logits_BTV: Tensor, labels_BT: Tensor, grads: list[str], tap: Tap) -> None:
+def _means(case: Case, model: VidiModel, mean: Callable[[float | None], Tensor], grads: list[str], tap: Tap) -> None:
     """Losses under every threshold of the case, and gradients named ``grad.THRESHOLD.PARAMETER`` (§8)."""
-    per_token = tap("loss.per_token", loss.per_token(logits_BTV, labels_BT))
     for name, threshold in case.info.get("loss_thresholds", {"none": None}).items():
-        value = loss.mean_above(per_token, labels_BT, threshold)
+        value = mean(threshold)
         tap(f"loss.{name}", value.reshape(1) if "loss_thresholds" in case.info else value)
         wanted = {stage: stage.removeprefix(f"grad.{name}.") for stage in grads if stage.startswith(f"grad.{name}.")}
         if wanted:
-            parameters = [model.get_parameter(str(names.our_name(official))) for official in wanted.values()]
+            parameters = [
+                model.get_parameter(str(names.our_name(official, model.config))) for official in wanted.values()
+            ]
             for stage, slope in zip(wanted, _slopes(value, parameters, model.dtype), strict=True):
                 tap(stage, slope)
 
@@ -191,7 +200,8 @@ def decoding(case: Case, variant: str, model: feed.Runner, tap: Tap) -> None:
     free = generate.greedy(runner, batch, max_new_tokens=tokens.shape[1], streams=streams)
     rows = [row + [model.config.end_of_turn_id] * ended for row, ended in zip(free.tokens, free.stopped, strict=True)]
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    tap(f"{variant}.tokens", padded)
+    greedy = f"{variant}.greedy_nocache.tokens"  # the 7B's release tells its own cached run from uncached ones
+    tap(greedy if greedy in case.targets else f"{variant}.tokens", padded)
     tap(f"{variant}.lengths", torch.tensor([len(row) for row in rows]))
     forced_BS = torch.from_numpy(tokens)
     tap(f"{variant}.nocache.logits", whole_pass_logits(runner, batch, forced_BS, streams))

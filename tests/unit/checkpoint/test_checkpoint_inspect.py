@@ -25,6 +25,7 @@ from tests.unit.checkpoint.breaking import (
     shard_with,
     write_shard,
 )
+from vidi import sizes_7b
 from vidi.checkpoint import names
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.folder import INDEX_NAME
@@ -341,11 +342,43 @@ def to_7b(wanted: dict) -> None:
     wanted["model.mm_rand_img_pool.weight"] = ("BF16", (1152, 1152, 14, 14))
 
 
-@pytest.mark.parametrize("model_type", ["dattn_mistral", "dattn_gemma2"])
-def test_vidi_7b_is_recognised(model_type: str, tmp_path: Path) -> None:
-    """By its config, and by its shapes alone where the config claims the 9B."""
+def test_a_full_7b_fits(tmp_path: Path) -> None:
+    report = inspect_folder(sparse_folder(tmp_path / "x", sizes_7b.config("full")))
+    assert report.fits
+    assert report.recognised == "Vidi 7B"
+    assert sum(part.parameters for part in report.parts) == 8_725_754_944
+    text = report.render()
+    assert "wanted: 1,251 tensors, 8,725,754,944 unique parameters" in text
+    assert "image pool [1152, 1152, 14, 14]: a learned convolution, then 2×2 = 4 samples a frame" in text
+    assert "lm_head.weight: stored and not tied" in text
+
+
+def test_a_9b_given_as_7b_is_told(tmp_path: Path) -> None:
+    """The config of the one over the tensors of the other."""
+    seven = sparse_folder(tmp_path / "seven", sizes_7b.config("full"))
+    nine = sparse_folder(tmp_path / "nine", VidiConfig.full())
+    shutil.copy(seven / "config.json", nine / "config.json")
+    report = inspect_folder(nine)
+    assert report.recognised == "Vidi 1.5 9B"
+    assert not report.fits
+    text = report.render()
+    assert (
+        "config.json describes Vidi 7B, the tensors are those of Vidi 1.5 9B: the audio pool [3584, 1280, 5] widens"
+        in text
+    )
+    assert "1.5 9B's layout, which folds 2×2 patches into channels (4·1152)" in text
+    assert run(str(nine)) == 1
+
+
+def test_a_7b_of_another_pool_is_told(tmp_path: Path) -> None:
+    folder = sparse_folder(tmp_path / "x", sizes_7b.config("full"))
+    edit_config(folder, mm_image_pool_size=3)
+    assert "a kernel of 14×14; 27 patches a side and mm_image_pool_size 3 give 9" in inspect_folder(folder).render()
+
+
+def test_a_7b_given_as_9b_is_told(tmp_path: Path) -> None:
+    """By its shapes alone, where the config claims the 9B."""
     folder = sparse_folder(tmp_path / "x", VidiConfig.full(), change=to_7b)
-    edit_config(folder, model_type=model_type)
     report = inspect_folder(folder)
     assert report.recognised == "Vidi 7B"
     assert not report.fits
@@ -357,7 +390,7 @@ def test_vidi_7b_is_recognised(model_type: str, tmp_path: Path) -> None:
         "a learned Conv2d pools the image grid",
     ):
         assert sign in text
-    assert ("a Mistral decoder" in text) == (model_type == "dattn_mistral")
+    assert "config.json describes Vidi 1.5 9B, the tensors are those of Vidi 7B" in text
     assert run(str(folder)) == 1
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from tests.unit.checkpoint.breaking import (
     add_tensor,
@@ -23,12 +24,16 @@ from tests.unit.checkpoint.breaking import (
     shard_with,
     write_shard,
 )
+from vidi import sizes_7b
 from vidi.checkpoint import load as loading
 from vidi.checkpoint import names, progress, synthetic
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.load import load
+from vidi.checkpoint.save import save
+from vidi.checkpoint.synthetic import create, synth
 from vidi.config import VidiConfig
 
+POS = "model.mm_rand_pos_h.mlp.0.weight"
 EMBED = "model.embed_tokens.weight"
 UP = "model.layers.1.mlp.up_proj.weight"
 NORM = "model.layers.2.pre_feedforward_layernorm.weight"
@@ -140,10 +145,30 @@ def test_what_inspect_reports_is_refused(broken: Path) -> None:
     assert e.value.tensor == UP
 
 
-def test_a_7b_is_refused_by_name(broken: Path) -> None:
-    edit_config(broken, model_type="dattn_mistral")
-    with pytest.raises(CheckpointError, match=r"config.json: model: Vidi 7B: model_type 'dattn_mistral'"):
-        load(broken)
+def test_a_9b_given_as_7b_is_refused_by_name(tmp_path: Path) -> None:
+    for name, config in (("seven", sizes_7b.config("tiny")), ("nine", VidiConfig.tiny())):
+        synth(tmp_path / name, config)
+    shutil.copy(tmp_path / "seven" / "config.json", tmp_path / "nine")
+    with pytest.raises(CheckpointError, match=r"config.json describes Vidi 7B, the tensors are those of Vidi 1.5 9B"):
+        load(tmp_path / "nine")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_a_7b_loads_and_is_saved(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The same bits as made in memory, and after saving; position MLPs have passed through the model's dtype."""
+    config = sizes_7b.config("tiny")
+    synth(tmp_path / "made", config, dtype=torch.float32)
+    model = load(tmp_path / "made", dtype=dtype)
+    weight = model.bridge.pos_h.fc1.weight
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, weight.to(dtype).float())
+    save(model, tmp_path / "saved")
+    again, made = load(tmp_path / "saved", dtype=dtype), create(config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+        assert torch.equal(parameter, made.get_parameter(name)), name
+    stored = load_file(next(f for f in sorted((tmp_path / "made").glob("*.safetensors")) if POS in load_file(f)))[POS]
+    assert torch.equal(weight, stored) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

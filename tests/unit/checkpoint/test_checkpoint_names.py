@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from tests.not_run import not_run
+from tests.oracle.recordings import FOLDER_7B
 from vidi.checkpoint import load, names
 from vidi.config import VidiConfig
+from vidi.model import VidiModel
 
 RECORDINGS = Path(os.environ.get("VIDI_RECORDINGS", Path(__file__).parents[4] / "shared" / "official"))
 
@@ -37,6 +39,40 @@ def test_tiny_recordings_have_the_same_names() -> None:
     config = VidiConfig.from_official(raw["llm_config"], vision=raw["vision_config"], audio=raw["audio_config"])
     del listed[names.HEAD]
     assert listed == {name: want.shape for name, want in names.expected(config).items()}
+
+
+def _listed_7b(file: str) -> dict[str, tuple[int, ...]]:
+    if not (FOLDER_7B / file).is_file():
+        not_run(
+            f"{FOLDER_7B / file} is not here; VIDI_RECORDINGS_7B names the folder of recordings of the 7B's release"
+        )
+    lines = (line.split("\t") for line in (FOLDER_7B / file).read_text().splitlines())
+    return {fields[0]: tuple(json.loads(fields[1])) for fields in lines}
+
+
+def test_the_7b_at_full_size_is_the_releases_list_of_tensors() -> None:
+    raw = {
+        "model_type": "dattn_mistral", "vocab_size": 32768, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "sliding_window": None,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "eos_token_id": 2, "mm_image_pool_size": 2, "mm_audio_pool_size": 5,
+        "mm_time_interval": 10000, "mm_std": 0.029, "mm_input_type": "video",
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+    }  # fmt: skip
+    wanted = names.expected(VidiConfig.from_official(raw))
+    assert len(wanted) == 1251
+    assert sum(math.prod(want.shape) for want in wanted.values()) == 8_725_754_944
+    assert _listed_7b("full_keys_7b.tsv") == {name: want.shape for name, want in wanted.items()}
+
+
+def test_the_7bs_tiny_recordings_have_the_same_names() -> None:
+    listed, raw = _listed_7b("keys.tsv"), json.loads((FOLDER_7B / "index.json").read_text())
+    config = VidiConfig.from_official(raw["llm_config"], vision=raw["vision_config"], audio=raw["audio_config"])
+    wanted = names.expected(config)
+    assert listed == {name: want.shape for name, want in wanted.items()}
+    assert all(names.our_name(name, config) == want.ours for name, want in wanted.items())
+    assert all(names.official_name(want.ours, config) == name for name, want in wanted.items())
+    model = VidiModel(config)
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == {w.ours: w.shape for w in wanted.values()}
 
 
 def test_full_size_counts() -> None:

@@ -17,6 +17,7 @@ from vidi.decoder.attention import repeat_heads
 from vidi.decoder.layer import CrossKeys, DecoderLayer
 from vidi.decoder.mlp import GatedMlp
 from vidi.decoder.norm import gemma_norm
+from vidi.decoder.parts import PARTS
 from vidi.stream import Stream
 
 RNG = torch.Generator().manual_seed(0)
@@ -118,7 +119,7 @@ def test_gemmas_norm_adds_one_and_casts_last():
 
 
 def test_the_mlps_gelu_is_the_tanh_form():
-    mlp = GatedMlp(4, 6).double()
+    mlp = GatedMlp(4, 6, PARTS["gemma2"].activation).double()
     x = noise(5, 4)
     g = x @ mlp.gate.weight.T
     g = 0.5 * g * (1 + torch.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)))

@@ -55,7 +55,8 @@ def expected(
     """
     num_layers = int(config["num_hidden_layers"])
     taken = {0, num_layers - 1} if xattn_layers is None else set(xattn_layers)
-    lacking = {"loss", "decoding", *without}
+    mistral = config.get("model_type") == "dattn_mistral"
+    lacking = {"loss", "decoding", *(("fold", "resize") if mistral else ("conv", "head")), *without}
     samples = [str(b) for b in range(batch)]
     values = {
         "i": [str(i) for i in range(num_layers)],

@@ -11,6 +11,7 @@ from stageparity.stage import NotHeld
 from vidi import loss
 from vidi.attention.unpad import Rows
 from vidi.bridge import audio, fold, position
+from vidi.bridge.conv_pool import square
 from vidi.decoder.attention import repeat_heads
 from vidi.inputs import batch as batches
 from vidi.inputs import pixels
@@ -18,9 +19,9 @@ from vidi.parity import feed, trace
 from vidi.parity.bench import Site
 
 __all__ = [
-    "audio_pos_t", "audio_projector", "audio_tower", "cross_attention", "embed_text", "frequencies_here", "layer_output",
-    "mean_loss", "per_token", "rope", "space_to_depth", "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t",
-    "vision_tower",
+    "audio_pos_t", "audio_projector", "audio_tower", "conv", "cross_attention", "embed_text", "frequencies_here",
+    "image_projector", "layer_output", "lm_head", "loss_logits", "mean_loss", "per_token", "rope", "space_to_depth",
+    "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t", "vision_tower",
 ]  # fmt: skip
 
 QKV = tuple(f"xattn.{{i}}.{{m}}.{x}" for x in "qkv")
@@ -39,6 +40,16 @@ def space_to_depth(s: Site) -> Tensor:
     return fold.space_to_depth(grid, s.model.config.image_pool_size)
 
 
+def conv(s: Site) -> Tensor:
+    return s.model.bridge.image_grid.conv(square(s["vision.tower"]))
+
+
+def image_projector(s: Site) -> Tensor:
+    """Over what the image grid gives, (F, C, h, w)."""
+    grid = "vision.pool" if s.bench.holds("vision.pool") else "vision.space_to_depth{g}"
+    return s.model.bridge.image_projector(s[grid].permute(0, 2, 3, 1))
+
+
 def vision_pos_t(s: Site) -> Tensor:
     embeds = [s.bench.golden(f"vision.pos_t.embed.{b}") for b in s.group.videos if s.bench.num_frames[b]]
     return position.add(s["vision.pos_w{g}"], torch.cat(embeds))
@@ -49,7 +60,7 @@ def vision_packed(s: Site) -> Tensor:
     tokens = [0] * len(s.bench.num_frames)
     for g in s.bench.plan:
         for b in g.videos:
-            tokens[b] = s.bench.num_frames[b] * (g.side // s.model.config.image_pool_size) ** 2
+            tokens[b] = s.bench.num_frames[b] * s.model.bridge.image_grid.tokens_side(g) ** 2
     return batches.pad_rows(list(rows.split(tokens)))
 
 
@@ -121,12 +132,27 @@ def stream(s: Site) -> Tensor:
     return s.layer.update_stream(x, s.layer.stream_keys_values(x)[1])
 
 
+def lm_head(s: Site) -> Tensor:
+    tap = Trace()
+    s.model.decoder.logits(s["final.norm"], tap)
+    return tap.tensors()["lm_head"]
+
+
+def loss_logits(s: Site) -> Tensor:
+    row_N, position_N = s["loss.kept"].unbind(1)
+    return s.model.decoder.logits(s["final.norm"][row_N, position_N])
+
+
 def per_token(s: Site) -> Tensor:
+    if s.bench.holds("loss.logits"):
+        return loss.cross_entropy(s["loss.logits"], s["loss.labels"])
     labels_BT = s["text.labels"]
     return loss.per_token(s["logits"].reshape(*labels_BT.shape, -1), labels_BT)
 
 
 def mean_loss(s: Site) -> Tensor:
     named = s.bench.case.info.get("loss_thresholds", {"none": None})
-    value = loss.mean_above(s["loss.per_token"], s["text.labels"], named[s.places["n"]])
+    losses, threshold = s["loss.per_token"], named[s.places["n"]]
+    labelled = s.bench.holds("loss.labels")
+    value = loss.mean_of(losses, threshold) if labelled else loss.mean_above(losses, s["text.labels"], threshold)
     return value.reshape(s.bench.golden(s.id("loss.{n}")).shape)

@@ -4,34 +4,54 @@ from __future__ import annotations
 
 from stageparity.code import code, part
 from stageparity.stage import Stage, Ties
-from vidi.parity.stages.code import ALONE, DECODER, TEXT, decoder, layer, mask, norm
+from vidi.parity.stages.code import ALONE, DECODER, PARTS, TEXT, decoder, layer, mask, norm
 from vidi.parity.stages.visual import rounded
 
 __all__ = ["STAGES"]
 
 generate, loss = code("vidi.generate"), code("vidi.loss")
+LOSSES = code("vidi.model.VidiModel.losses")
 TIES = Ties("{n}.nocache.logits", "{n}.tokens", "{n}.lengths")
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "final.norm", "final GemmaNorm", "§8", "B T D",
+        "final.norm", "final norm of the decoder", "§8", "B T D",
         inputs=("{last}",), run=lambda s: s.model.decoder.norm(s["{last}"]), wiring=(DECODER["norm"],),
         code=(norm, part("decoder.norm")), rounded=rounded.final_norm,
     ),
     Stage(
-        "logits", "tied head, softcap", "§8", "B T U", rows=None,
-        inputs=("final.norm",), run=lambda s: s.model.decoder.logits(s["final.norm"]), wiring=(TEXT["logits"],),
-        code=(decoder.logits, code("vidi.decoder.decoder.softcap")), rounded=rounded.logits,
+        "lm_head", "7B: what the head gives, before it is float32", "§8", "B T U", rows=None, when=("head",),
+        inputs=("final.norm",), run=ALONE.lm_head, wiring=(TEXT["logits"],),
+        code=(decoder.logits, part("decoder.head")), rounded=rounded.raw_logits,
     ),
     Stage(
-        "loss.per_token", "cross-entropy of each position", "§8", rows=(0,), when=("loss",),
-        inputs=("logits", "text.labels"), run=ALONE.per_token,
-        code=(loss.per_token, loss.shift), rounded=rounded.per_token,
+        "logits", "9B: tied head, softcap; 7B: float32", "§8", "B T U", rows=None,
+        inputs=("final.norm", "lm_head"), run=lambda s: s.model.decoder.logits(s["final.norm"]), wiring=(TEXT["logits"],),
+        code=(decoder.logits, part("decoder.head"), PARTS._wide, code("vidi.decoder.decoder.softcap")), rounded=rounded.logits,
+    ),
+    Stage(
+        "loss.kept", "7B: row and position of each labelled place", "§8", exact=True, when=("loss", "head"),
+        inputs=("text.labels",), run=lambda s: loss.labelled(s["text.labels"])[0], code=(loss.labelled, loss.shift),
+    ),
+    Stage(
+        "loss.labels", "7B: what stands there", "§8", exact=True, when=("loss", "head"),
+        inputs=("text.labels",), run=lambda s: loss.labelled(s["text.labels"])[1], code=(loss.labelled, loss.shift),
+    ),
+    Stage(
+        "loss.logits", "7B: logits there, float32", "§8", "· U", rows=(0,), when=("loss", "head"),
+        inputs=("final.norm", "loss.kept"), run=ALONE.loss_logits, wiring=(LOSSES["logits"],),
+        code=(decoder.logits, part("decoder.head"), PARTS._wide, code("vidi.decoder.decoder.softcap")),
+        rounded=rounded.loss_logits,
+    ),
+    Stage(
+        "loss.per_token", "cross-entropy of each position; 7B: of each labelled one", "§8", rows=(0,), when=("loss",),
+        inputs=("logits", "text.labels", "loss.logits", "loss.labels"), run=ALONE.per_token,
+        code=(loss.per_token, loss.cross_entropy, loss.shift), rounded=rounded.per_token,
     ),
     Stage(
         "loss.{n}", "mean above the cut", "§8", rows=(0,), when=("loss",),
         inputs=("loss.per_token", "text.labels"), run=ALONE.mean_loss,
-        code=(loss.mean_above, loss.shift),
+        code=(loss.mean_above, loss.mean_of, loss.shift),
     ),
     Stage("grad.{n}", "gradient of a loss for a parameter", "§8", rows=(0,), least=2, when=("loss",), own_chain=True),
     Stage(
@@ -47,6 +67,10 @@ STAGES: tuple[Stage, ...] = (
         ),
     ),
     Stage("{n}.prompt_ids", "what decoding starts from", "§2", exact=True, own_chain=True, when=("decoding",)),
+    Stage(
+        "{n}.greedy_nocache.tokens", "7B: what greedy decoding says, by whole passes", "§2", exact=True, own_chain=True,
+        inputs=("logits",), code=(generate.greedy["tokens"],), when=("decoding",),
+    ),
     Stage(
         "{n}.tokens", "what greedy decoding says", "§2", exact=True, own_chain=True, inputs=("logits",), ties=TIES,
         code=(generate.greedy["tokens"],), when=("decoding",),

@@ -14,6 +14,7 @@ from vidi.parity.stages.code import (
     DECODER,
     KEYS_VALUES,
     LAYER,
+    PARTS,
     QUERIES,
     SELF,
     STREAM_KEYS,
@@ -30,14 +31,14 @@ from vidi.parity.stages.visual import rounded
 __all__ = ["STAGES"]
 
 FEED = (
-    layer.feed_forward, code("vidi.decoder.mlp"), norm,
+    layer.feed_forward, code("vidi.decoder.mlp"), norm, PARTS._sum_then_norm, PARTS._one_by_one,
     *(part(f"decoder.layers.{{i}}.{x}") for x in ("mlp", "post_attn_norm", "pre_ffn_norm", "post_ffn_norm")),
 )  # fmt: skip
 STREAM = (
     layer.update_stream, attention.attend_own_token, attention.output,
     code("vidi.decoder.attention.repeat_heads"), code("vidi.decoder.decoder.update_in_chunks"), *STREAM_KEYS, *FEED,
 )  # fmt: skip
-SCALED = (decoder.scaled, code("vidi.precision.sqrt_in"))
+SCALED = (decoder.scaled, PARTS._scaled, code("vidi.precision.sqrt_in"))
 QKV = tuple(f"xattn.{{i}}.{{m}}.{x}" for x in "qkv")
 HEADS: dict[str, Any] = {"rows": (0, 2), "heads": 1}  # (B, N, T, H)
 APART = ("modality", "taken")
@@ -54,7 +55,7 @@ def _unpadded(name: str, members: tuple[str, ...], what: str, **more: Any) -> St
 
 STAGES: tuple[Stage, ...] = (
     Stage(
-        "layer.{i=0}.input", "text · sqrt(D)", "§6", "B T D",
+        "layer.{i=0}.input", "text on its way in; 9B: times sqrt(D)", "§6", "B T D",
         inputs=("text.embeds",), run=lambda s: s.model.decoder.scaled(s["text.embeds"]), wiring=(DECODER["input"],),
         code=SCALED, rounded=partial(rounded.scaled, "text.embeds"),
     ),
@@ -63,19 +64,19 @@ STAGES: tuple[Stage, ...] = (
         inputs=("{before}",), wiring=(DECODER["input"],),
     ),
     Stage(
-        "layer.{i=0}.image_input", "visual stream · sqrt(D)", "§6", "B V D",
+        "layer.{i=0}.image_input", "visual stream on its way in; 9B: times sqrt(D)", "§6", "B V D",
         inputs=("vision.llm_norm",),
         run=lambda s: s.model.decoder.scaled(s["vision.llm_norm"]),
         when=("visual",), wiring=(CARRY["v"],), places={"m": "v"},
         code=SCALED, rounded=partial(rounded.scaled, "vision.llm_norm"),
     ),
     Stage(
-        "layer.{i=0}.audio_input", "audio stream · sqrt(D)", "§6", "B A D",
+        "layer.{i=0}.audio_input", "audio stream on its way in; 9B: times sqrt(D)", "§6", "B A D",
         inputs=("audio.llm_norm",), run=lambda s: s.model.decoder.scaled(s["audio.llm_norm"]),
         when=("audio",), wiring=(CARRY["a"],), code=SCALED, rounded=partial(rounded.scaled, "audio.llm_norm"), places={"m": "a"},
     ),
     Stage(
-        "layer.{i}.t2t", "causal self-attention, window on even layers", "§7", "B T D",
+        "layer.{i}.t2t", "causal self-attention; window on even layers, 7B: on all", "§7", "B T D",
         inputs=("layer.{i}.input", "rope.cos", "rope.sin", "text.mask"), wiring=(LAYER["t2t"],),
         run=lambda s: s.layer.text_to_text(s.layer.input_norm(s["layer.{i}.input"]), s.text),
         code=(

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from stageparity.stage import NotHeld
+from vidi.decoder.norm import PlainNorm
 from vidi.parity.bench import Site
 
 __all__ = [
-    "added", "attended", "embedded", "final_norm", "logits", "normed", "per_token", "scaled", "text_to_text", "turned",
+    "added", "attended", "embedded", "final_norm", "logits", "loss_logits", "normed", "per_token", "raw_logits", "scaled",
+    "text_to_text", "turned",
 ]  # fmt: skip
 
 Array = np.ndarray
@@ -40,7 +42,10 @@ def _bridge_norm(x: Array, weight: Array, to: Round) -> Array:
     return to(weight * to(_rms(x, 1e-5)))
 
 
-def _gemma_norm(x: Array, norm: Any, to: Round) -> Array:
+def _norm(x: Array, norm: Any, to: Round) -> Array:
+    """Of the decoder: Gemma's rounds once, Mistral's before the weight too."""
+    if isinstance(norm, PlainNorm):
+        return to(_np(norm.weight) * to(_rms(x, norm.eps)))
     return to(_rms(x, norm.eps) * (1 + _np(norm.weight)))
 
 
@@ -51,7 +56,8 @@ def _linear(x: Array, layer: Any, to: Round) -> Array:
 def _attend(q: Array, k: Array, v: Array, keep: Array, config: Any, to: Round) -> Array:
     """(B, T, N, H) each, heads repeated; keep (B, T, S): scores, softcap, softmax in float32, one rounding at the end."""
     scores = np.einsum("btnh,bsnh->bnts", q, k) * np.float32(config.scale)
-    scores = config.attn_softcap * np.tanh(scores / np.float32(config.attn_softcap))
+    if config.attn_softcap is not None:
+        scores = config.attn_softcap * np.tanh(scores / np.float32(config.attn_softcap))
     scores = np.where(keep[:, None], scores, -np.inf)
     top = scores.max(-1, keepdims=True)
     weights = np.exp(scores - np.where(np.isfinite(top), top, 0))
@@ -82,6 +88,8 @@ def _gelu(x: Array) -> Array:
 
 
 def scaled(template: str, s: Site, to: Round) -> Array:
+    if s.model.config.decoder.kind == "mistral":
+        return _np(s[template])
     root = to(np.sqrt(np.array(s.model.config.decoder.hidden_size, np.float64)))
     return to(_np(s[template]) * root)
 
@@ -114,7 +122,7 @@ def embedded(axis: str, s: Site, to: Round) -> Array:
 
 def text_to_text(s: Site, to: Round) -> Array:
     config, attention = s.model.config.decoder, s.layer.attention
-    n = _gemma_norm(_np(s["layer.{i}.input"]), s.layer.input_norm, to)
+    n = _norm(_np(s["layer.{i}.input"]), s.layer.input_norm, to)
     q, k, v = (
         _linear(n, p, to).reshape(*n.shape[:2], -1, config.head_dim) for p in (attention.q, attention.k, attention.v)
     )
@@ -136,16 +144,34 @@ def attended(s: Site, to: Round) -> Array:
     return _attend(q, k, v, keep, s.model.config.decoder, to)
 
 
+def _head(x: Array, s: Site, to: Round) -> Array:
+    decoder = s.model.decoder
+    return to(x @ _np(decoder.embed.weight if decoder.head is None else decoder.head.weight).T)
+
+
+def raw_logits(s: Site, to: Round) -> Array:
+    return _head(_np(s["final.norm"]), s, to)
+
+
 def logits(s: Site, to: Round) -> Array:
-    cap = np.float32(s.model.config.decoder.final_softcap)
-    x = to(_np(s["final.norm"]) @ _np(s.model.decoder.embed.weight).T)
-    return to(cap * to(np.tanh(to(x / cap))))
+    x, cap = raw_logits(s, to), s.model.config.decoder.final_softcap
+    return x if cap is None else to(np.float32(cap) * to(np.tanh(to(x / np.float32(cap)))))
+
+
+def loss_logits(s: Site, to: Round) -> Array:
+    row_N, position_N = s["loss.kept"].numpy().T
+    return _head(_np(s["final.norm"])[row_N, position_N], s, to)
 
 
 def per_token(s: Site, to: Round) -> Array:
+    if s.bench.holds("loss.logits"):
+        return _cross_entropy(_np(s["loss.logits"]), s["loss.labels"].numpy())
     labels = s["text.labels"].numpy()
     shifted = np.concatenate((labels[:, 1:], np.full_like(labels[:, :1], -100)), 1).reshape(-1)
-    logits = _np(s["logits"]).reshape(len(shifted), -1)
+    return _cross_entropy(_np(s["logits"]).reshape(len(shifted), -1), shifted)
+
+
+def _cross_entropy(logits: Array, shifted: Array) -> Array:
     top = logits.max(-1, keepdims=True)
     log_sum = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
     picked = logits[np.arange(len(shifted)), np.where(shifted == -100, 0, shifted)]
@@ -158,4 +184,4 @@ def turned(function: str, s: Site, to: Round) -> Array:
 
 
 def final_norm(s: Site, to: Round) -> Array:
-    return _gemma_norm(_np(s["{last}"]), s.model.decoder.norm, to)
+    return _norm(_np(s["{last}"]), s.model.decoder.norm, to)

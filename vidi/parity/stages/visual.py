@@ -10,11 +10,12 @@ from vidi.parity.stages.code import ALONE, PACK, RMS, TOWER, VISUAL, position, p
 
 __all__ = ["PURE", "STAGES"]
 
-fold, mask, visual = (code(f"vidi.bridge.{name}") for name in ("fold", "mask", "visual"))
+conv_pool, fold, mask = (code(f"vidi.bridge.{name}") for name in ("conv_pool", "fold", "mask"))
 batches, pixels = code("vidi.inputs.batch"), code("vidi.inputs.pixels")
 rounded = code("vidi.parity.stages.rounded")
 
 VIDEO = ("visual",)
+FOLD, CONV = (*VIDEO, "fold"), (*VIDEO, "conv")  # how a model makes tokens of patches
 TOKENS = (0, 1, 2)  # rows of (F, h, w, D)
 PATCHES = (0, 2, 3)  # rows of (F, C, h, w)
 PURE = frozenset({"no-float32-step"})
@@ -35,26 +36,42 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "vision.pad", "patch grid padded to even, right and below", "§3.2", "F C S S",
-        rows=PATCHES, inputs=("vision.tower",), when=VIDEO, tags=PURE, wiring=(VISUAL["pad"],),
+        rows=PATCHES, inputs=("vision.tower",), when=FOLD, tags=PURE, wiring=(VISUAL["pad"],),
         run=lambda s: fold.pad(s["vision.tower"], s.model.config.image_pool_size),
         code=(fold.pad,),
     ),
     Stage(
         "vision.resize{g}", "bilinear, when the token budget acts", "§3.3", "F C s s",
-        rows=PATCHES, inputs=("vision.pad",), when=("visual", "resize"), tags=PURE, wiring=(VISUAL["resize"],),
+        rows=PATCHES, inputs=("vision.pad",), when=(*FOLD, "resize"), tags=PURE, wiring=(VISUAL["resize"],),
         run=lambda s: fold.resize(s["vision.pad"][s.frames], s.group.side),
-        code=(fold.resize, fold.resized_side, visual.groups),
+        code=(fold.resize, fold.resized_side, fold.groups),
     ),
     Stage(
         "vision.space_to_depth{g}", "2×2 patches into channels", "§3.4", "F 4C h w",
-        rows=PATCHES, inputs=("vision.pad", "vision.resize{g}"), when=VIDEO, tags=PURE, wiring=(VISUAL["space_to_depth"],),
+        rows=PATCHES, inputs=("vision.pad", "vision.resize{g}"), when=FOLD, tags=PURE, wiring=(VISUAL["space_to_depth"],),
         run=ALONE.space_to_depth,
         code=(fold.space_to_depth,),
     ),
     Stage(
+        "vision.conv", "7B: convolution over the patch grid, stride 1", "§3.2", "F C · ·",
+        rows=PATCHES, inputs=("vision.tower",), when=CONV, tags=PURE, wiring=(conv_pool.ConvPool.forward["conv"],),
+        run=ALONE.conv,
+        code=(conv_pool.square, part("bridge.image_grid.conv")),
+    ),
+    Stage(
+        "vision.pool", "7B: bilinear samples of it, corner to corner", "§3.3", "F C h w",
+        rows=PATCHES, inputs=("vision.conv",), when=CONV, tags=PURE, wiring=(conv_pool.ConvPool.forward["pool"],),
+        run=lambda s: s.model.bridge.image_grid.sample(s.model.bridge.image_grid.sampled(s["vision.conv"])),
+        code=(
+            conv_pool.corner_rows, conv_pool.ConvPool.sample, conv_pool.ConvPool.sampled,
+            part("bridge.image_grid.rows"), part("bridge.image_grid.weights_NS"),
+        ),
+    ),
+    Stage(
         "vision.projector{g}", "Linear, GELU (erf), Linear", "§3.5", "F h w D",
-        rows=TOKENS, inputs=("vision.space_to_depth{g}",), when=VIDEO, tags=PURE, wiring=(VISUAL["projector"],),
-        run=lambda s: s.model.bridge.image_projector(s["vision.space_to_depth{g}"].permute(0, 2, 3, 1)),
+        rows=TOKENS, inputs=("vision.space_to_depth{g}", "vision.pool"), when=VIDEO, tags=PURE,
+        wiring=(VISUAL["projector"], conv_pool.ConvPool.forward["projector"]),
+        run=ALONE.image_projector,
         code=(code("vidi.bridge.projector"), part("bridge.image_projector")),
     ),
     Stage(

@@ -1,0 +1,156 @@
+"""The question as Vidi 7B takes it (its spec §2): another text, the checkpoint's own chat template, other tokens around it.
+
+The video's length stands in the question, so the ids are known only when the file is open. Each side of the placeholder is
+tokenised with special tokens, and the second side's bos dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from vidi.config import VidiConfig
+from vidi.inputs.prompt import PLACEHOLDER_WORD, PromptError, load_tokenizer
+
+__all__ = ["Chat", "load", "tiny_files", "user_text"]
+
+CONFIG_NAME, TEMPLATE_NAME = "tokenizer_config.json", "chat_template.jinja"
+MAX_BYTES = 16 << 20
+_QUESTION = (
+    "Given the frames from a video, answer the time range in percentage that corresponds to query text split by comma. "
+    "Video length is: {duration_sec:.2f} and text query is: {query}."
+)
+
+
+def user_text(query: str, duration_sec: float) -> str:
+    """The user's message; one trailing "." of ``query`` removed. Raises PromptError where no word is left."""
+    query = query.removesuffix(".")
+    if not query.strip():
+        raise PromptError(f"the query {query!r} is empty; say what to look for, such as 'a red car'")
+    return f"{PLACEHOLDER_WORD}\n" + _QUESTION.format(duration_sec=duration_sec, query=query)
+
+
+class Chat:
+    """A tokenizer with the chat template that its checkpoint brings."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, bos: str, eos: str) -> None:
+        """Raises PromptError for a template that is none."""
+        self.tokenizer, self.bos, self.eos = tokenizer, bos, eos
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _refuse
+        try:
+            self._template = environment.from_string(template)
+        except jinja2.TemplateError as error:
+            raise PromptError(f"the chat template cannot be read: {error}") from None
+
+    def ids(self, query: str, duration_sec: float, config: VidiConfig) -> list[int]:
+        """bos, the text before the placeholder, the placeholder's id, the text after it. Raises PromptError for a query that
+        is empty or steers the model, and for a template that loses the placeholder."""
+        special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+        if found := sorted(word for word in {PLACEHOLDER_WORD, *special} if word in query):
+            raise PromptError(
+                f"the query holds {', '.join(found)}, which steers the model; write it without these marks"
+            )
+        text = self.render(user_text(query, duration_sec))
+        sides = text.replace(self.bos, "").split(PLACEHOLDER_WORD)
+        if len(sides) != 2:
+            raise PromptError(
+                f"the chat template gives {PLACEHOLDER_WORD} {len(sides) - 1} times, not once: {text!r:.200}"
+            )
+        before, after = (self.tokenizer.encode(side).ids for side in sides)
+        if before[:1] != [config.bos_id]:
+            raise PromptError(f"the tokenizer puts no {self.bos} ({config.bos_id}) in front; use the checkpoint's own")
+        return [*before, config.image_placeholder, *after[after[:1] == [config.bos_id] :]]
+
+    def render(self, user: str) -> str:
+        turn = [{"role": "user", "content": user}]
+        try:
+            return self._template.render(
+                messages=turn, add_generation_prompt=False, bos_token=self.bos, eos_token=self.eos
+            )
+        except jinja2.TemplateError as error:
+            raise PromptError(f"the chat template refuses one user turn: {error}") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens).strip()
+
+    def get_vocab_size(self, with_added_tokens: bool = True) -> int:
+        return self.tokenizer.get_vocab_size(with_added_tokens=with_added_tokens)
+
+
+def _refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def load(folder: str | Path, config: VidiConfig) -> Chat:
+    """Tokenizer and chat template of a checkpoint folder, checked against ``config``. Raises PromptError naming the file."""
+    folder = Path(folder)
+    tokenizer, file = load_tokenizer(folder), folder / CONFIG_NAME
+    said = _json(file)
+    template = said.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    if template is None and (folder / TEMPLATE_NAME).is_file():
+        template = _text(folder / TEMPLATE_NAME)
+    words = {name: _word(said.get(f"{name}_token")) for name in ("bos", "eos")}
+    if not isinstance(template, str) or None in words.values():
+        raise PromptError(f"{file}: chat_template, bos_token and eos_token are needed; copy the checkpoint's own")
+    wanted = {"bos": config.bos_id, "eos": config.end_of_turn_id}
+    found = {name: tokenizer.token_to_id(str(words[name])) for name in wanted}
+    wrong = [f"{words[n]} is {found[n]}, not {token}" for n, token in wanted.items() if found[n] != token]
+    if (size := tokenizer.get_vocab_size(with_added_tokens=True)) > config.decoder.vocab_size:
+        wrong.append(f"{size} tokens, but the checkpoint embeds {config.decoder.vocab_size}")
+    if wrong:
+        raise PromptError(
+            f"{file}: tokenizer and config.json do not match: {'; '.join(wrong)}; use the checkpoint's own"
+        )
+    return Chat(tokenizer, template, str(words["bos"]), str(words["eos"]))
+
+
+def _word(token: Any) -> str | None:
+    """A special token, as a string or as the object that Hugging Face writes."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
+def _text(file: Path) -> str:
+    try:
+        if file.stat().st_size > MAX_BYTES:
+            raise PromptError(f"{file}: more than {MAX_BYTES:,} bytes; that is no tokenizer's configuration")
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{file}: cannot be read ({error}); the checkpoint's chat template stands there") from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        said = json.loads(_text(file))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise PromptError(f"{file}: not readable as JSON ({error}); copy it again") from None
+    if not isinstance(said, dict):
+        raise PromptError(f"{file}: a JSON object is expected, found {type(said).__name__}")
+    return said
+
+
+_TINY_SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2, "[INST]": 3, "[/INST]": 4}
+
+
+def tiny_files(vocab_size: int = 512) -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json of the tiny checkpoint: bytes from id 5 on, the template of Mistral v0.3."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = dict(_TINY_SPECIAL) | {char: len(_TINY_SPECIAL) + n for n, char in enumerate(alphabet)}
+    vocab |= {f"<unused{token}>": token for token in range(len(vocab), vocab_size)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _TINY_SPECIAL])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }}[/INST]{% endfor %}"
+    said = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
+    return {"tokenizer.json": tokenizer.to_str(pretty=True), CONFIG_NAME: json.dumps(said, indent=1) + "\n"}
