@@ -1,7 +1,7 @@
 """The question as Vidi 7B takes it (its spec §2): another text, the checkpoint's own chat template, other tokens around it.
 
 The video's length stands in the question, so the ids are known only when the file is open. Each side of the placeholder is
-tokenised with special tokens, and the second side's bos dropped.
+tokenised alone, and one bos stands in front.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from stageparity import strict
 from vidi.config import VidiConfig
-from vidi.inputs.prompt import PLACEHOLDER_WORD, PromptError, load_tokenizer
+from vidi.inputs.prompt import PLACEHOLDER_WORD, PromptError, library, load_tokenizer
 
 __all__ = ["Chat", "load", "tiny_files", "user_text"]
 
@@ -63,10 +64,9 @@ class Chat:
             raise PromptError(
                 f"the chat template gives {PLACEHOLDER_WORD} {len(sides) - 1} times, not once: {text!r:.200}"
             )
-        before, after = (self.tokenizer.encode(side).ids for side in sides)
-        if before[:1] != [config.bos_id]:
-            raise PromptError(f"the tokenizer puts no {self.bos} ({config.bos_id}) in front; use the checkpoint's own")
-        return [*before, config.image_placeholder, *after[after[:1] == [config.bos_id] :]]
+        with library("the question cannot be tokenised"):
+            before, after = (self.tokenizer.encode(side, add_special_tokens=False).ids for side in sides)
+        return [config.bos_id, *before, config.image_placeholder, *after]
 
     def render(self, user: str) -> str:
         turn = [{"role": "user", "content": user}]
@@ -74,8 +74,8 @@ class Chat:
             return self._template.render(
                 messages=turn, add_generation_prompt=False, bos_token=self.bos, eos_token=self.eos
             )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the chat template refuses one user turn: {error}") from None
+        except Exception as error:  # a template computes: it may divide by zero, or add a text to a number
+            raise PromptError(f"the chat template refuses one user turn: {strict.reason(error)}") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens).strip()
@@ -121,18 +121,21 @@ def _word(token: Any) -> str | None:
 
 def _text(file: Path) -> str:
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise PromptError(f"{file}: more than {MAX_BYTES:,} bytes; that is no tokenizer's configuration")
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{file}: cannot be read ({error}); the checkpoint's chat template stands there") from None
+        return strict.read_bytes(file, limit=MAX_BYTES, hub_cache=True).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file}: not readable as text ({strict.reason(error)}); copy it again") from None
+    except strict.Refused as error:
+        raise PromptError(f"{error}; the checkpoint's chat template stands there") from None
 
 
 def _json(file: Path) -> dict[str, Any]:
+    # Not the strict reader: what is written by default as the longest text, 10^30, is no number for that.
     try:
         said = json.loads(_text(file))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise PromptError(f"{file}: not readable as JSON ({error}); copy it again") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PromptError):
+            raise
+        raise PromptError(f"{file}: not readable as JSON ({strict.reason(error)}); copy it again") from None
     if not isinstance(said, dict):
         raise PromptError(f"{file}: a JSON object is expected, found {type(said).__name__}")
     return said
