@@ -16,15 +16,15 @@ written into the code in place of being read from the configuration shows there.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 __all__ = [
-    "POS_FREQ", "TOWERS", "Checkpoint", "Recipe", "absent", "cases", "config", "frames", "gaussianish", "ids_of", "mel",
-    "noise", "odd_config", "pos_freq", "put_bridge", "put_mlp", "put_towers", "text_of", "weights", "words",
+    "POS_FREQ", "Checkpoint", "Recipe", "absent", "cases", "config", "frames", "gaussianish", "ids_of", "mel", "noise",
+    "odd_config", "pos_freq", "put_audio", "put_vision", "text_of", "weights", "words",
 ]  # fmt: skip
 
 # torch.exp(torch.arange(0, 24, 2, float32) · (-ln 10000 / 24)) on a CPU, as bits: the table w of spec §5 for width 24
@@ -107,30 +107,6 @@ def config(**changes: Any) -> dict[str, Any]:
     return copy.deepcopy(_CONFIG) | changes
 
 
-TOWERS: dict[str, Any] = {
-    "vision_config": {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 8,
-        "intermediate_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "num_channels": 3,
-        "patch_size": 2,
-        "image_size": 22,
-        "layer_norm_eps": 1e-06,
-        "hidden_act": "gelu_pytorch_tanh",
-    },
-    "audio_config": {
-        "model_type": "whisper",
-        "d_model": 8,
-        "encoder_layers": 2,
-        "encoder_attention_heads": 2,
-        "encoder_ffn_dim": 16,
-        "num_mel_bins": 4,
-        "max_source_positions": 20,
-        "activation_function": "gelu",
-    },
-}
 _CONFIG: dict[str, Any] = {
     "model_type": "dattn_gemma2",
     "vocab_size": 112,
@@ -163,7 +139,28 @@ _CONFIG: dict[str, Any] = {
     # 3 frames of 12² just fit (3·144 = 108·2²): "more than the budget" is strict
     "visual_token_budget": 108,
     "budget_scope": "batch",
-    **TOWERS,
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "patch_size": 2,
+        "image_size": 22,
+        "layer_norm_eps": 1e-06,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    "audio_config": {
+        "model_type": "whisper",
+        "d_model": 8,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 16,
+        "num_mel_bins": 4,
+        "max_source_positions": 20,
+        "activation_function": "gelu",
+    },
 }
 
 
@@ -254,102 +251,89 @@ class Checkpoint:
 def weights(raw: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
     """The small checkpoint of a config, float32, official names (lm_head is tied and absent, as in saved files)."""
     raw = config() if raw is None else raw
-    made, width = Checkpoint(), raw["hidden_size"]
-    put_towers(made, raw)
-    made.put("model.mm_rand_aud_pool.weight", (width, raw["audio_config"]["d_model"], raw["mm_audio_pool_size"]), -3)
-    put_bridge(made, raw, visual=4 * raw["vision_config"]["hidden_size"], audio=width)
-    _put_decoder(made, raw)
+    made = Checkpoint()
+    put, linear, norm = made.put, made.linear, made.norm
+    width = raw["hidden_size"]
+    put_vision(raw["vision_config"], put, linear, norm)
+    put_audio(raw["audio_config"], put, linear, norm)
+    linear("model.mm_rand_img_projector.model.0", width, 4 * raw["vision_config"]["hidden_size"])
+    linear("model.mm_rand_img_projector.model.2", width, width)
+    put("model.mm_rand_img_norm.weight", (width,), -3, around=1.0)
+    put("model.mm_rand_aud_pool.weight", (width, raw["audio_config"]["d_model"], raw["mm_audio_pool_size"]), -3)
+    linear("model.mm_rand_aud_projector.model.0", width, width)
+    linear("model.mm_rand_aud_projector.model.2", width, width)
+    put("model.mm_rand_aud_norm.weight", (width,), -3, around=1.0)
+    put("model.mm_rand_llm_norm.weight", (width,), -5, around=0.25)
+    for axis in "hwt":
+        linear(f"model.mm_rand_pos_{axis}.mlp.0", width, width)
+        linear(f"model.mm_rand_pos_{axis}.mlp.2", width, width)
+    _put_decoder(raw, put, linear)
     return made.tensors
 
 
-def put_towers(made: Checkpoint, raw: Mapping[str, Any]) -> None:
-    """SigLIP and Whisper of a config's sizes."""
-    _put_vision(made, raw["vision_config"])
-    _put_audio(made, raw["audio_config"])
-
-
-def put_bridge(made: Checkpoint, raw: Mapping[str, Any], visual: int, audio: int) -> None:
-    """Projectors from the given widths, norms, position MLPs."""
-    width = raw["hidden_size"]
-    for kind, inner in (("img", visual), ("aud", audio)):
-        made.linear(f"model.mm_rand_{kind}_projector.model.0", width, inner)
-        made.linear(f"model.mm_rand_{kind}_projector.model.2", width, width)
-        made.put(f"model.mm_rand_{kind}_norm.weight", (width,), -3, around=1.0)
-    made.put("model.mm_rand_llm_norm.weight", (width,), -5, around=0.25)
-    for axis in "hwt":
-        made.linear(f"model.mm_rand_pos_{axis}.mlp.0", width, width)
-        made.linear(f"model.mm_rand_pos_{axis}.mlp.2", width, width)
-
-
-def _put_vision(made: Checkpoint, raw: Mapping[str, Any]) -> None:
+def put_vision(raw: Mapping[str, Any], put: Callable, linear: Callable, norm: Callable) -> None:
     root, width, inner = "model.mm_vis.vision_model.", raw["hidden_size"], raw["intermediate_size"]
     patch, side = raw["patch_size"], raw["image_size"] // raw["patch_size"]
-    made.put(root + "embeddings.patch_embedding.weight", (width, 3, patch, patch), -1)
-    made.put(root + "embeddings.patch_embedding.bias", (width,), -3)
-    made.put(root + "embeddings.position_embedding.weight", (side**2, width), -1)
+    put(root + "embeddings.patch_embedding.weight", (width, 3, patch, patch), -1)
+    put(root + "embeddings.patch_embedding.bias", (width,), -3)
+    put(root + "embeddings.position_embedding.weight", (side**2, width), -1)
     for i in range(raw["num_hidden_layers"]):
         layer = f"{root}encoder.layers.{i}."
         for part in ("q_proj", "k_proj"):
-            made.linear(f"{layer}self_attn.{part}", width, width, log2_gain=1)
+            linear(f"{layer}self_attn.{part}", width, width, log2_gain=1)
         for part in ("v_proj", "out_proj"):
-            made.linear(f"{layer}self_attn.{part}", width, width)
-        made.norm(layer + "layer_norm1", width)
-        made.norm(layer + "layer_norm2", width)
-        made.linear(layer + "mlp.fc1", inner, width)
-        made.linear(layer + "mlp.fc2", width, inner)
-    made.norm(root + "post_layernorm", width)
-    made.put(root + "head.probe", (1, 1, width), 0)
-    made.put(root + "head.attention.in_proj_weight", (3 * width, width), -2)
-    made.put(root + "head.attention.in_proj_bias", (3 * width,), -3)
-    made.linear(root + "head.attention.out_proj", width, width)
-    made.norm(root + "head.layernorm", width)
-    made.linear(root + "head.mlp.fc1", inner, width)
-    made.linear(root + "head.mlp.fc2", width, inner)
+            linear(f"{layer}self_attn.{part}", width, width)
+        norm(layer + "layer_norm1", width)
+        norm(layer + "layer_norm2", width)
+        linear(layer + "mlp.fc1", inner, width)
+        linear(layer + "mlp.fc2", width, inner)
+    norm(root + "post_layernorm", width)
+    put(root + "head.probe", (1, 1, width), 0)
+    put(root + "head.attention.in_proj_weight", (3 * width, width), -2)
+    put(root + "head.attention.in_proj_bias", (3 * width,), -3)
+    linear(root + "head.attention.out_proj", width, width)
+    norm(root + "head.layernorm", width)
+    linear(root + "head.mlp.fc1", inner, width)
+    linear(root + "head.mlp.fc2", width, inner)
 
 
-def _put_audio(made: Checkpoint, raw: Mapping[str, Any]) -> None:
+def put_audio(raw: Mapping[str, Any], put: Callable, linear: Callable, norm: Callable) -> None:
     root, width, inner = "model.mm_aud.encoder.", raw["d_model"], raw["encoder_ffn_dim"]
-    made.put(root + "conv1.weight", (width, raw["num_mel_bins"], 3), -2)
-    made.put(root + "conv1.bias", (width,), -3)
-    made.put(root + "conv2.weight", (width, width, 3), -2)
-    made.put(root + "conv2.bias", (width,), -3)
-    made.put(root + "embed_positions.weight", (raw["max_source_positions"], width), -1)
+    put(root + "conv1.weight", (width, raw["num_mel_bins"], 3), -2)
+    put(root + "conv1.bias", (width,), -3)
+    put(root + "conv2.weight", (width, width, 3), -2)
+    put(root + "conv2.bias", (width,), -3)
+    put(root + "embed_positions.weight", (raw["max_source_positions"], width), -1)
     for i in range(raw["encoder_layers"]):
         layer = f"{root}layers.{i}."
-        made.linear(layer + "self_attn.k_proj", width, width, log2_gain=1, bias=False)
-        made.linear(layer + "self_attn.q_proj", width, width, log2_gain=1)
-        made.linear(layer + "self_attn.v_proj", width, width)
-        made.linear(layer + "self_attn.out_proj", width, width)
-        made.norm(layer + "self_attn_layer_norm", width)
-        made.linear(layer + "fc1", inner, width)
-        made.linear(layer + "fc2", width, inner)
-        made.norm(layer + "final_layer_norm", width)
-    made.norm(root + "layer_norm", width)
+        linear(layer + "self_attn.k_proj", width, width, log2_gain=1, bias=False)
+        linear(layer + "self_attn.q_proj", width, width, log2_gain=1)
+        linear(layer + "self_attn.v_proj", width, width)
+        linear(layer + "self_attn.out_proj", width, width)
+        norm(layer + "self_attn_layer_norm", width)
+        linear(layer + "fc1", inner, width)
+        linear(layer + "fc2", width, inner)
+        norm(layer + "final_layer_norm", width)
+    norm(root + "layer_norm", width)
 
 
-def _put_decoder(made: Checkpoint, raw: Mapping[str, Any]) -> None:
-    width, head_dim = raw["hidden_size"], raw["head_dim"]
+def _put_decoder(raw: Mapping[str, Any], put: Callable, linear: Callable) -> None:
+    width, inner, head_dim = raw["hidden_size"], raw["intermediate_size"], raw["head_dim"]
     query_width, key_width = raw["num_attention_heads"] * head_dim, raw["num_key_value_heads"] * head_dim
-    made.put("model.embed_tokens.weight", (raw["vocab_size"], width), -2)
+    put("model.embed_tokens.weight", (raw["vocab_size"], width), -2)
     for i in range(raw["num_hidden_layers"]):
         layer = f"model.layers.{i}."
-        made.linear(layer + "self_attn.q_proj", query_width, width, log2_gain=2, bias=False)
-        made.linear(layer + "self_attn.k_proj", key_width, width, log2_gain=1, bias=False)
-        made.linear(layer + "self_attn.v_proj", key_width, width, bias=False)
-        made.linear(layer + "self_attn.o_proj", width, query_width, bias=False)
-        put_mlp(made, raw, layer)
+        linear(layer + "self_attn.q_proj", query_width, width, log2_gain=2, bias=False)
+        linear(layer + "self_attn.k_proj", key_width, width, log2_gain=1, bias=False)
+        linear(layer + "self_attn.v_proj", key_width, width, bias=False)
+        linear(layer + "self_attn.o_proj", width, query_width, bias=False)
+        for part in ("gate_proj", "up_proj"):
+            linear(f"{layer}mlp.{part}", inner, width, bias=False)
+        linear(layer + "mlp.down_proj", width, inner, bias=False)
         for part in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-            made.put(f"{layer}{part}_layernorm.weight", (width,), -3)
+            put(f"{layer}{part}_layernorm.weight", (width,), -3)
     # large and of both signs: logits of order 30, and a tied head that does not just repeat the token it reads
-    made.put("model.norm.weight", (width,), 3)
-
-
-def put_mlp(made: Checkpoint, raw: Mapping[str, Any], layer: str) -> None:
-    """A decoder layer's feed-forward."""
-    width, inner = raw["hidden_size"], raw["intermediate_size"]
-    for part in ("gate_proj", "up_proj"):
-        made.linear(f"{layer}mlp.{part}", inner, width, bias=False)
-    made.linear(layer + "mlp.down_proj", width, inner, bias=False)
+    put("model.norm.weight", (width,), 3)
 
 
 def frames(stream: str, count: int, side: int = 22) -> np.ndarray:
@@ -462,8 +446,7 @@ def _holed() -> dict[str, np.ndarray]:
 
 
 def absent(bos: int = 2) -> dict[str, np.ndarray]:
-    """Three samples: all-zero mel, all-zero frames, audio shorter than a token."""
-    rows = [ids_of(name, count, at, bos) for name, count, at in (("quiet", 5, 1), ("dark", 7, 2), ("brief", 6, 3))]
+    """Frames or sound that are all zero, or too short for a token, a sample each."""
     return {
         "inputs.images_u8.0": frames("d", 1),
         "inputs.images.1": np.zeros((1, 3, 22, 22), np.float32),
@@ -472,7 +455,7 @@ def absent(bos: int = 2) -> dict[str, np.ndarray]:
         "inputs.audios.1": mel("d", 1),
         "inputs.audios.2": mel("e", 1),
         "inputs.audio_sizes": np.array([40, 31, 7], np.int64),
-    } | text_of(*rows)
+    } | text_of(ids_of("quiet", 5, 1, bos), ids_of("dark", 7, 2, bos), ids_of("brief", 6, 3, bos))
 
 
 def _training() -> dict[str, np.ndarray]:

@@ -20,23 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from .recipes import (
-    TOWERS,
-    Checkpoint,
-    Recipe,
-    absent,
-    frames,
-    ids_of,
-    mel,
-    noise,
-    pos_freq,
-    put_bridge,
-    put_mlp,
-    put_towers,
-    text_of,
-)
+from . import recipes
+from .recipes import Checkpoint, Recipe, absent, frames, ids_of, mel, noise, put_audio, put_vision, text_of
 
-__all__ = ["cases", "config", "pos_freq", "weights"]
+__all__ = ["cases", "config", "weights"]
+
+WIDTH, VOCABULARY = 24, 112
+TOWERS = {part: recipes.config()[part] for part in ("vision_config", "audio_config")}
 
 BOS, EOS = 1, 2
 
@@ -48,8 +38,8 @@ def config(**changes: Any) -> dict[str, Any]:
 
 _CONFIG: dict[str, Any] = {
     "model_type": "dattn_mistral",
-    "vocab_size": 112,
-    "hidden_size": 24,
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
     "intermediate_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
@@ -81,28 +71,39 @@ _CONFIG: dict[str, Any] = {
 
 
 def weights(raw: Mapping[str, Any] | None = None) -> dict[str, np.ndarray]:
-    """The small checkpoint of a config, float32, official names."""
-    raw = config() if raw is None else raw
-    made, width, vocabulary = Checkpoint(), raw["hidden_size"], raw["vocab_size"]
-    query_width, key_width = (raw["head_dim"] * raw[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
-    seen, heard = raw["vision_config"]["hidden_size"], raw["audio_config"]["d_model"]
-    put_towers(made, raw)
-    made.put("model.mm_rand_img_pool.conv.weight", (seen, seen, 4, 4), -3)
-    made.put("model.mm_rand_aud_pool.weight", (heard, heard, raw["mm_audio_pool_size"]), -3)
-    put_bridge(made, raw, visual=seen, audio=heard)
-    made.put("model.embed_tokens.weight", (vocabulary, width), 0)
-    for i in range(raw["num_hidden_layers"]):
+    """The small checkpoint, float32, official names; all cases share it."""
+    made = Checkpoint()
+    for part, put_tower in (("vision_config", put_vision), ("audio_config", put_audio)):
+        put_tower(TOWERS[part], made.put, made.linear, made.norm)
+    made.put("model.mm_rand_img_pool.conv.weight", (8, 8, 4, 4), -3)
+    made.put("model.mm_rand_aud_pool.weight", (8, 8, 4), -3)
+    _put_bridge(made)
+    made.put("model.embed_tokens.weight", (VOCABULARY, WIDTH), 0)
+    for i in range(3):
         layer = f"model.layers.{i}."
-        made.linear(layer + "self_attn.q_proj", query_width, width, log2_gain=1, bias=False)
-        made.linear(layer + "self_attn.k_proj", key_width, width, bias=False)
-        made.linear(layer + "self_attn.v_proj", key_width, width, bias=False)
-        made.linear(layer + "self_attn.o_proj", width, query_width, bias=False)
-        put_mlp(made, raw, layer)
+        made.linear(layer + "self_attn.q_proj", 48, WIDTH, log2_gain=1, bias=False)
+        made.linear(layer + "self_attn.k_proj", 24, WIDTH, bias=False)
+        made.linear(layer + "self_attn.v_proj", 24, WIDTH, bias=False)
+        made.linear(layer + "self_attn.o_proj", WIDTH, 48, bias=False)
+        for part in ("gate_proj", "up_proj"):
+            made.linear(f"{layer}mlp.{part}", 32, WIDTH, bias=False)
+        made.linear(layer + "mlp.down_proj", WIDTH, 32, bias=False)
         for part in ("input", "post_attention"):
-            made.put(f"{layer}{part}_layernorm.weight", (width,), -3, around=1.0)
-    made.put("model.norm.weight", (width,), -3, around=1.0)
-    made.put("lm_head.weight", (vocabulary, width), 0)
+            made.put(f"{layer}{part}_layernorm.weight", (WIDTH,), -3, around=1.0)
+    made.put("model.norm.weight", (WIDTH,), -3, around=1.0)
+    made.put("lm_head.weight", (VOCABULARY, WIDTH), 0)
     return made.tensors
+
+
+def _put_bridge(made: Checkpoint) -> None:
+    for kind in ("img", "aud"):
+        made.linear(f"model.mm_rand_{kind}_projector.model.0", WIDTH, 8)
+        made.linear(f"model.mm_rand_{kind}_projector.model.2", WIDTH, WIDTH)
+        made.put(f"model.mm_rand_{kind}_norm.weight", (WIDTH,), -3, around=1.0)
+    made.put("model.mm_rand_llm_norm.weight", (WIDTH,), -5, around=0.25)
+    for axis in "hwt":
+        made.linear(f"model.mm_rand_pos_{axis}.mlp.0", WIDTH, WIDTH)
+        made.linear(f"model.mm_rand_pos_{axis}.mlp.2", WIDTH, WIDTH)
 
 
 def _ids(stream: str, count: int, image_at: int | None) -> np.ndarray:

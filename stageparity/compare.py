@@ -230,7 +230,7 @@ def _compare_sampled(stage: str, candidate: np.ndarray, golden: Sampled, axes: A
     squares = 2 * total * golden.rms + size * one**2 + 1e-16 * size * float(golden.stats[1]) * golden.rms
     squares += 2 * bias * float(golden.stats[2])
     allowed = (total + slack, total + slack, squares, value, value)
-    for name, m, g, budget in zip(_STATS, stats_of(candidate), golden.stats, allowed, strict=True):
+    for name, m, g, budget in zip(_STATS, stats_of(x), golden.stats, allowed, strict=True):
         ratios.append(float(_ratio(abs(m - g), budget)))
         if ratios[-1] > 1:
             problems.append(f"{name} of the whole tensor is {m:.9g}, golden {g:.9g}, budget {budget:.3g}")

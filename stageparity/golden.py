@@ -92,5 +92,5 @@ def whole(array: np.ndarray, dtype: str | None = None) -> Whole:
 
 def stats_of(array: np.ndarray) -> np.ndarray:
     """sum, sum|x|, sum x², min, max in float64, as the recordings keep them."""
-    x = array.astype(np.float64)
+    x = array.astype(np.float64, copy=False)
     return np.array([x.sum(), np.abs(x).sum(), np.square(x).sum(), x.min(), x.max()])

@@ -26,9 +26,7 @@ from stageparity.store import Case, CaseRef, Targets
 from stageparity.subject import Bench, Subject, fed, reference_of, unfit
 from stageparity.tolerance import Tolerances
 
-__all__ = ["PASSES", "CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
-
-PASSES = ("alone", "forced", "chained")  #: in the order in which they convict
+__all__ = ["CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,16 @@ def goldens_dir(*places: str | Path) -> Path:
 
 
 def list_cases(folder: Path) -> list[CaseRef]:
-    """All cases of a golden folder, sorted by set and name; none where there is no such folder."""
+    """All cases of a golden folder, sorted by set and name; none where there is no such folder.
+
+    Raises GoldenError for a set that is a link out of the folder.
+    """
     if not folder.is_dir():
         return []
     sets = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    for path in sets[1:]:
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise GoldenError(f"{path} is a link to a place outside {folder}; refused: give that folder itself")
     return [
         CaseRef(at, path.stem) for at in sets for path in sorted(at.glob("*.json")) if path.with_suffix(".h5").exists()
     ]

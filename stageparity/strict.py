@@ -82,13 +82,16 @@ def locate(folder: str | Path, name: str, *, hub_cache: bool = False) -> Path | 
     return real
 
 
-def open_file(path: str | Path, *, limit: int | None = None, hub_cache: bool = False) -> BinaryIO:
-    """Open a regular file for reading, unbuffered; it must lie in the folder that ``path`` names.
+def open_file(
+    path: str | Path, *, limit: int | None = None, hub_cache: bool = False, inside: str | Path | None = None
+) -> BinaryIO:
+    """Open a regular file for reading, unbuffered; it must lie in the folder that ``path`` names, or in ``inside`` above that.
 
     limit: bytes. Raises Missing where there is none, Refused as `locate` does and for a larger file.
     """
     path = Path(path)
-    real = locate(path.parent, path.name, hub_cache=hub_cache)
+    root = Path(inside) if inside is not None else path.parent
+    real = locate(root, str(path.relative_to(root)), hub_cache=hub_cache)
     if real is None:
         raise Missing("no such file", file=path)
     try:
@@ -107,9 +110,9 @@ def open_file(path: str | Path, *, limit: int | None = None, hub_cache: bool = F
     return file
 
 
-def read_bytes(path: str | Path, *, limit: int, hub_cache: bool = False) -> bytes:
+def read_bytes(path: str | Path, *, limit: int, hub_cache: bool = False, inside: str | Path | None = None) -> bytes:
     """The whole file, at most ``limit`` bytes. Raises as `open_file` does."""
-    with open_file(path, limit=limit, hub_cache=hub_cache) as file:
+    with open_file(path, limit=limit, hub_cache=hub_cache, inside=inside) as file:
         parts, left = [], limit + 1  # the file may grow while it is read
         try:
             while left and (part := file.read(min(left, 1 << 20))):
@@ -132,10 +135,15 @@ def _check_regular(found: os.stat_result, path: Path) -> None:
 
 
 def read_json(
-    path: str | Path, *, limit: int = MAX_JSON_BYTES, hub_cache: bool = False, **bounds: int
+    path: str | Path,
+    *,
+    limit: int = MAX_JSON_BYTES,
+    hub_cache: bool = False,
+    inside: str | Path | None = None,
+    **bounds: int,
 ) -> dict[str, Any]:
-    """The JSON object in a file; bounds as in `parse_json`."""
-    value = parse_json(read_bytes(path, limit=limit, hub_cache=hub_cache), file=path, **bounds)
+    """The JSON object in a file, opened as by `open_file`; bounds as in `parse_json`."""
+    value = parse_json(read_bytes(path, limit=limit, hub_cache=hub_cache, inside=inside), file=path, **bounds)
     if not isinstance(value, dict):
         raise Refused(f"a JSON object is expected, found {type(value).__name__}", file=path)
     return value

@@ -152,7 +152,7 @@ def read_baselines(path: Path) -> dict[str, dict[str, dict[str, dict[str, dict[s
     (head: where a stage has heads), or 0 where none were measured. Raises ValueError naming what is not of this form.
     """
     try:
-        stored = strict.read_json(path)
+        stored = strict.read_json(path, inside=path.parents[1])
     except strict.Missing:
         stored = {}
     found: dict[str, Any] = {kind: {} for kind in KINDS}

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vidi.cli import guarded
+
 __all__ = ["Change", "compare", "main", "read"]
 
 RATIOS = ("to_floor", "to_plain")
@@ -77,19 +79,19 @@ def devices(figures: Figures) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is described above."""
+    return guarded(_run, arguments, name="compare_benchmarks.py")
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--slack", type=float, default=0.05, help="how much a ratio may grow: 0.05 is 5 %% (default)")
     parser.add_argument("--across-devices", action="store_true", help="compare runs of different devices all the same")
     options = parser.parse_args(arguments)
-    try:
-        before, after = read(options.before), read(options.after)
-        if devices(before) != devices(after) and not options.across_devices:
-            raise ValueError(f"measured on {devices(before)} and on {devices(after)}; --across-devices compares them")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    before, after = read(options.before), read(options.after)
+    if devices(before) != devices(after) and not options.across_devices:
+        raise ValueError(f"measured on {devices(before)} and on {devices(after)}; --across-devices compares them")
     changes = compare(before, after)
     print(f"{devices(before)} -> {devices(after)}; a ratio may grow by {options.slack:.0%}")
     print("\n".join(change.line(options.slack) for change in changes))
@@ -100,4 +102,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -15,6 +15,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from vidi.cli import guarded
+
 __all__ = ["main", "make"]
 
 WIDTH, HEIGHT, FPS, RATE_HZ = 160, 120, 10, 48000
@@ -52,6 +54,11 @@ def make(path: Path, seconds: float = 8.0) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return guarded(_run, arguments, name="demo_video.py")
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.mp4")
     parser.add_argument("--seconds", type=float, default=8.0)

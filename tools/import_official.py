@@ -33,6 +33,7 @@ from stageparity.golden import Golden, GoldenError, Sampled, Whole, stats_of, wh
 from stageparity.manifest import parse, set_sha256
 from stageparity.store import verify
 from stageparity.writer import NewCase, replaced, write_case, write_weights
+from vidi.cli import guarded
 from vidi.parity.goldens import position_table
 from vidi.parity.stages import STAGES
 
@@ -408,7 +409,11 @@ def _spread(rows: int, count: int) -> np.ndarray:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Command line; exits 0, or 1 with the reason on stderr."""
+    """Command line; exits 0, or 2 with the reason on stderr."""
+    return guarded(_run, arguments, name="import_official.py")
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", type=Path, nargs="?", help="folder of recordings")
     parser.add_argument("dst", type=Path, nargs="?", help="golden set to write")
@@ -418,28 +423,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reason", help="why, for the ledger; needed where DST lies beside a ledger.toml")
     parser.add_argument("--pos-freq", nargs="+", metavar=("GOLDENS", "WIDTH"), help="store pos.freq for widths")
     args = parser.parse_args(arguments)
-    try:
-        if args.pos_freq:
-            store_pos_freq(Path(args.pos_freq[0]), map(int, args.pos_freq[1:]))
-            return 0
-        if args.src is None or args.dst is None:
-            parser.error("SRC and DST are needed")
-        in_ledger = (args.dst.parent / "ledger.toml").exists()
-        if in_ledger and not args.reason:
-            raise GoldenError(f'{args.dst.parent} has a ledger: give --reason "..." for this import')
-        names = import_recordings(
-            *(args.src, args.dst),
-            full=args.full,
-            cases=args.case,
-            dtypes=args.dtype or DTYPES,
-            reason=args.reason if in_ledger else None,
-        )
-    except (GoldenError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if args.pos_freq:
+        store_pos_freq(Path(args.pos_freq[0]), map(int, args.pos_freq[1:]))
+        return 0
+    if args.src is None or args.dst is None:
+        parser.error("SRC and DST are needed")
+    in_ledger = (args.dst.parent / "ledger.toml").exists()
+    if in_ledger and not args.reason:
+        raise GoldenError(f'{args.dst.parent} has a ledger: give --reason "..." for this import')
+    names = import_recordings(
+        *(args.src, args.dst),
+        full=args.full,
+        cases=args.case,
+        dtypes=args.dtype or DTYPES,
+        reason=args.reason if in_ledger else None,
+    )
     print(f"{args.dst}: {', '.join(names)}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

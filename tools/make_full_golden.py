@@ -23,6 +23,7 @@ from stageparity.evidence import commit
 from stageparity.golden import Golden, GoldenError, Sketched, Whole
 from stageparity.manifest import set_sha256
 from stageparity.writer import NewCase, replaced, write_case
+from vidi.cli import guarded
 from vidi.config import VidiConfig
 from vidi.parity import full
 from vidi.parity.stages import STAGES
@@ -82,6 +83,10 @@ def _moved(old: Golden, new: Golden) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exits 0, or 2 for what is refused."""
+    return guarded(_run, arguments, name="make_full_golden.py")
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--goldens", type=Path, default=ROOT / "goldens")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
@@ -91,25 +96,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--reason", default="", help="why; needed for writing")
     args = parser.parse_args(arguments)
     folder = args.goldens / full.FOLDER
-    try:
-        if args.accept and ("pytest" in sys.modules or "PYTEST_CURRENT_TEST" in os.environ):
-            raise GoldenError("goldens are not written from within pytest: a test run must not turn itself green")
-        if args.accept and not args.reason.strip():
-            raise GoldenError('writing needs --reason "..."')
-        old = store.open_case(folder, full.CASE) if (folder / f"{full.CASE}.json").exists() else None
-        if args.restate and old is None:
-            raise GoldenError(f"{folder}: no case to restate")
-        if args.restate and old is not None:
-            new = restated(old, args.restate)
-        else:
-            new = full.make(getattr(VidiConfig, args.size)(), device=args.device, commit=commit(ROOT))
-        lines = changes(old, new)
-        print("\n".join(lines) or "nothing would change")
-        if args.accept and (lines or ledger.stale(args.goldens, full.FOLDER.as_posix(), set_sha256(folder))):
-            write(args.goldens, new, args.reason, lines)
-    except (GoldenError, OSError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
+    if args.accept and ("pytest" in sys.modules or "PYTEST_CURRENT_TEST" in os.environ):
+        raise GoldenError("goldens are not written from within pytest: a test run must not turn itself green")
+    if args.accept and not args.reason.strip():
+        raise GoldenError('writing needs --reason "..."')
+    old = store.open_case(folder, full.CASE) if (folder / f"{full.CASE}.json").exists() else None
+    if args.restate and old is None:
+        raise GoldenError(f"{folder}: no case to restate")
+    if args.restate and old is not None:
+        new = restated(old, args.restate)
+    else:
+        new = full.make(getattr(VidiConfig, args.size)(), device=args.device, commit=commit(ROOT))
+    lines = changes(old, new)
+    print("\n".join(lines) or "nothing would change")
+    if args.accept and (lines or ledger.stale(args.goldens, full.FOLDER.as_posix(), set_sha256(folder))):
+        write(args.goldens, new, args.reason, lines)
     return 0
 
 
@@ -126,4 +127,4 @@ def write(goldens: Path, new: NewCase, reason: str, lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

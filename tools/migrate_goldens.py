@@ -20,6 +20,7 @@ from stageparity.golden import GoldenError
 from stageparity.manifest import FORMAT, PARTS, parse, set_sha256
 from stageparity.store import Case, open_case
 from stageparity.writer import NewCase, replaced, write_case
+from vidi.cli import guarded
 
 __all__ = ["main", "migrate"]
 
@@ -68,21 +69,21 @@ def migrate(folder: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exits 0, or 2 for what is refused."""
+    return guarded(_run, arguments, name="migrate_goldens.py")
+
+
+def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="+", type=Path, metavar="SET", help="folder of CASE.json and CASE.h5 files")
     parser.add_argument("--accept", action="store_true", help="write")
     parser.add_argument("--ledger", type=Path, metavar="GOLDENS", help="golden folder whose ledger holds the sets")
     parser.add_argument("--reason", default="names of format 2; every content hash is what it was")
     args = parser.parse_args(arguments)
-    try:
-        for folder in args.sets:
-            old = [path.stem for path in sorted(folder.glob("*.json")) if parse(path, (FORMAT, OLD))["format"] == OLD]
-            print(f"{folder}: {', '.join(old) or 'no case'} of format {OLD}")
-            if args.accept and old:
-                _write(folder, args.ledger, args.reason)
-    except (GoldenError, OSError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
+    for folder in args.sets:
+        old = [path.stem for path in sorted(folder.glob("*.json")) if parse(path, (FORMAT, OLD))["format"] == OLD]
+        print(f"{folder}: {', '.join(old) or 'no case'} of format {OLD}")
+        if args.accept and old:
+            _write(folder, args.ledger, args.reason)
     return 0
 
 
@@ -97,4 +98,4 @@ def _write(folder: Path, goldens: Path | None, reason: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

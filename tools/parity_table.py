@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
+
 from stageparity import run as runs
 from stageparity import store, tolerance
+from vidi.cli import guarded
 from vidi.parity.goldens import goldens_dir
 from vidi.parity.stages import STAGES
 from vidi.parity.subject import VidiSubject
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return guarded(_run, arguments, name="parity_table.py")
+
+
+def _run(arguments: list[str]) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     goldens = goldens_dir()
     tolerances = tolerance.load(goldens, STAGES)
     print("| goldens | dtype | cases | stages | different | worst max\\|d\\| / rms | at |")
     print("|---|---|---|---|---|---|---|")
-    for name, dtypes in (("official", ("float32",)), ("small", ("float64", "float32", "bfloat16", "float16"))):
+    low = ("float32", "bfloat16", "float16")
+    sets = {
+        "official": low[:1],
+        "small": ("float64", *low),
+        "official-7b": low[::2],
+        "small-7b": ("float64", *low[::2]),
+    }
+    for name, dtypes in sets.items():
         refs = store.select(goldens, [name])
         for dtype in dtypes:
             run = runs.run(VidiSubject(dtype), refs, tolerances)
@@ -30,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from safetensors.numpy import load_file
@@ -29,6 +30,7 @@ from stageparity.store import list_cases, list_sets, verify
 from stageparity.writer import NewCase, locked, replaced, write_case, write_weights
 from tools import studies
 from tools.regen_plan import RECIPES, Change, plan
+from vidi.cli import guarded
 
 __all__ = ["check", "main"]
 
@@ -77,10 +79,9 @@ def _write(
             if change.what.startswith("gone: no recipe"):
                 for suffix in (".json", ".h5"):
                     (draft / f"{change.case}{suffix}").unlink()
-        source = RECIPES[name]
-        made = source.cases()
+        made = RECIPES[name].cases()
         for file, raw in {made[case].weights_file: made[case].config for case in cases}.items():
-            write_weights(draft, file, source.weights(raw))
+            write_weights(draft, file, RECIPES[name].weights(raw))
         for case in cases.values():
             write_case(draft, case)
         verify(draft)
@@ -96,6 +97,10 @@ def _refuse_where_unsafe() -> None:
 
 def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda point: None) -> int:
     """Command line. Exits 0; 1 when --check finds something; 2 for what is refused. at: see `writer.replaced`."""
+    return guarded(partial(_run, at=at), arguments, name="regen_goldens.py")
+
+
+def _run(arguments: list[str], at: Callable[[str], None]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--goldens", type=Path, default=ROOT / "goldens", help="golden folder (default: the repository's)"
@@ -109,37 +114,32 @@ def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda 
     parser.add_argument("--accept-tolerances", action="store_true", help="enter changed tolerances in the ledger")
     parser.add_argument("--reason", default="", help="why; needed for writing")
     args = parser.parse_args(arguments)
-    try:
-        if args.accept or args.accept_tolerances:
-            _refuse_where_unsafe()
-            if not args.reason.strip():
-                raise GoldenError('writing needs --reason "..."')
-        for name in args.case or ():
-            _refuse_recording(args.goldens, args.set, name)
-        if args.check:
-            problems = check(args.goldens)
-            print("\n".join(problems) or "goldens are as the oracle makes them, and the ledger covers them")
-            return 1 if problems else 0
-        if args.accept_tolerances:
-            _accept_tolerances(args.goldens, args.reason)
-            return 0
-        if args.candidate and len(args.case or ()) != 1:
-            raise GoldenError("--candidate holds the tensors of one case: name it with --case")
-        candidate = load_file(args.candidate) if args.candidate else None
-        folder = args.goldens / args.set
-        changes, cases = plan(folder, args.case, args.stage, candidate)
-        print("\n".join(change.line() for change in changes) or "nothing would change")
-        if args.accept:
-            missing = not changes and ledger.stale(args.goldens, args.set, set_sha256(folder))
-            if changes:
-                _write(args.goldens, args.set, changes, cases, args.reason, at)
-            elif missing:
-                with locked(args.goldens):
-                    atomic.collect(folder)  # what a writer left that was killed before its entry
-                    ledger.append(args.goldens, args.set, set_sha256(folder), args.reason)
-    except (GoldenError, OSError) as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 2
+    if args.accept or args.accept_tolerances:
+        _refuse_where_unsafe()
+        if not args.reason.strip():
+            raise GoldenError('writing needs --reason "..."')
+    for name in args.case or ():
+        _refuse_recording(args.goldens, args.set, name)
+    if args.check:
+        problems = check(args.goldens)
+        print("\n".join(problems) or "goldens are as the oracle makes them, and the ledger covers them")
+        return 1 if problems else 0
+    if args.accept_tolerances:
+        _accept_tolerances(args.goldens, args.reason)
+        return 0
+    if args.candidate and len(args.case or ()) != 1:
+        raise GoldenError("--candidate holds the tensors of one case: name it with --case")
+    candidate = load_file(args.candidate) if args.candidate else None
+    changes, cases = plan(args.goldens / args.set, args.case, args.stage, candidate)
+    print("\n".join(change.line() for change in changes) or "nothing would change")
+    if args.accept:
+        missing = not changes and ledger.stale(args.goldens, args.set, set_sha256(args.goldens / args.set))
+        if changes:
+            _write(args.goldens, args.set, changes, cases, args.reason, at)
+        elif missing:
+            with locked(args.goldens):
+                atomic.collect(args.goldens / args.set)  # what a writer left that was killed before its entry
+                ledger.append(args.goldens, args.set, set_sha256(args.goldens / args.set), args.reason)
     return 0
 
 
@@ -160,4 +160,4 @@ def _accept_tolerances(goldens: Path, reason: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

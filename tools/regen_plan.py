@@ -27,7 +27,7 @@ from vidi.parity.stages import STAGES
 __all__ = ["RECIPES", "Change", "oracle_case", "plan"]
 
 ROOT = Path(__file__).resolve().parents[1]
-# The sets made by the oracle, and the recipes of each: cases(), weights().
+# The sets made by the oracle, and the recipes of each: cases(), weights(config).
 RECIPES = {"small": recipes, "small-7b": recipes_7b}
 VARIANTS = {"none": "none", "cast": "official"}  # variant -> casts of the oracle
 CHANGED = 1e-10  # of rms

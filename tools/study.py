@@ -24,6 +24,7 @@ from stageparity.golden import GoldenError
 from stageparity.writer import locked
 from tools import studies
 from tools.studies import LEDGER, NAMES, ROOT, again, gpu, say, study
+from vidi.cli import guarded
 
 __all__ = ["main", "stale"]
 
@@ -32,12 +33,12 @@ LISTED = 40  # moves written out in one ledger entry
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
+    return guarded(_run, arguments, name="study.py")
+
+
+def _run(arguments: list[str]) -> int:
     args = _parser().parse_args(arguments)
-    try:
-        return _check(args) if args.study is None else _study(args)
-    except (GoldenError, ValueError, OSError, RuntimeError) as error:
-        say(f"refused: {error}")
-        return 2
+    return _check(args) if args.study is None else _study(args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -137,4 +138,4 @@ def _refuse_where_unsafe(part: str, reason: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

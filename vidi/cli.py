@@ -74,7 +74,9 @@ def guarded(
 
 def _run(given: list[str]) -> int:
     import argparse
+    import functools
     import importlib
+    import warnings
 
     from vidi import __version__
 
@@ -100,7 +102,17 @@ def _run(given: list[str]) -> int:
         if name in given[:1]:
             module(name).add_arguments(command)
     args = parser.parse_args(given)
-    return int(module(args.command).run(args))
+    with warnings.catch_warnings():
+        warnings.showwarning = functools.partial(_show, warnings.showwarning)
+        return int(module(args.command).run(args))
+
+
+def _show(others: Callable[..., None], message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """The model's own warnings are for whoever runs a command: one line, without the place in the code."""
+    if category.__module__.startswith("vidi."):
+        _say(f"warning: {message}")
+    else:
+        others(message, category, *where)
 
 
 def _verdict(error: BaseException) -> tuple[int, str]:

@@ -38,9 +38,9 @@ def _mistyped(part: Any) -> Iterator[str]:
     """What is no number where one is declared, or out of its range: counts are at least 1, real values above 0."""
     for entry in fields(part):
         value, declared = getattr(part, entry.name), str(entry.type)
-        least = -_LARGEST if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
         if value is None and "None" in declared:
             continue
+        least = -_LARGEST if entry.name in _MAY_BE_NEGATIVE else 0 if entry.name in _MAY_BE_ZERO else 1
         if declared.startswith("int") and not (type(value) is int and least <= value <= _LARGEST):
             yield f"{entry.name} = {_shown(value)} (a whole number from {least} to {_LARGEST:,})"
         real = type(value) in (int, float) and _SMALLEST_REAL <= value <= _LARGEST_REAL
@@ -122,12 +122,8 @@ class DecoderConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        needed = (
-            ("sliding_window", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
-            if self.kind == "gemma2"
-            else ()
-        )
-        if absent := [name for name in needed if getattr(self, name) is None]:
+        needed = ("sliding_window", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
+        if self.kind == "gemma2" and (absent := [name for name in needed if getattr(self, name) is None]):
             raise ConfigError(f"fields of the wrong type or range: {', '.join(f'{name} = None' for name in absent)}")
 
     def window(self, layer_idx: int) -> int | None:
@@ -274,10 +270,10 @@ class VidiConfig(_Checked):
     def to_official(self) -> dict[str, Any]:
         """The official fields, with the towers' sizes beside them where they are not the public models'."""
         known = official_7b.SEVEN if self.decoder.kind == "mistral" else official.NINE
-        raw: dict[str, Any] = {"architectures": [known.architecture]}
+        raw: dict[str, Any] = {"model_type": known.values["model_type"][0], "architectures": [known.architecture]}
         raw |= {name: getattr(self.decoder, ours) for name, ours in known.decoder.items()}
         raw |= {name: getattr(self, ours) for name, ours in known.bridge.items()}
-        raw |= {name: allowed[0] for name, allowed in known.values.items()}
+        raw |= {name: allowed[0] for name, allowed in known.values.items() if name != "model_type"}
         raw["torch_dtype"] = "bfloat16"
         if self.vision != VisionConfig():
             raw["vision_config"] = {name: getattr(self.vision, ours) for name, ours in official.VISION_FIELDS.items()}

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import nine, seven
-from .case import IMAGE_PLACEHOLDER, Sizes
+from .case import Sizes
+from .text import IMAGE_PLACEHOLDER
 
 __all__ = ["read"]
 

@@ -83,7 +83,7 @@ def forward(
     """Every stage tensor of one case under its recorded id.
 
     config: the official config.json as a dict, with "vision_config" and "audio_config" (Hugging Face names), optionally
-      "visual_token_budget" (60000), "budget_scope" ("batch" or "video"), "end_of_turn_id" (107), "image_placeholder" (-200).
+      "visual_token_budget" (60000) and "budget_scope" ("batch" or "video").
     weights: official names.
     inputs: `inputs.input_ids` (B, S) with -200 as placeholder; optional `inputs.attention_mask` (absent: all kept),
       `inputs.images.b` (F_b, 3, S, S) or `inputs.images_u8.b`, `inputs.audios.b` (P_b, M, mel) and

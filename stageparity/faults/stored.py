@@ -27,7 +27,7 @@ LOWER = ("float32", "bfloat16", "float16")
 def read(goldens: Path) -> dict[str, Any] | None:
     """The stored verdicts of a golden folder, None where there are none."""
     try:
-        return strict.read_json(goldens / FAULTS)
+        return strict.read_json(goldens / FAULTS, inside=goldens)
     except strict.Missing:
         return None
 

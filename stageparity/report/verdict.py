@@ -61,7 +61,7 @@ class References:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return strict.read_json(path)
+        return strict.read_json(path, inside=path.parents[1])
     except strict.Missing:
         return {}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from stageparity import dump
 from stageparity import run as runs
+from tests import released
 from tests.media import make_video
 from vidi import device
 from vidi.checkpoint import load, synthetic
@@ -112,3 +115,17 @@ def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot be written"):
         dump.Dump(tmp_path, ["single"]).write("single", {"logits": torch.zeros(2)})
     assert [path.name for path in tmp_path.iterdir()] == ["single.safetensors"]
+
+
+@pytest.mark.filterwarnings("always::vidi.release.ReleaseWarning")
+def test_a_config_that_contradicts_the_release_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    raw = json.dumps(released.config(num_attention_heads=32))
+    (tmp_path / "config.json").write_text(raw, encoding="utf-8")
+    film = make_video(tmp_path / "film.mp4", num_frames=1, fps=1)
+    before = warnings.showwarning
+    assert main(["retrieve", str(film), "a cat", "--checkpoint", str(tmp_path)]) == 2  # there is no tokenizer
+    told, refused = capsys.readouterr().err.splitlines()
+    assert told.startswith("warning: ")
+    assert "num_attention_heads = 32 (the release has 16)" in told
+    assert "tokenizer.json" in refused
+    assert warnings.showwarning is before

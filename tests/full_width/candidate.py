@@ -27,6 +27,7 @@ from vidi.fast.towers import FastAudioTower, FastVisionTower
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
 from vidi.stream import Stream
+from vidi.tap import Tap
 
 __all__ = ["DTYPES", "FAST", "PARTS", "Model", "build", "forget", "released", "run", "window_of"]
 
@@ -86,8 +87,12 @@ def forget() -> None:
     _weights.cache_clear()
 
 
-def _collect(found: dict[str, list[Tensor]]) -> Callable[[str, Tensor], None]:
-    return lambda stage, value: found.setdefault(stage, []).append(value.detach().clone())
+def _collect(found: dict[str, list[Tensor]]) -> Tap:
+    def tap(stage: str, value: Tensor) -> Tensor:
+        found.setdefault(stage, []).append(value.detach().clone())
+        return value
+
+    return tap
 
 
 def _joined(found: Mapping[str, list[Tensor]]) -> Found:

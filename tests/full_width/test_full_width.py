@@ -1,7 +1,7 @@
 """The model's own code at the released sizes, on a CPU, against the oracle in float64; and faults that only these sizes show.
 
 Two rules. *True*: a stage errs at most a multiple as much as the oracle does when it rounds as a naive model (the rule of all
-kernels, `tests.gpu.judge`, gates DTYPE-official of goldens/tolerances.toml, fed). Measured on a CPU, plain and fast, all stages:
+kernels, `tests.gpu.judge`, gates DTYPE-cast of goldens/tolerances.toml, fed). Measured on a CPU, plain and fast, all stages:
 at most 0.72 of a budget in float32, 0.65 in bfloat16. *Near*, for the plain path in bfloat16: the same roundings in the same
 places make a run resemble that naive run more than either resembles the truth (`NEAR`); a rounding that is missing, or one too
 many, shows there although it may even lie nearer to the truth. (Not for part "window": averages over 4,097 keys forget it.)
@@ -27,11 +27,11 @@ from tests import released
 from tests.full_width import candidate, truth, weights
 from tests.gpu.judge import array, judge
 from vidi.attention import eager, rope, sdpa
+from vidi.attention.call import AttentionCall
 from vidi.bridge import audio, fold, norm, projector
 from vidi.checkpoint import names, synthetic
 from vidi.config import DecoderConfig, VidiConfig
 from vidi.decoder import attention, decoder, mlp
-from vidi.decoder.attention import DecomposedAttention
 from vidi.towers import siglip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -152,8 +152,9 @@ def _set(owner: Any, name: str, value: Any) -> Callable[[pytest.MonkeyPatch], No
 
 
 def _softmax_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
-    def attend(q: Tensor, k: Tensor, v: Tensor, *, scale: float, **_: Any) -> Tensor:
-        scores = torch.einsum("btnh,bsnh->bnts", q, k) * scale
+    def attend(call: AttentionCall) -> Tensor:
+        q, k, v = call.tensors
+        scores = torch.einsum("btnh,bsnh->bnts", q, k) * call.scale
         return torch.einsum("bnts,bsnh->btnh", scores.softmax(-1), v)  # all of it in the tower's dtype
 
     patch.setattr(sdpa, "attend", attend)
@@ -165,12 +166,13 @@ def _scores_in_bfloat16(patch: pytest.MonkeyPatch) -> None:
 
 
 def _cross_without_cap(patch: pytest.MonkeyPatch) -> None:
-    def attend_stream(self: Any, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-        cap = None if q.dtype == torch.bfloat16 else self.config.attn_softcap
-        options.pop("backend")
-        return eager.attend(q, k, v, scale=self.config.scale, softcap=cap, **options)
+    attend = eager.attend
 
-    patch.setattr(DecomposedAttention, "attend_stream", attend_stream)
+    def uncapped(call: AttentionCall) -> Tensor:
+        lost = call.q_pos_BT is None and call.q_BTNH.dtype == torch.bfloat16
+        return attend(dataclasses.replace(call, softcap=None) if lost else call)
+
+    patch.setattr(eager, "attend", uncapped)
 
 
 def _rounded_positions(patch: pytest.MonkeyPatch) -> None:

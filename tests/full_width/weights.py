@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from goldens.oracle import Arithmetic, round_bf16
+from goldens.oracle.case import Weights
 
 __all__ = ["SHAPES", "VOCABULARY", "Tensors", "tensor"]
 
@@ -130,8 +131,8 @@ def tensor(name: str, seed: int) -> np.ndarray:
     return out.reshape(SHAPES[name])
 
 
-class Tensors:
-    """What the oracle's functions ask of `goldens.oracle.case.Weights`, over tensors that are kept once, in float32: exact
+class Tensors(Weights):
+    """The oracle's weights over tensors that are kept once, in float32: exact
     in bfloat16, so that no arithmetic rounds them."""
 
     def __init__(self, ar: Arithmetic, held: Mapping[str, np.ndarray]) -> None:

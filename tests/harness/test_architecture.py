@@ -181,7 +181,7 @@ FLOORS = (
     ("vidi.generate", "vidi.checkpoint", "vidi.fast"),
     ("vidi.retrieval", "vidi.parity"),
     ("vidi.commands",),
-    ("vidi.cli",),
+    ("vidi.cli", "vidi.__main__"),
     ("tools",),
 )
 

@@ -238,7 +238,7 @@ def test_readme_holds_a_table_that_its_command_prints() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     assert not re.search(r"\b[A-Z]+_(TABLE|SECTION)\b", text)
     refs = store.list_cases(ROOT / "goldens")
-    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.M)
+    rows = re.findall(r"^\| ([\w-]+) \| (\w+) \| (\d+) \| (\d+) \| (\d+) \|", text, re.M)
     assert {row[0] for row in rows} == {ref.set for ref in refs}
     for name, dtype, cases, stages, different in rows:
         own = [store.open_case(ref.folder, ref.name) for ref in refs if ref.set == name]

@@ -167,7 +167,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 def test_a_repository_import_needs_a_reason(foreign: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "ledger.toml").write_text("")
-    assert import_official.main([str(foreign), str(tmp_path / "dst")]) == 1
+    assert import_official.main([str(foreign), str(tmp_path / "dst")]) == 2
     assert 'give --reason "..."' in capsys.readouterr().err
 
 

@@ -146,14 +146,14 @@ def test_a_candidate_is_no_other_tensor_than_the_oracles(goldens: Path, tmp_path
         assert answer.returncode == 2, answer.stdout
         return answer.stderr
 
-    head = f"refused: {CASE}/none/{STAGE}: the candidate is"
+    head = f"regen_goldens.py: {CASE}/none/{STAGE}: the candidate is"
     shape = list(right.shape)
     assert (
         said(STAGE, np.float32(1.5 * right)) == f"{head} float32 {shape}, the oracle's float64 {shape}: it is refused\n"
     )
     assert said(STAGE, right[:, :-1].copy()).startswith(f"{head} float64 [1, ")
     assert said("vision.nonsense", right) == (
-        f"refused: {CASE}/none/vision.nonsense: the oracle computes no such stage; the candidate is refused\n"
+        f"regen_goldens.py: {CASE}/none/vision.nonsense: the oracle computes no such stage; the candidate is refused\n"
     )
     # A stage that the golden lacks has no old value to be nearer than: it must be the oracle's own.
     case = store.open_case(goldens / "small", CASE)

@@ -75,7 +75,7 @@ def test_the_text_of_a_planted_fault(planted: Run) -> None:
     assert text == (
         "small/base: layer.0.t2t and in 1 more places (local 2.3e9×, forced 2.3e9×, inherited 0×)\n"
         "  its own error: fed its golden inputs alone, it differs\n"
-        "  causal self-attention, window on even layers (§7 of the specification)\n"
+        "  causal self-attention; window on even layers, 7B: on all (§7 of the specification)\n"
         "  layer.0.t2t: DIFFERENT under float64-none\n"
         "    168 of 384 values over budget\n"
         "    worst |d| 3.1216 at [0, 5, 3]: candidate -0.127234284, golden -3.24883188\n"

@@ -13,6 +13,7 @@ from stageparity import evidence, ledger, store, tolerance
 from tools.regen_goldens import LEDGER_FILES
 from tools.studies import LEDGER, alarms, noise
 from tools.studies.baselines import dtypes_of, reference
+from vidi.parity.goldens import MODELS, of_model
 from vidi.parity.stages import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -80,8 +81,9 @@ def test_every_stage_of_every_case_has_a_rule_in_every_dtype(ref: store.CaseRef)
 
 
 def test_two_cases_of_one_name_do_not_share_a_baseline() -> None:
-    names = [ref.name for ref in store.list_cases(GOLDENS)]
-    assert len(names) == len(set(names)), "--case NAME must mean one case"
+    for model in MODELS:
+        names = [ref.name for ref in of_model(store.list_cases(GOLDENS), model)]
+        assert len(names) == len(set(names)), "--model MODEL --case NAME must mean one case"
     for kind in tolerance.KINDS:
         for cases in TABLES.baselines[kind].values():
             assert all(len(name.split("/")) == 2 for name in cases)

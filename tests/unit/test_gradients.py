@@ -172,7 +172,11 @@ def _cross_detached(patch: pytest.MonkeyPatch) -> None:
 
 def _scores_detached(patch: pytest.MonkeyPatch) -> None:
     attend = dispatch.attend
-    patch.setattr(dispatch, "attend", lambda q, k, v, **options: attend(q.detach(), k, v, **options))
+    patch.setattr(
+        dispatch,
+        "attend",
+        lambda call, *backend: attend(dataclasses.replace(call, q_BTNH=call.q_BTNH.detach()), *backend),
+    )
 
 
 def _rms_without_its_own_slope(patch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from goldens import oracle
+from stageparity.run import Trace
 from tests import tiny
 from vidi import generate
 from vidi.attention import mask, rope
@@ -71,9 +72,9 @@ def close(found: Tensor, wanted: np.ndarray) -> None:
 
 @torch.no_grad()
 def stages(runner: Any, inputs: Mapping[str, np.ndarray], *wanted: str) -> dict[str, Tensor]:
-    found: dict[str, list[Tensor]] = {}
-    runner(feed.batch_of(inputs), tap=lambda s, x: found.setdefault(s, []).append(x.clone()) if s in wanted else None)
-    return {stage: torch.cat(parts) for stage, parts in found.items()}
+    tap = Trace(wanted.__contains__)
+    runner(feed.batch_of(inputs), tap=tap)
+    return tap.tensors()
 
 
 # ---- text -----------------------------------------------------------------------------------------------------------------
@@ -232,14 +233,12 @@ def _ten_pieces(patch: pytest.MonkeyPatch) -> None:
 
 
 def _silent_after_32(patch: pytest.MonkeyPatch) -> None:
-    encode = VidiModel.encode_audio
-    patch.setattr(
-        VidiModel,
-        "encode_audio",
-        lambda self, audios, *rest: encode(
-            self, [torch.cat((a[:32], torch.zeros_like(a[32:]))) for a in audios], *rest
-        ),
-    )
+    features = VidiModel.audio_features
+
+    def silenced(self: VidiModel, pieces: Tensor) -> Tensor:
+        return features(self, torch.cat((pieces[:32], torch.zeros_like(pieces[32:]))))
+
+    patch.setattr(VidiModel, "audio_features", silenced)
 
 
 def _frames_dropped(patch: pytest.MonkeyPatch) -> None:

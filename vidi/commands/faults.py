@@ -19,6 +19,9 @@ SEEN = 0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fault", metavar="GLOB", help="only faults that match, such as 'masks.*,*window*'")
+    parser.add_argument(
+        "--model", choices=("9b", "7b"), help="only faults of Vidi 1.5 9B or of Vidi 7B (default: both)"
+    )
     parser.add_argument("--list", action="store_true", help="name the faults and what they patch, plant none")
     parser.add_argument("--goldens", metavar="DIR", help="folder with the sets small and official (default: embedded)")
     arguments.add_dtype(
@@ -43,12 +46,13 @@ def run(args: argparse.Namespace) -> int:
     from vidi.parity.goldens import goldens_dir
 
     outputs.check(args.json)
-    chosen = _chosen(faults.FAULTS, args.fault)
+    planted = {"9b": faults.FAULTS, "7b": faults.FAULTS_7B, None: faults.FAULTS | faults.FAULTS_7B}[args.model]
+    chosen = _chosen(planted, args.fault)
     if not chosen:
         raise ValueError(f"no fault matches {args.fault!r}: vidi faults --list names them")
     if args.list:
         for fault in chosen:
-            print(f"{fault.name:44} {fault.dtype:9} {fault.case:14} {', '.join(map(str, fault.targets))}: {fault.what}")
+            print(f"{fault.name:44} {fault.dtype:9} {fault.case:16} {', '.join(map(str, fault.targets))}: {fault.what}")
         return SEEN
     threads, start, done = torch.get_num_threads(), time.perf_counter(), 0
 

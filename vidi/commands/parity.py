@@ -68,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     tolerances = tolerance.load(judged_by, STAGES)
     if args.stage:
         _check_stages(args.stage, refs)
-    dump = Dump(Path(args.dump), [ref.name for ref in refs]) if args.dump else None
+    files = _files([f"{ref.set}/{ref.name}" for ref in refs])
+    dump = Dump(Path(args.dump), list(files.values())) if args.dump else None
     subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
     context = _context(args, judged_by)
     with status.status(f"{len(refs)} cases") as line:
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         def on_case(case: runs.CaseRun, tensors: Mapping[str, Any]) -> None:
             line.update(escape(terminal.encodable(f"{case.name} done", status)))
             if dump is not None:
-                dump.write(case.case, tensors)
+                dump.write(files[case.name], tensors)
 
         found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
     terminal.print_run(found, console, context, verbose=not args.quiet)
@@ -87,6 +88,15 @@ def run(args: argparse.Namespace) -> int:
     outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
     outputs.write(args.html, lambda: page.render(found, context))
     return found.exit_code
+
+
+def _files(cases: list[str]) -> dict[str, str]:
+    """SET/CASE -> what its file is called: CASE, or SET-CASE where two sets have one of that name."""
+    names = [case.rpartition("/")[2] for case in cases]
+    return {
+        case: name if names.count(name) == 1 else case.replace("/", "-")
+        for case, name in zip(cases, names, strict=True)
+    }
 
 
 def _check_stages(globs: str, refs: Any) -> None:

@@ -113,7 +113,11 @@ class Decoder(nn.Module):
     def logits(self, normed_BTD: Tensor, tap: Tap = no_tap) -> Tensor:
         """The embedding as head, or one of its own, then the final softcap where there is one: (B, T, V) (§8)."""
         weight = self.embed.weight if self.head is None else self.head.weight
-        raw_BTV = self.parts.finish(nn.functional.linear(normed_BTD, weight), tap)
+        return self.finished(nn.functional.linear(normed_BTD, weight), tap)
+
+    def finished(self, raw_BTV: Tensor, tap: Tap = no_tap) -> Tensor:
+        """What the head gives -> logits."""
+        raw_BTV = self.parts.finish(raw_BTV, tap)
         cap = self.config.final_softcap
         return raw_BTV if cap is None else softcap(raw_BTV, cap)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vidi import precision
 
-__all__ = ["GemmaNorm", "PlainNorm", "gemma_norm"]
+__all__ = ["GemmaNorm", "PlainNorm", "gemma_norm", "plain_norm"]
 
 
 def gemma_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,14 +29,17 @@ class GemmaNorm(nn.Module):
         return gemma_norm(x, self.weight, self.eps)
 
 
-class PlainNorm(nn.Module):
-    """weight · (x / sqrt(mean(x²) + eps)), the norm in at least float32 and cast back before the product."""
+def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight · (x / sqrt(mean(x²) + eps)) over the last axis, the norm in at least float32 and cast back before the product."""
+    wide = precision.at_least_float32(x)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
+
+class PlainNorm(nn.Module):
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = precision.at_least_float32(x)
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return plain_norm(x, self.weight, self.eps)

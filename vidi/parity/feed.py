@@ -66,8 +66,7 @@ def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu
 def _check_fit(case: Case, config: VidiConfig, weights: Mapping[str, np.ndarray]) -> None:
     """Before a model is built: a configuration can name any size, its weights cannot."""
     wanted = names.expected(config)
-    tied = {names.HEAD} - wanted.keys()
-    for name in sorted({*wanted, *weights} - tied):
+    for name in sorted({*wanted, *weights} - ({names.HEAD} - set(wanted))):
         if name not in wanted:
             raise ValueError(f"{case.name}: the weights hold {name}, which no part of the model reads")
         if name not in weights:

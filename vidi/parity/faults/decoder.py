@@ -83,7 +83,7 @@ def queries_of_wrong_layer(original: Any, model: Any) -> Any:
     return model.decoder.layers[2].attention.q.weight.data.clone()
 
 
-@plant(LAYER + "merge")
+@plant(LAYER + "merge[text]")
 def branches_normed_apart(original: Any) -> Any:
     """Each attention is normed alone, then added."""
 
@@ -93,19 +93,19 @@ def branches_normed_apart(original: Any) -> Any:
     return merge
 
 
-@plant(LAYER + "merge")
+@plant(LAYER + "merge[text]")
 def visual_branch_lost(original: Any) -> Any:
     """The visual attention is computed and not added."""
     return lambda self, x, branches: original(self, x, [branches[0], *branches[2:]])
 
 
-@plant(LAYER + "merge")
+@plant(LAYER + "merge[text]")
 def audio_branch_twice(original: Any) -> Any:
     """The audio attention is added twice."""
-    return lambda self, x, branches: original(self, x, [*branches, branches[-1]])
+    return lambda self, x, branches: original(self, x, [*branches, *branches[2:]])
 
 
-@plant(LAYER + "merge")
+@plant(LAYER + "merge[text]")
 def branches_averaged(original: Any) -> Any:
     """The attentions are averaged: their norm undoes it but for its epsilon."""
     return lambda self, x, branches: original(self, x, [b / len(branches) for b in branches])

@@ -28,13 +28,13 @@ def attention_softcap_on_logits(original: Any) -> Any:
 @plant("vidi.decoder.decoder.Decoder.logits")
 def head_scaled(original: Any) -> Any:
     """The tied head carries the embedding's factor sqrt(D)."""
-    return lambda self, x: original(self, x * self.config.hidden_size**0.5)
+    return lambda self, x, *tap: original(self, x * self.config.hidden_size**0.5, *tap)
 
 
 @plant("vidi.decoder.decoder.Decoder.logits")
 def head_off_by_one(original: Any) -> Any:
     """The head's rows are off by one id."""
-    return lambda self, x: original(self, x).roll(1, -1)
+    return lambda self, x, *tap: original(self, x, *tap).roll(1, -1)
 
 
 @plant("vidi.loss.shift", case="train")

@@ -292,14 +292,14 @@ def height_and_width_given_to_each_other(original: Any) -> Any:
 def width_added_before_height(original: Any) -> Any:
     """The width's embedding is added first: the same tokens but for rounding once both are there, and another height stage."""
 
-    def tokens(bridge: Any, tower: Any, group: Any, embeddings: Any, pool: Any, tap: Any) -> Any:
+    def tokens(bridge: Any, tower: Any, group: Any, embeddings: Any, tap: Any) -> Any:
         from vidi.bridge import position
 
         order = iter(("pos_w", "pos_h", "pos_t"))
         add = position.add
         position.add = lambda x, embed: add(x, embeddings[next(order)])
         try:
-            return original(bridge, tower, group, embeddings, pool, tap)
+            return original(bridge, tower, group, embeddings, tap)
         finally:
             position.add = add
 

@@ -20,7 +20,7 @@ from vidi.parity.bench import Site
 
 __all__ = [
     "audio_pos_t", "audio_projector", "audio_tower", "conv", "cross_attention", "embed_text", "frequencies_here",
-    "image_projector", "layer_output", "lm_head", "loss_logits", "mean_loss", "per_token", "rope", "space_to_depth",
+    "image_projector", "layer_output", "lm_head", "logits", "loss_logits", "mean_loss", "per_token", "rope", "space_to_depth",
     "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t", "vision_tower",
 ]  # fmt: skip
 
@@ -138,6 +138,12 @@ def lm_head(s: Site) -> Tensor:
     tap = Trace()
     s.model.decoder.logits(s["final.norm"], tap)
     return tap.tensors()["lm_head"]
+
+
+def logits(s: Site) -> Tensor:
+    if s.bench.holds("lm_head"):
+        return s.model.decoder.finished(s["lm_head"])
+    return s.model.decoder.logits(s["final.norm"])
 
 
 def loss_logits(s: Site) -> Tensor:

@@ -14,7 +14,6 @@ __all__ = [
     "LAYER",
     "NORM",
     "PACK",
-    "PARTS",
     "QUERIES",
     "RMS",
     "SELF",
@@ -33,7 +32,6 @@ __all__ = [
     "position_code",
 ]  # fmt: skip
 
-PARTS = code("vidi.decoder.parts")
 ALONE = code("vidi.parity.stages.alone")  # how a stage is fed alone, where one line does not say it
 eager, dispatch, mask = code("vidi.attention.eager"), code("vidi.attention.dispatch"), code("vidi.attention.mask")
 layer = code("vidi.decoder.layer.DecoderLayer")

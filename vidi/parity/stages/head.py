@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stageparity.code import code, part
 from stageparity.stage import Stage, Ties
-from vidi.parity.stages.code import ALONE, DECODER, PARTS, TEXT, decoder, layer, mask, norm
+from vidi.parity.stages.code import ALONE, DECODER, TEXT, decoder, layer, mask, norm
 from vidi.parity.stages.visual import rounded
 
 __all__ = ["STAGES"]
@@ -12,6 +12,7 @@ __all__ = ["STAGES"]
 generate, loss = code("vidi.generate"), code("vidi.loss")
 LOSSES = code("vidi.model.VidiModel.losses")
 TIES = Ties("{n}.nocache.logits", "{n}.tokens", "{n}.lengths")
+FREE = Ties("{n}.nocache.logits", "{n}.greedy_nocache.tokens", "{n}.lengths")
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -26,8 +27,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "logits", "9B: tied head, softcap; 7B: float32", "§8", "B T U", rows=None,
-        inputs=("final.norm", "lm_head"), run=lambda s: s.model.decoder.logits(s["final.norm"]), wiring=(TEXT["logits"],),
-        code=(decoder.logits, part("decoder.head"), PARTS._wide, code("vidi.decoder.decoder.softcap")), rounded=rounded.logits,
+        inputs=("final.norm", "lm_head"), run=ALONE.logits, wiring=(TEXT["logits"],),
+        code=(decoder.logits, decoder.finished, code("vidi.decoder.decoder.softcap")), rounded=rounded.logits,
     ),
     Stage(
         "loss.kept", "7B: row and position of each labelled place", "§8", exact=True, when=("loss", "head"),
@@ -40,7 +41,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "loss.logits", "7B: logits there, float32", "§8", "· U", rows=(0,), when=("loss", "head"),
         inputs=("final.norm", "loss.kept"), run=ALONE.loss_logits, wiring=(LOSSES["logits"],),
-        code=(decoder.logits, part("decoder.head"), PARTS._wide, code("vidi.decoder.decoder.softcap")),
+        code=(decoder.logits, decoder.finished, part("decoder.head")),
         rounded=rounded.loss_logits,
     ),
     Stage(
@@ -69,7 +70,7 @@ STAGES: tuple[Stage, ...] = (
     Stage("{n}.prompt_ids", "what decoding starts from", "§2", exact=True, own_chain=True, when=("decoding",)),
     Stage(
         "{n}.greedy_nocache.tokens", "7B: what greedy decoding says, by whole passes", "§2", exact=True, own_chain=True,
-        inputs=("logits",), code=(generate.greedy["tokens"],), when=("decoding",),
+        inputs=("logits",), ties=FREE, code=(generate.greedy["tokens"],), when=("decoding",),
     ),
     Stage(
         "{n}.tokens", "what greedy decoding says", "§2", exact=True, own_chain=True, inputs=("logits",), ties=TIES,

@@ -14,7 +14,6 @@ from vidi.parity.stages.code import (
     DECODER,
     KEYS_VALUES,
     LAYER,
-    PARTS,
     QUERIES,
     SELF,
     STREAM_KEYS,
@@ -31,14 +30,14 @@ from vidi.parity.stages.visual import rounded
 __all__ = ["STAGES"]
 
 FEED = (
-    layer.feed_forward, code("vidi.decoder.mlp"), norm, PARTS._sum_then_norm, PARTS._one_by_one,
+    layer.feed_forward, code("vidi.decoder.mlp"), norm,
     *(part(f"decoder.layers.{{i}}.{x}") for x in ("mlp", "post_attn_norm", "pre_ffn_norm", "post_ffn_norm")),
 )  # fmt: skip
 STREAM = (
-    layer.update_stream, attention.attend_own_token, attention.output,
+    layer.update_stream, layer.merge["stream"], attention.attend_own_token, attention.output,
     code("vidi.decoder.attention.repeat_heads"), code("vidi.decoder.decoder.update_in_chunks"), *STREAM_KEYS, *FEED,
 )  # fmt: skip
-SCALED = (decoder.scaled, PARTS._scaled, code("vidi.precision.sqrt_in"))
+SCALED = (decoder.scaled, code("vidi.precision.sqrt_in"))
 QKV = tuple(f"xattn.{{i}}.{{m}}.{x}" for x in "qkv")
 HEADS: dict[str, Any] = {"rows": (0, 2), "heads": 1}  # (B, N, T, H)
 APART = ("modality", "taken")
@@ -150,6 +149,6 @@ STAGES: tuple[Stage, ...] = (
         "layer.{i}.output", "text after the layer", "§7", "B T D",
         inputs=("layer.{i}.input", "layer.{i}.t2t", "layer.{i}.t2v", "layer.{i}.t2a"), run=ALONE.layer_output,
         wiring=(LAYER["output"],),
-        code=(layer.merge, *FEED),
+        code=(layer.merge["text"], *FEED),
     ),
 )  # fmt: skip

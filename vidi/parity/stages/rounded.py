@@ -154,7 +154,8 @@ def raw_logits(s: Site, to: Round) -> Array:
 
 
 def logits(s: Site, to: Round) -> Array:
-    x, cap = raw_logits(s, to), s.model.config.decoder.final_softcap
+    held = s.bench.holds("lm_head")
+    x, cap = _np(s["lm_head"]) if held else raw_logits(s, to), s.model.config.decoder.final_softcap
     return x if cap is None else to(np.float32(cap) * to(np.tanh(to(x / np.float32(cap)))))
 
 
