@@ -124,7 +124,7 @@ def layout() -> dict[str, Node]:
 
 
 def is_later(template: str) -> bool:
-    return bool(re.match(r"(layer|xattn)\.\{i\}|final|logits|loss|\{n\}", template))
+    return bool(re.match(r"(layer|xattn)\.\{i\}|final|lm_head|logits|loss|\{n\}", template))
 
 
 def lane_of(name: str) -> int:
@@ -140,7 +140,7 @@ def dataflow_svg() -> str:
     top, bottom = min(n.y for n in layer) - 58, max(n.y for n in layer) + HEIGHT + 14
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" width="{wide}" height="{high}" role="img" '
-        'aria-label="Data flow of Vidi 1.5 9B, stage by stage">',
+        'aria-label="Data flow of Vidi, stage by stage">',
         f"<style>{STYLE}</style>",
         *(
             f'<marker id="m{k}" viewBox="0 0 6 6" refX="6" refY="3" markerWidth="6" markerHeight="6" orient="auto">'

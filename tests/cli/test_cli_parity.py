@@ -87,7 +87,7 @@ def test_unusable_is_2_with_the_reason_on_stderr_alone(capsys, tmp_path, argumen
 
 
 def test_cases_are_chosen_by_name_set_or_pattern_and_add_up(capsys):
-    arguments = ("--case", "one*", "--case", "small/no*", "--stage", "logits", "--chained", "--quiet")
+    arguments = ("--case", "small/one*", "--case", "small/no*", "--stage", "logits", "--chained", "--quiet")
     assert "3 stages of 3 cases" in run(capsys, *arguments)[1]
     assert "12 stages of 12 cases" in run(capsys, "--case", "small", "--stage", "logits", "--chained", "--quiet")[1]
 
@@ -98,15 +98,21 @@ def test_json_to_a_pipe(capsys):
     assert "all equal" in err
 
 
-def test_a_dump_that_would_mix_two_cases_is_2(capsys, tmp_path):
+def test_a_dump_of_two_cases_of_one_name_names_their_sets(capsys, tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         for name in ("oneframe.h5", "oneframe.json", "weights.safetensors"):
             (tmp_path / folder / name).write_bytes((GOLDENS / "small" / name).read_bytes())
-    code, out, err = run(capsys, "--goldens", str(tmp_path), "--dump", str(tmp_path / "dump"))
-    assert (code, out) == (2, "")
-    assert "two sets hold a case named oneframe" in err
+    assert run(capsys, "--goldens", str(tmp_path), "--dump", str(tmp_path / "dump"))[0] == 0
     assert run(capsys, "--goldens", str(tmp_path), "--case", "two/oneframe", "--dump", str(tmp_path / "dump"))[0] == 0
+    written = sorted(path.name for path in (tmp_path / "dump").iterdir())
+    assert written == ["one-oneframe.safetensors", "oneframe.safetensors", "two-oneframe.safetensors"]
+
+
+def test_a_model_without_cases_is_2(capsys):
+    code, _, err = run(capsys, "--model", "7b", "--case", "official")
+    assert code == 2
+    assert "--model 7b: none of the" in err
 
 
 def test_altered_goldens_are_2(capsys, tmp_path):
@@ -146,7 +152,7 @@ def test_a_dump_holds_the_runs_own_tensors(capsys, tmp_path, spoiled):
 
 
 def test_a_dump_of_decoding_holds_uncached_logits(capsys, tmp_path):
-    assert run(capsys, "--case", "generate", "--dump", str(tmp_path))[0] == 0
+    assert run(capsys, "--case", "official/generate", "--dump", str(tmp_path))[0] == 0
     dumped = load_file(tmp_path / "generate.safetensors")
     case = store.open_case(GOLDENS / "official", "generate")
     assert {"generate", "generate_short", "generate_wide"} == {k.split(".")[0] for k in case.targets}

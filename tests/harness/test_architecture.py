@@ -173,9 +173,9 @@ def test_the_check_of_writing_sees_each_way(tmp_path: Path, monkeypatch: pytest.
 # A room may import its own floor's rooms and those above it in this list, never one below.
 FLOORS = (
     ("stageparity",),
-    ("vidi.precision", "vidi.tap", "vidi.stream", "vidi.device", "vidi.official", "vidi.release"),
+    ("vidi.precision", "vidi.tap", "vidi.stream", "vidi.device", "vidi.official", "vidi.official_7b", "vidi.release"),
     ("vidi.config", "vidi.loss", "vidi.attention"),
-    ("vidi.inputs", "vidi.towers", "vidi.cache"),
+    ("vidi.sizes_7b", "vidi.inputs", "vidi.towers", "vidi.cache"),
     ("vidi.bridge", "vidi.decoder"),
     ("vidi.model",),
     ("vidi.generate", "vidi.checkpoint", "vidi.fast"),

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from goldens import recipes as recipes_9b
 from goldens import recipes_7b as recipes
 from goldens.oracle import Arithmetic, case, forward, greedy, positions, teacher_forced
 
 TENSORS = recipes.weights()
 CASES = recipes.cases()
-SETTINGS = {"pos_freq": recipes.POS_FREQ}
+SETTINGS = {"pos_freq": recipes_9b.POS_FREQ}
 
 
 def run(name: str, **changes: np.ndarray) -> dict[str, np.ndarray]:
@@ -104,7 +105,7 @@ def test_text_only_is_a_plain_decoder() -> None:
 def test_one_of_a_kind_stands_at_position_0() -> None:
     ar = Arithmetic()
     w = case.Weights(ar, TENSORS)
-    at_zero = positions.position_embedding(ar, w, "model.mm_rand_pos_t.", 2, 5000, recipes.POS_FREQ, None)[:1]
+    at_zero = positions.position_embedding(ar, w, "model.mm_rand_pos_t.", 2, 5000, recipes_9b.POS_FREQ, None)[:1]
     got = run("oneframe")
     assert moved(got["vision.pos_t.embed.0"].reshape(1, -1), at_zero) < 1e-14
     assert moved(got["audio.pos_t.embed.0"], at_zero) < 1e-14

@@ -99,5 +99,5 @@ class Step:
             op.product_step(self.acted_1I, w.down_DI, self.down_1D)
             branch_1D, post = self.down_1D, w.post_ffn_norm
         after = Residual(self.x_D, branch_1D, post, self.final_norm)
-        op.head_step(after, self.sum_D, self.embed_VD, config.final_softcap, self.logits_V)
+        op.head_step(after, self.sum_D, self.embed_VD, float(config.final_softcap or 0), self.logits_V)
         self.pos_1 += 1

@@ -126,7 +126,7 @@ def decoder_layer(layer: nn.Module) -> LayerWeights:
         post_attn_norm=gemma_weight(layer.post_attn_norm),
         pre_ffn_norm=gemma_weight(layer.pre_ffn_norm),
         post_ffn_norm=gemma_weight(layer.post_ffn_norm),
-        scores=Scores(config.scale, config.attn_softcap, layer.window),
+        scores=Scores(config.scale, float(config.attn_softcap or 0), layer.window),
     )
 
 

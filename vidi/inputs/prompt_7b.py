@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stageparity import strict
 from vidi.config import VidiConfig
@@ -95,7 +95,9 @@ def load(folder: str | Path, config: VidiConfig) -> Chat:
     said = _json(file)
     template = said.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     if template is None and (folder / TEMPLATE_NAME).is_file():
         template = _text(folder / TEMPLATE_NAME)
     words = {name: _word(said.get(f"{name}_token")) for name in ("bos", "eos")}
@@ -153,7 +155,6 @@ def tiny_files(vocab_size: int = 512) -> dict[str, str]:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in _TINY_SPECIAL])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     template = "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }}[/INST]{% endfor %}"
     said = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
     return {"tokenizer.json": tokenizer.to_str(pretty=True), CONFIG_NAME: json.dumps(said, indent=1) + "\n"}
