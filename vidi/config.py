@@ -120,6 +120,12 @@ class DecoderConfig(_Checked):
     kind: Literal["gemma2", "mistral"] = "gemma2"
     windowed_every: int = 2
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        needed = ("sliding_window", "query_pre_attn_scalar", "attn_softcap", "final_softcap")
+        if self.kind == "gemma2" and (absent := [name for name in needed if getattr(self, name) is None]):
+            raise ConfigError(f"fields of the wrong type or range: {', '.join(f'{name} = None' for name in absent)}")
+
     def window(self, layer_idx: int) -> int | None:
         """Past keys that layer ``layer_idx`` sees beside the query itself; None = all (spec §7)."""
         return self.sliding_window if layer_idx % self.windowed_every == 0 else None

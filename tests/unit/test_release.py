@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from goldens.oracle import case, forward
+from goldens.oracle import case, forward, models, nine
 from stageparity.run import Trace
 from tests import released, tiny
 from tests.not_run import not_run
@@ -64,11 +64,14 @@ def test_it_says_what_the_tests_know() -> None:
 
 
 def test_every_field_of_the_configuration_is_a_fact_and_reads_it() -> None:
+    chosen = {"decoder": {"kind": "gemma2", "windowed_every": 2}}  # by the model, not by its sizes
     for part, kind in PARTS.items():
-        assert {field.name for field in dataclasses.fields(kind)} == set(TOLD[part])
-        assert dataclasses.asdict(getattr(FULL, part)) == TOLD[part]
+        assert {field.name for field in dataclasses.fields(kind)} == {*TOLD[part], *chosen.get(part, ())}
+        assert dataclasses.asdict(getattr(FULL, part)) == TOLD[part] | chosen.get(part, {})
     own = TOLD["bridge"] | TOLD["tokens"]
-    assert {field.name for field in dataclasses.fields(VidiConfig)} == {*own, *PARTS, "loss_threshold"}
+    grid = {"image_grid": "fold", "audio_widens": "pool", "positions_rounded": False}
+    assert {field.name for field in dataclasses.fields(VidiConfig)} == {*own, *PARTS, "loss_threshold", *grid}
+    assert {name: getattr(FULL, name) for name in grid} == grid
     assert {name: getattr(FULL, name) for name in own} == own
     assert FULL.loss_threshold is None
     assert VidiConfig.from_official(released.CONFIG) == VidiConfig.from_official(released.config()) == FULL
@@ -125,14 +128,14 @@ def test_the_oracle_knows_the_same() -> None:
     bare = {k: v for k, v in told.items() if k not in optional}
     bare["vision_config"] = {k: v for k, v in told["vision_config"].items() if k != "layer_norm_eps"}
     bare["audio_config"] = {k: v for k, v in told["audio_config"].items() if k != "layer_norm_eps"}
-    sizes = case.Sizes.read(bare)
-    assert sizes == case.Sizes.read(told)
+    sizes = models.read(bare)
+    assert sizes == models.read(told)
     assert sizes == case.Sizes(
         width=3584, num_layers=42, num_heads=16, num_kv_heads=8, head_dim=256, window=4096, score_scale=1 / 16,
         attn_softcap=50.0, final_softcap=30.0, norm_eps=1e-6, rope_theta=10000.0, image_pool=2, audio_pool=5,
         time_interval=10000, token_budget=60000, budget_scope="batch", patch=14, vision_layers_run=26, vision_heads=16,
         vision_eps=1e-6, audio_layers=32, audio_heads=20, audio_positions=1500, audio_eps=1e-5, stop_id=107,
-        placeholder=-200,
+        placeholder=-200, windowed_every=2, embed_factor=3584**0.5, parts=nine.PARTS,
     )  # fmt: skip
 
 

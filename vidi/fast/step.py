@@ -81,6 +81,7 @@ class Step:
 
     def _run(self) -> None:
         op, config = self.op, self.config
+        assert config.final_softcap is not None  # Gemma 2 has it; `accelerate` refuses others
         torch.mul(
             self.embed_VD.index_select(0, self.id_1)[0],
             precision.sqrt_in(config.hidden_size, self.embed_VD.dtype),

@@ -113,6 +113,7 @@ def gemma_weight(module: GemmaNorm) -> GemmaWeight:
 def decoder_layer(layer: nn.Module) -> LayerWeights:
     assert isinstance(layer, DecoderLayer)
     attention, mlp, config = layer.attention, layer.mlp, layer.attention.config
+    assert config.attn_softcap is not None  # Gemma 2 has it; `accelerate` refuses others
     qkv_XD = fuse([attention.q.weight, attention.k.weight, attention.v.weight])
     return LayerWeights(
         qkv_XD=qkv_XD,

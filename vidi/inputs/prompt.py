@@ -17,7 +17,7 @@ from vidi.config import VidiConfig
 from vidi.inputs import tokenizer_file
 
 __all__ = ["CONTROL_WORDS", "PLACEHOLDER_WORD", "PromptError", "build_ids", "check_tokenizer", "decode"]
-__all__ += ["load_tokenizer", "tiny_files", "tiny_tokenizer", "user_text", "write_tiny_tokenizer"]
+__all__ += ["library", "load_tokenizer", "tiny_files", "tiny_tokenizer", "user_text", "write_tiny_tokenizer"]
 
 PLACEHOLDER_WORD = "<image>"
 #: Strings that steer the model; a question that holds one is refused rather than silently changed.
@@ -55,7 +55,7 @@ def build_ids(tokenizer: Tokenizer, query: str, *, bos_id: int = 2, image_placeh
     Raises PromptError as ``user_text`` does, and for further special tokens of this tokenizer inside the query.
     """
     text = user_text(query)
-    with _library("the question cannot be tokenised"):
+    with library("the question cannot be tokenised"):
         return _ids(tokenizer, query, text, bos_id, image_placeholder)
 
 
@@ -73,7 +73,7 @@ def decode(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     if wrong := [token for token in ids if not 0 <= token < size]:
         raise PromptError(f"ids {wrong[:5]} are outside the tokenizer's {size}; tokenizer and checkpoint do not match")
-    with _library("the answer cannot be turned into text"):
+    with library("the answer cannot be turned into text"):
         return tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
@@ -91,7 +91,7 @@ def load_tokenizer(path: str | Path, config: VidiConfig | None = None) -> Tokeni
         raise PromptError(f"{path}: {text}") from None
     except Refused as error:
         raise PromptError(str(error)) from None
-    with _library(f"{path}: no readable tokenizer.json", "; copy it again"):
+    with library(f"{path}: no readable tokenizer.json", "; copy it again"):
         tokenizer = Tokenizer.from_str(checked)
     if config is not None:
         try:
@@ -102,7 +102,7 @@ def load_tokenizer(path: str | Path, config: VidiConfig | None = None) -> Tokeni
 
 
 @contextmanager
-def _library(problem: str, remedy: str = "; tokenizer.json is damaged: copy it again") -> Iterator[None]:
+def library(problem: str, remedy: str = "; tokenizer.json is damaged: copy it again") -> Iterator[None]:
     """What the library raises in the block, as PromptError: bare Exceptions, and panics that derive from BaseException."""
     try:
         yield

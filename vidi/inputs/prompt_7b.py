@@ -1,7 +1,7 @@
 """The question as Vidi 7B takes it (its spec §2): another text, the checkpoint's own chat template, other tokens around it.
 
 The video's length stands in the question, so the ids are known only when the file is open. Each side of the placeholder is
-tokenised on its own; the one bos stands in front.
+tokenised alone, and one bos stands in front.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stageparity import strict
 from vidi.config import VidiConfig
-from vidi.inputs.prompt import PLACEHOLDER_WORD, PromptError, load_tokenizer
+from vidi.inputs.prompt import PLACEHOLDER_WORD, PromptError, library, load_tokenizer
 
 __all__ = ["Chat", "load", "tiny_files", "user_text"]
 
@@ -64,7 +64,8 @@ class Chat:
             raise PromptError(
                 f"the chat template gives {PLACEHOLDER_WORD} {len(sides) - 1} times, not once: {text!r:.200}"
             )
-        before, after = (self.tokenizer.encode(side, add_special_tokens=False).ids for side in sides)
+        with library("the question cannot be tokenised"):
+            before, after = (self.tokenizer.encode(side, add_special_tokens=False).ids for side in sides)
         return [config.bos_id, *before, config.image_placeholder, *after]
 
     def render(self, user: str) -> str:
@@ -73,8 +74,8 @@ class Chat:
             return self._template.render(
                 messages=turn, add_generation_prompt=False, bos_token=self.bos, eos_token=self.eos
             )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the chat template refuses one user turn: {error}") from None
+        except Exception as error:  # a template computes: it may divide by zero, or add a text to a number
+            raise PromptError(f"the chat template refuses one user turn: {strict.reason(error)}") from None
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens).strip()
@@ -94,9 +95,11 @@ def load(folder: str | Path, config: VidiConfig) -> Chat:
     said = _json(file)
     template = said.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+        template = next(
+            (t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None
+        )
     if template is None and (folder / TEMPLATE_NAME).is_file():
-        template = (folder / TEMPLATE_NAME).read_text("utf-8", errors="replace")[:MAX_BYTES]
+        template = _text(folder / TEMPLATE_NAME)
     words = {name: _word(said.get(f"{name}_token")) for name in ("bos", "eos")}
     if not isinstance(template, str) or None in words.values():
         raise PromptError(f"{file}: chat_template, bos_token and eos_token are needed; copy the checkpoint's own")
@@ -118,13 +121,25 @@ def _word(token: Any) -> str | None:
     return token if isinstance(token, str) and token else None
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _text(file: Path) -> str:
     try:
-        said = strict.read_json(file, limit=MAX_BYTES, hub_cache=True)
-    except strict.Missing:
-        raise PromptError(f"{file}: no such file; the checkpoint's chat template stands there") from None
+        return strict.read_bytes(file, limit=MAX_BYTES, hub_cache=True).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{file}: not readable as text ({strict.reason(error)}); copy it again") from None
     except strict.Refused as error:
-        raise PromptError(str(error)) from None
+        raise PromptError(f"{error}; the checkpoint's chat template stands there") from None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    # Not the strict reader: what is written by default as the longest text, 10^30, is no number for that.
+    try:
+        said = json.loads(_text(file))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, PromptError):
+            raise
+        raise PromptError(f"{file}: not readable as JSON ({strict.reason(error)}); copy it again") from None
+    if not isinstance(said, dict):
+        raise PromptError(f"{file}: a JSON object is expected, found {type(said).__name__}")
     return said
 
 

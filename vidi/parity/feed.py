@@ -53,7 +53,7 @@ def load_model(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu
     """
     config, weights = VidiConfig.from_official(case.config), case.weights()
     _check_fit(case, config, weights)
-    _check_info(case)
+    _check_info(case, config)
     model = VidiModel(config, backend=backend)
     ours = {names.our_name(official, config): torch.from_numpy(array) for official, array in weights.items()}
     model.load_state_dict({name: x for name, x in ours.items() if name is not None}, strict=True)
@@ -76,15 +76,16 @@ def _check_fit(case: Case, config: VidiConfig, weights: Mapping[str, np.ndarray]
             raise ValueError(f"{case.name}: the weights do not fit the configuration: {said}")
 
 
-def _check_info(case: Case) -> None:
+def _check_info(case: Case, config: VidiConfig) -> None:
     """What a manifest says beside tensors: loss thresholds by name, and decoding runs with their windows."""
     thresholds, runs = case.info.get("loss_thresholds", {}), case.info.get("generate", {})
     if not isinstance(thresholds, dict) or not all(x is None or type(x) in (int, float) for x in thresholds.values()):
         raise ValueError(f"{case.name}: info: loss_thresholds must be numbers, or null, by name")
     named = runs.values() if isinstance(runs, dict) else [None]
     windows = [run.get("window", 0) if isinstance(run, dict) else 0 for run in named]
-    if not all(window is None or (type(window) is int and 0 < window < 1 << 31) for window in windows):
-        raise ValueError(f"{case.name}: info: generate must name decoding runs, each with a window above 0, or null")
+    may_lack = config.decoder.kind == "mistral"  # null is no window
+    if not all((type(x) is int and 0 < x < 1 << 31) or (x is None and may_lack) for x in windows):
+        raise ValueError(f"{case.name}: info: generate must name decoding runs, each with a window above 0")
 
 
 def table_of(case: Case) -> np.ndarray | None:

@@ -52,7 +52,7 @@ def test_other_templates_and_where_they_stand(folder: Path) -> None:
     """In a file of its own, among several, with special tokens written as objects."""
     template = "{{ bos_token }}<<{{ messages[0]['content'] }}>>{{ eos_token if add_generation_prompt }}"
     edited(folder, chat_template=[{"name": "tools", "template": "no"}, {"name": "default", "template": template}])
-    edited(folder, bos_token={"content": "<s>"})
+    edited(folder, bos_token={"content": "<s>"}, model_max_length=1000000000000000019884624838656)
     assert prompt_7b.load(folder, CONFIG).render("x") == "<s><<x>>"
     edited(folder, chat_template=None)
     (folder / "chat_template.jinja").write_text("other {{ messages[0].content }}")
@@ -65,8 +65,9 @@ def test_other_templates_and_where_they_stand(folder: Path) -> None:
         (lambda f: edited(f, chat_template=None), "chat_template, bos_token and eos_token are needed"),
         (lambda f: edited(f, eos_token="[INST]"), r"\[INST\] is 3, not 2"),
         (lambda f: edited(f, chat_template="{% for"), "the chat template cannot be read"),
-        (lambda f: (f / FILE).write_text("["), "tokenizer_config.json"),
+        (lambda f: (f / FILE).write_text("["), "not readable as JSON"),
         (lambda f: (f / FILE).unlink(), "no such file; the checkpoint's chat template"),
+        (lambda f: (f / FILE).write_bytes(b"\xff"), "not readable as text"),
         (lambda f: (f / "tokenizer.json").unlink(), "no such file"),
     ],
 )
@@ -83,6 +84,7 @@ def test_what_cannot_be_used_is_named(folder: Path, change: Callable[[Path], obj
         ("<s>nothing", "gives <image> 0 times"),
         ("{{ messages[0].content }}{{ messages[0].content }}", "gives <image> 2 times"),
         ("{{ ''.__class__.__mro__ }}", "refuses one user turn"),
+        ("{{ 1 // 0 }}", "refuses one user turn"),
     ],
 )
 def test_a_template_that_loses_the_question_or_leaves_its_sandbox(folder: Path, template: str, said: str) -> None:

@@ -10,7 +10,8 @@ from stageparity.run import Trace
 from stageparity.stage import NotHeld
 from vidi import loss
 from vidi.attention.unpad import Rows
-from vidi.bridge import audio, conv_pool, fold, position
+from vidi.bridge import audio, fold, position
+from vidi.bridge.conv_pool import ConvPool, square
 from vidi.decoder.attention import repeat_heads
 from vidi.inputs import batch as batches
 from vidi.inputs import pixels
@@ -40,7 +41,9 @@ def space_to_depth(s: Site) -> Tensor:
 
 
 def conv(s: Site) -> Tensor:
-    return s.model.bridge.image_grid.conv(conv_pool.square(s["vision.tower"]))
+    grid = s.model.bridge.image_grid
+    assert isinstance(grid, ConvPool)
+    return grid.conv(square(s["vision.tower"]))
 
 
 def image_projector(s: Site) -> Tensor:
