@@ -22,12 +22,14 @@ from tokenizers import Tokenizer
 from goldens import oracle
 from tests.media import Sound, ffmpeg_command, make_video, run_ffmpeg
 from tests.not_run import not_run
-from vidi import generate, retrieval
+from vidi import generate
 from vidi.checkpoint import load, synthetic
 from vidi.cli import main
 from vidi.config import VidiConfig
 from vidi.fast import accelerate
 from vidi.inputs import pixels, prompt
+from vidi.inputs.batch import Batch, Sample, make_batch
+from vidi.inputs.reader import Reader
 from vidi.model import VidiModel
 
 pytestmark = pytest.mark.slow
@@ -134,9 +136,17 @@ def test_the_answer_depends_on_what_is_seen_and_heard(known: Known) -> None:
     assert known.inputs["inputs.audios.0"].shape == (12, 16, 100)
 
 
+def _batch(film: Path, tokenizer: Tokenizer, config: VidiConfig) -> Batch:
+    ids = prompt.build_ids(tokenizer, QUERY, bos_id=config.bos_id, image_placeholder=config.image_placeholder)
+    with Reader(film, config) as reader:
+        images, sound = torch.cat(list(reader.pictures())), reader.sound()
+    assert sound is not None
+    return make_batch([Sample(ids=ids, images=images, audio=sound[0], audio_size=sound[1])], config)
+
+
 def test_frames_mel_and_ids(known: Known) -> None:
     tokenizer = prompt.load_tokenizer(known.folder)
-    batch = retrieval.prepare(known.film, QUERY, tokenizer, VidiConfig.tiny()).batch
+    batch = _batch(known.film, tokenizer, VidiConfig.tiny())
     assert batch.images is not None
     assert batch.audios is not None
     np.testing.assert_array_equal(batch.input_ids_BT.numpy(), known.inputs["inputs.input_ids"])
@@ -150,7 +160,7 @@ def test_frames_mel_and_ids(known: Known) -> None:
 def test_logits(path: str, known: Known, model: VidiModel) -> None:
     """Of every step, from the file, to 1e-4 of their rms (gate float32-recorded)."""
     tokenizer = prompt.load_tokenizer(known.folder)
-    batch = retrieval.prepare(known.film, QUERY, tokenizer, model.config).batch
+    batch = _batch(known.film, tokenizer, model.config)
     runner = accelerate(model) if path == "fast" else model
     found = generate.forced_logits(runner, batch, torch.tensor([known.tokens]))[0].numpy()
     assert found.shape == known.logits_SV.shape

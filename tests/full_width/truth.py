@@ -17,9 +17,8 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import load_file
 
-from goldens.oracle import Arithmetic, bridge, decoder, round_bf16, text, towers
-from goldens.oracle.case import Sizes, Trace
-from goldens.oracle.head import logits
+from goldens.oracle import Arithmetic, bridge, decoder, models, nine, round_bf16, text, towers
+from goldens.oracle.case import Trace
 from goldens.oracle.pointwise import gelu_erf, layer_norm
 from tests import released
 from tests.full_width import weights
@@ -28,7 +27,7 @@ __all__ = ["PARTS", "SEED", "fed", "forget", "held", "naive", "truth"]
 
 SEED = 3
 CONFIG = released.config(vision_layers=2, audio_layers=1, num_hidden_layers=2, vocab_size=weights.VOCABULARY)
-SIZES = Sizes.read(CONFIG)
+SIZES = models.read(CONFIG)
 TABLE = load_file(Path(__file__).parents[2] / "goldens" / "pos_freq.safetensors")["3584"]
 KEYS = 4101  # of a text just past the window: the last query, at 4100, sees keys 4 to 4100 where there is one
 QUERIES = 3
@@ -129,12 +128,12 @@ def _visual(ar: Arithmetic, w: weights.Tensors, given: Mapping[str, np.ndarray])
 
 def _resized(ar: Arithmetic, w: weights.Tensors, given: Mapping[str, np.ndarray]) -> Run:
     """The grid of a video of 1,000 frames, for which the released budget leaves 14 of 28 a side."""
-    side = bridge.grid_side(SIZES, 1000, 28)
+    side = nine.grid_side(SIZES, 1000, 28)
     assert side == 14
     grid = given["tower"].astype(ar.work).reshape(2, 27, 27, 1152).transpose(0, 3, 1, 2)
-    matrix = bridge.resize_matrix(28, side, ar.work).astype(ar.work)
+    matrix = nine.resize_matrix(28, side, ar.work).astype(ar.work)
     grid = ar.store(matrix @ np.pad(grid, ((0, 0), (0, 0), (0, 1), (0, 1))) @ matrix.T)
-    return {"vision.resize": grid, "vision.space_to_depth": bridge.space_to_depth(grid, 2)}
+    return {"vision.resize": grid, "vision.space_to_depth": nine.space_to_depth(grid, 2)}
 
 
 def _sound(ar: Arithmetic, w: weights.Tensors, given: Mapping[str, np.ndarray]) -> Run:
@@ -153,7 +152,7 @@ def _decoder(ar: Arithmetic, w: weights.Tensors, given: Mapping[str, np.ndarray]
     }
     x = text.embed(ar, w, given["ids"], given["keep.text"], trace)
     x = decoder.run_text(ar, SIZES, w, x, given["keep.text"], streams, trace)
-    logits(ar, SIZES, w, x, trace)
+    nine.logits(ar, SIZES, w, x, trace)
     return trace.result()
 
 
@@ -165,14 +164,13 @@ def _window(ar: Arithmetic, w: weights.Tensors, given: Mapping[str, np.ndarray])
     recent = slice(KEYS - QUERIES, KEYS)
     n, past_k, past_v = (given[name].astype(ar.work) for name in ("n", "k", "v"))
     for i, window in ((0, 4096), (1, None)):
-        q, k, v = (w(f"model.layers.{i}.self_attn.{part}_proj.weight") for part in "qkv")
-        q = decoder._rotated(ar, decoder._heads(ar.linear(n, q), 16), cos[:, recent], sin[:, recent])
-        k = decoder._rotated(ar, decoder._heads(ar.linear(n, k), 8), cos[:, recent], sin[:, recent])
-        v = decoder._heads(ar.linear(n, v), 8)
+        layer = decoder.Layer(ar, SIZES, w, i)
+        q = decoder._rotated(ar, layer.heads("q_proj", n, 16), cos[:, recent], sin[:, recent])
+        k = decoder._rotated(ar, layer.heads("k_proj", n, 8), cos[:, recent], sin[:, recent])
+        v = layer.heads("v_proj", n, 8)
         k, v = (np.concatenate([x.transpose(0, 2, 1, 3), y], axis=2) for x, y in ((past_k, k), (past_v, v)))
         keep = decoder.window_mask(KEYS, window)[None, recent]
-        out = decoder._joined(decoder.attend(ar, SIZES, q, k, v, keep))
-        trace.put(f"layer.{i}.t2t", ar.linear(out, w(f"model.layers.{i}.self_attn.o_proj.weight")))
+        trace.put(f"layer.{i}.t2t", layer.output(decoder.attend(ar, SIZES, q, k, v, keep)))
     return trace.result()
 
 
