@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     # What is wrong with a word on the command line is said before 20 GB are read.
     where = device.check(args.device)
+    if not Path(args.video).exists():
+        raise ValueError(f"{args.video}: no such file")
     queries = [*map(arguments.text, args.query), *(_queries(args.queries) if args.queries else ())]
     if not queries:
         raise ValueError("no query; say what to look for: vidi retrieve VIDEO 'a red car'")
