@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from stageparity import manifest, rounding, store, strict, tolerance
+from stageparity import manifest, rounding, store, tolerance
 from stageparity.arrays import like, to_numpy
 from stageparity.compare import Result, compare, nothing_compared
 from stageparity.golden import Golden, Whole
@@ -164,32 +163,17 @@ def run(
     """Run cases one after another. ``on_case`` sees each finished case and its chained tensors.
 
     alone: also forced and alone, not only chained. Raises GoldenError for goldens that cannot be trusted, ValueError where
-    the model refuses the case, or ends in another exception on it.
+    the model refuses the case.
     """
     finished = []
     with subject.scope():
         for ref in refs:
             case = store.open_case(ref.folder, ref.name)
-            with _named(case):
-                done, tensors = run_case(subject, case, None, tolerances, globs=globs, alone=alone)
+            done, tensors = run_case(subject, case, None, tolerances, globs=globs, alone=alone)
             finished.append(done)
             if on_case is not None:
                 on_case(done, tensors)
         return Run(tuple(finished), subject.dtype, subject.about, subject.fingerprint())
-
-
-@contextmanager
-def _named(case: Case) -> Iterator[None]:
-    """An exception of the model's own code is told with the case: nobody but a person can tell whose fault it is."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, MemoryError):
-        raise
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
-            raise
-        said = strict.one_line(f"{case.set}/{case.name}: the model ends in {type(error).__name__}: {error}", 600)
-        raise ValueError(f"{said}; a fault of the model, or inputs that do not fit it: --debug shows where") from error
 
 
 def run_case(

@@ -147,6 +147,7 @@ def make_film(path: Path, film: Film) -> Path:
     options = {"movflags": film.movflags} if film.movflags else {}
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(film.codec, rate=Fraction(film.fps), options=film.options)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = film.width, film.height, film.pixels
         if film.pts_ms is not None:
             stream.codec_context.time_base = Fraction(1, 1000)

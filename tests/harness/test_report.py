@@ -307,7 +307,7 @@ def test_an_equal_run_names_what_is_closest() -> None:
     rows = [Row(s, result(s, e)) for s, e in (("vision.norm", 1e-12), ("logits", 4e-10))]
     text = page.render(run_of(*rows), CONTEXT)
     assert "✓ Equal" in text
-    assert text.index("0.4×") < text.index("<code>logits</code>") < text.index("<code>vision.norm</code>")
+    assert text.index("0.4×") < text.index("<code>logits</code>") < text.index("<code>vision.<wbr>norm</code>")
 
 
 def test_what_was_not_run_is_named() -> None:
@@ -317,7 +317,7 @@ def test_what_was_not_run_is_named() -> None:
     text = page.render(run, CONTEXT)
     assert "as far as it ran" in text
     assert '2 stages. <span class="soft">no &lt;baseline&gt;</span>' in text
-    assert "vision.norm, loss.mid" in text
+    assert "vision.<wbr>norm, loss.<wbr>mid" in text
 
 
 def test_nothing_compared_is_no_success() -> None:

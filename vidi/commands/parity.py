@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from stageparity import strict
 from vidi.commands import arguments
 
 __all__ = ["add_arguments", "run"]
@@ -70,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
     dump = Dump(Path(args.dump), [ref.name for ref in refs]) if args.dump else None
     subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
     context = _context(args, judged_by)
-    with status.status(f"{len(refs)} cases") as line:
+    waiting = [f"{ref.set}/{ref.name}" for ref in reversed(refs)]
+    with _named(waiting), status.status(f"{len(refs)} cases") as line:
 
         def on_case(case: runs.CaseRun, tensors: Mapping[str, Any]) -> None:
+            waiting.pop()
             line.update(escape(terminal.encodable(f"{case.name} done", status)))
             if dump is not None:
                 dump.write(case.case, tensors)
@@ -86,6 +90,20 @@ def run(args: argparse.Namespace) -> int:
     outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
     outputs.write(args.html, lambda: page.render(found, context))
     return found.exit_code
+
+
+@contextlib.contextmanager
+def _named(waiting: list[str]) -> Iterator[None]:
+    """An exception of the model's own code is told with its case, the last one: only a person can tell whose fault it is."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or not waiting:
+            raise
+        said = strict.one_line(f"{waiting[-1]}: the model ends in {type(error).__name__}: {error}", 600)
+        raise ValueError(f"{said}; a fault of the model, or inputs that do not fit it: --debug shows where") from error
 
 
 def _check_stages(globs: str, refs: Any) -> None:
