@@ -109,7 +109,7 @@ def test_fps_that_no_video_has(folder: Path, tmp_path: Path, capsys: pytest.Capt
     video = make_video(tmp_path / "film.mp4")
     for fps in ("1e-308", "1e-7", "1e300"):
         assert cli.main(["retrieve", str(video), "x", "--checkpoint", str(folder), "--fps", fps]) == 2
-        assert f"--fps {float(fps)}: from" in capsys.readouterr().err
+        assert f"fps is {float(fps)}; from" in capsys.readouterr().err
 
 
 # ---- streams ----------------------------------------------------------------------------------------------------------

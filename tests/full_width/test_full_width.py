@@ -31,7 +31,7 @@ from vidi.attention.call import AttentionCall
 from vidi.bridge import audio, fold, norm, projector
 from vidi.checkpoint import names, synthetic
 from vidi.config import DecoderConfig, VidiConfig
-from vidi.decoder import attention, decoder, mlp
+from vidi.decoder import attention, parts
 from vidi.towers import siglip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -222,6 +222,10 @@ def _backwards_windows(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def _erf_in_the_decoder(patch: pytest.MonkeyPatch) -> None:
+    patch.setitem(parts.PARTS, "gemma2", dataclasses.replace(parts.PARTS["gemma2"], activation=nnf.gelu))
+
+
 WINDOW = DecoderConfig.window
 FAULTS = [
     Fault("18 heads in the vision tower", "vision", "bfloat16", "vision.attention", _config("vision", num_heads=18)),
@@ -248,7 +252,7 @@ FAULTS = [
     Fault("audio windows read backwards", "sound", "bfloat16", "audio.pool", patch=_backwards_windows),
     Fault(
         "sqrt(D) unrounded", "decoder", "bfloat16", "layer.0.image_input",
-        patch=_set(decoder.precision, "sqrt_in", lambda value, dtype: math.sqrt(value)),
+        patch=_set(parts.precision, "sqrt_in", lambda value, dtype: math.sqrt(value)),
     ),
     Fault("decoder eps 1e-5", "decoder", "float32", "layer.0.image_stream", _config("decoder", rms_norm_eps=1e-5)),
     Fault(
@@ -266,7 +270,7 @@ FAULTS = [
     ),
     Fault(
         "erf in the decoder", "decoder", "float32", "layer.0.image_stream",
-        patch=_set(mlp.nnf, "gelu", lambda x, approximate: torch.ops.aten.gelu(x)),
+        patch=_erf_in_the_decoder,
     ),
     Fault("theta 10,001", "window", "float32", "rope.cos", _config("decoder", rope_theta=10001.0)),
     Fault("theta 20,000", "window", "bfloat16", "rope.cos", _config("decoder", rope_theta=20000.0)),

@@ -59,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype)
     # What is wrong with a word on the command line is said before 20 GB are read.
     where = device.check(args.device)
+    if not Path(args.video).exists():
+        raise ValueError(f"{args.video}: no such file")
     queries = [*map(arguments.text, args.query), *(_queries(args.queries) if args.queries else ())]
     if not queries:
         raise ValueError("no query; say what to look for: vidi retrieve VIDEO 'a red car'")
@@ -68,8 +70,6 @@ def run(args: argparse.Namespace) -> int:
     for query in queries:
         retrieval.check_request(tokenizer, query, config, args.max_new_tokens)
     video.frame_step(1.0, args.fps)
-    if not 1e-6 <= args.fps <= 1e6:
-        raise ValueError(f"--fps {args.fps}: from 0.000001 to 1,000,000 frames a second")
     able = config.decoder.kind == "gemma2"
     fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None and able)
     if fast and not able:

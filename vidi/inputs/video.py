@@ -56,13 +56,13 @@ class Frames:
 def frame_step(average_fps: float, fps: float = 1.0) -> int:
     """Frames from one sample to the next: round(average_fps / fps), half to even, at least 1 (spec §2).
 
-    Raises ValueError unless both rates are positive and finite, and their quotient is.
+    Raises ValueError unless both rates are positive and finite, and ``fps`` from a millionth to a million.
     """
     for name, rate in (("average_fps", average_fps), ("fps", fps)):
         if not 0 < rate < float("inf"):
             raise ValueError(f"{name} is {rate}; a positive number of frames per second is needed")
-    if average_fps / fps > 1e9:
-        raise ValueError(f"fps is {fps}: less than one frame in {1e9 / average_fps:.0f} s; give a larger number")
+    if not 1e-6 <= fps <= 1e6:
+        raise ValueError(f"fps is {fps}; from 0.000001 to 1,000,000 frames a second")
     return max(1, round(average_fps / fps))
 
 
