@@ -21,6 +21,7 @@ from stageparity.golden import GoldenError
 from tests.not_run import not_run
 from vidi.attention import unpad
 from vidi.bridge import fold, norm
+from vidi.cli import main
 from vidi.commands import faults as command
 from vidi.parity import faults
 from vidi.parity.goldens import goldens_dir
@@ -258,9 +259,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_command_lists_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.run(_arguments("--list", "--fault", "masks.*")) == 0
     assert "masks.all_tokens_kept" in capsys.readouterr().out
-    assert command.run(_arguments("--fault", "nothing")) == 2
+    assert main(["faults", "--fault", "nothing"]) == 2
     assert "no fault matches 'nothing'" in capsys.readouterr().err
-    assert command.run(_arguments("--fault", "bridge.pad_*", "--goldens", str(tmp_path))) == 2
+    assert main(["faults", "--fault", "bridge.pad_*", "--goldens", str(tmp_path)]) == 2
     assert "no goldens in" in capsys.readouterr().err
 
 

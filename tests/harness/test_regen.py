@@ -376,6 +376,6 @@ def test_the_gate_sees_missing_recipes_and_cases(goldens: Path, monkeypatch: pyt
 
 def test_pos_freq_is_data() -> None:
     tables = load_file(GOLDENS / "pos_freq.safetensors")
-    assert set(tables) == {"24", "64", "3584"}
+    assert set(tables) == {"20", "24", "64", "3584"}
     np.testing.assert_array_equal(tables["24"], recipes.POS_FREQ)
     assert all(len(table) == int(width) // 2 and table[0] == 1 for width, table in tables.items())

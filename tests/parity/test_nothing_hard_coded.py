@@ -32,7 +32,12 @@ SMALL = [
     if path.stem not in ("odd", "oddone")
 ]
 #: Fields that have one value everywhere, and why.
-ONE_VALUE = {"vision.num_channels": "pictures are RGB (§2)", "image_pool_size": "only 2 is specified (§3.3)"}
+ONE_VALUE = {
+    "vision.num_channels": "pictures are RGB (§2)",
+    "image_pool_size": "only 2 is specified (§3.3)",
+    "decoder.windowed_every": "of the kind of decoder: no field of a config.json says it",
+    "positions_rounded": "of the kind of decoder: no field of a config.json says it",
+}
 
 
 def numbers(config: Any, prefix: str = "") -> Iterator[tuple[str, float | None]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vidi.attention import rope
 from vidi.bridge import norm, position
 from vidi.decoder.mlp import GatedMlp
+from vidi.decoder.parts import PARTS
 
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 
@@ -20,7 +21,10 @@ def noise(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 @HALF
 def test_the_gates_activation_is_rounded_before_its_product(dtype: torch.dtype) -> None:
-    mlp, x = GatedMlp(64, 64).to(dtype).requires_grad_(False), noise(50, 64, seed=1, dtype=dtype)
+    mlp, x = (
+        GatedMlp(64, 64, PARTS["gemma2"].activation).to(dtype).requires_grad_(False),
+        noise(50, 64, seed=1, dtype=dtype),
+    )
     for linear in (mlp.gate, mlp.up, mlp.down):
         linear.weight.copy_(torch.eye(64))
     wide = nnf.gelu(x.float(), approximate="tanh")
