@@ -289,18 +289,23 @@ def prompt_bytes(text: str) -> str:
 
 # ---- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
-PROGRAM = "import os, sys; os.write(1, b'!'); from vidi.cli import main; sys.exit(main())"
+#: SIGINT is ignored where a shell started the tests in the background, and would be here too.
+LISTENS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+PROGRAM = LISTENS + "import os, sys; os.write(1, b'!'); from vidi.cli import main; sys.exit(main())"
 
 
 def _interrupted(delay: float) -> tuple[int, str]:
     """Exit status and stderr of a run that gets SIGINT ``delay`` seconds after its first line."""
     command = [sys.executable, "-c", PROGRAM, "parity"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
-    assert child.stdout is not None
-    child.stdout.read(1)
-    time.sleep(delay)
-    child.send_signal(signal.SIGINT)
-    return child.wait(60), child.communicate()[1]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True) as child:
+        assert child.stdout is not None
+        child.stdout.read(1)
+        time.sleep(delay)
+        child.send_signal(signal.SIGINT)
+        try:
+            return child.wait(60), child.communicate()[1]
+        finally:
+            child.kill()
 
 
 @pytest.mark.parametrize("times", [4, pytest.param(40, marks=pytest.mark.slow)])

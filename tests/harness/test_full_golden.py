@@ -70,7 +70,7 @@ def test_it_is_exchanged_whole_and_entered(goldens: Path) -> None:
     assert entry["sha256"] == set_sha256(goldens / full.FOLDER)
     assert "final.norm" not in opened(goldens).variant(full.VARIANT)
     bad = replace(new, provenance={"origin": "self"})
-    with pytest.raises(store.GoldenError, match="provenance lacks dtype"):
+    with pytest.raises(store.GoldenError, match="lacks provenance or has it malformed"):
         make_full_golden.write(goldens, bad, WHY, [])
     assert store.verify(goldens / full.FOLDER)
     assert len(ledger.entries(goldens)) == 1

@@ -284,7 +284,8 @@ HARM: dict[str, Callable[[random.Random, Path, str, Path], None]] = {
 def _check(number: int, folder: Path, first: int = 0) -> None:
     outcomes = run_cases("tests.harness.test_fuzz_parity", number, folder, first=first)
     refused = {kind for kind in HARM if outcomes[f"{kind}: 2"]}
-    assert refused == set(HARM) or number < 100, outcomes
+    # Any name is a name: it is shown as text (`test_report`), not refused.
+    assert refused == set(HARM) - {"names"} or number < 100, outcomes
     assert sum(count for outcome, count in outcomes.items() if outcome.endswith(": 2")) > number / 3, outcomes
 
 

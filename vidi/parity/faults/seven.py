@@ -375,6 +375,12 @@ def final_norm_missing(original: Any) -> Any:
     return lambda x: x
 
 
+@plant("vidi.loss.labelled[labels]", case=TRAIN)
+def labels_of_the_next_place(original: Any) -> Any:
+    """Each labelled place has the label of the next one."""
+    return lambda labels: (original(labels)[0], original(labels)[1].roll(-1, 0))
+
+
 @plant("vidi.loss.labelled", case=TRAIN)
 def loss_first_place_twice(original: Any) -> Any:
     """The first labelled place stands in the place of the last."""

@@ -32,11 +32,13 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         "loss.kept", "7B: row and position of each labelled place", "§8", exact=True, when=("loss", "head"),
-        inputs=("text.labels",), run=lambda s: loss.labelled(s["text.labels"])[0], code=(loss.labelled, loss.shift),
+        inputs=("text.labels",), run=lambda s: loss.labelled(s["text.labels"])[0],
+        code=(loss.labelled["kept"], loss.shift),
     ),
     Stage(
         "loss.labels", "7B: what stands there", "§8", exact=True, when=("loss", "head"),
-        inputs=("text.labels",), run=lambda s: loss.labelled(s["text.labels"])[1], code=(loss.labelled, loss.shift),
+        inputs=("text.labels",), run=lambda s: loss.labelled(s["text.labels"])[1],
+        code=(loss.labelled["labels"], loss.shift),
     ),
     Stage(
         "loss.logits", "7B: logits there, float32", "§8", "· U", rows=(0,), when=("loss", "head"),
