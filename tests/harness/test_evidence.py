@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import subprocess
@@ -219,9 +218,9 @@ def test_a_run_enters_no_file_whose_hash_is_not_kept() -> None:
         if event == "call" and frame.f_code.co_name != "<module>":
             entered.add(frame.f_code.co_filename)
 
+    import vidi.parity.subject  # noqa: F401  (bodies of classes run while a module is loaded, and are no calls)
     from tools.studies import runs
 
-    gc.collect()  # what earlier tests left half-read would end, and so be entered, midway
     before = sys.getprofile()
     sys.setprofile(watch)
     try:
@@ -232,7 +231,8 @@ def test_a_run_enters_no_file_whose_hash_is_not_kept() -> None:
     ours = {Path(name).relative_to(ROOT).as_posix() for name in entered if Path(name).is_relative_to(ROOT)}
     ours = {name for name in ours if name.split("/")[0] in ("vidi", "stageparity", "tools", "goldens")}
     assert len(ours) > 30
-    assert ours <= set(studies.study("noise").basis(GOLDENS).code)
+    # The commit that a report names is asked for aside of every number.
+    assert ours - set(evidence.ASIDE) <= set(studies.study("noise").basis(GOLDENS).code)
 
 
 # ---- goldens, budgets, plan -----------------------------------------------------------------------------------------------
