@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "UNUSABLE", "guarded", "main"]
 
 UNUSABLE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+#: Seconds after which Ctrl-C is raised again where it was lost: in a destructor, or in a library's `except:`.
+PATIENCE = 3.0
 COMMANDS = {
     "retrieve": "find time ranges in a video: vidi retrieve VIDEO QUERY --checkpoint DIR",
     "parity": "hold every stage of the model against stored goldens",
@@ -61,6 +63,8 @@ def guarded(
             raise
         status, said = BROKEN_PIPE, ""
     except BaseException as error:
+        if argv is None:
+            _heard()
         if debug:
             import traceback
 
@@ -156,10 +160,22 @@ def _own_process(name: str) -> None:
                 os.write(2, f"{name}: interrupted\n".encode("utf-8", "backslashreplace"))
                 os._exit(INTERRUPTED)
             frame = frame.f_back
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE)
         raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller wants it ignored, as nohup does
+        signal.signal(signal.SIGALRM, interrupted)
         signal.signal(signal.SIGINT, interrupted)
+        # A destructor cannot pass it on; what Python would say of it would stand beside our own line.
+        others = sys.unraisablehook
+        sys.unraisablehook = lambda lost: None if lost.exc_type is KeyboardInterrupt else others(lost)
+
+
+def _heard() -> None:
+    """Whatever was interrupted has come to its end; Ctrl-C need not be raised again."""
+    import signal
+
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _say(text: str) -> None:

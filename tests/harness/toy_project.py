@@ -20,7 +20,11 @@ class Project:
     def __init__(self, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pytester, self.monkeypatch, self.toy = pytester, monkeypatch, pytester.path / "toy"
         shutil.copytree(TOY, self.toy, ignore=shutil.ignore_patterns("__pycache__"))
-        pytester.makeini("[pytest]\npythonpath = .\nfilterwarnings = error\n")
+        # The plugin of the run around this one is already imported.
+        pytester.makeini(
+            "[pytest]\npythonpath = .\nfilterwarnings =\n    error\n"
+            "    ignore:Module already imported:pytest.PytestAssertRewriteWarning\n"
+        )
         monkeypatch.syspath_prepend(pytester.path)
         # No plugin of this machine takes part; what each run needs it names.
         monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
