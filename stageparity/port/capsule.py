@@ -36,8 +36,9 @@ content = tuple(axis for axis in range(error.ndim) if axis not in about["row_axe
 found = {"max": error.max() / scale, "rms": np.sqrt((error**2).mean()) / scale}
 found["row"] = np.sqrt((error**2).mean(axis=content)).max() / scale
 over = [key for key, budget in about["budgets"].items() if key in found and found[key] > budget]
-print(about["stage"], "DIFFERENT" if over or (about["exact"] and error.any()) else "equal", {k: float(x) for k, x in found.items()})
-sys.exit(1 if over or (about["exact"] and error.any()) else 0)
+wrong = bool(over) or (about["exact"] and bool(error.any()))
+print(about["stage"], "DIFFERENT" if wrong else "equal", {key: float(x) for key, x in found.items()})
+sys.exit(int(wrong))
 '''
 
 

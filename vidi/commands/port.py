@@ -190,10 +190,8 @@ def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mappi
 
     for old in ("trace.json", "chained.safetensors", "forced.safetensors"):
         (folder / old).unlink(missing_ok=True)
-    own = args.python == sys.executable
-    environment = {
-        k: v for k, v in os.environ.items() if own or k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
-    } | dict(more)
+    foreign = () if args.python == sys.executable else ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if name not in foreign} | dict(more)
     command = [args.python, str(adapter.parent / "stagetrace.py"), str(adapter), str(folder / "case"), str(folder)]
     with open(folder / "port.log", "wb") as log:
         try:
