@@ -76,7 +76,7 @@ def to_numpy(x):
         return (x.float() if name == "bfloat16" else x).numpy().copy(), name
     if name == "bfloat16":
         x = x.astype(np.float32 if isinstance(x, np.ndarray) else importlib.import_module(_library(x)).float32)
-    return np.array(x), name
+    return np.array(x, order="C"), name  # flattened, it must be a view: a golden is written into it
 
 
 def _library(x):

@@ -1,11 +1,8 @@
-"""Vidi in MLX under the port doctor: `vidi port run adapter.py --python PY`, PY having mlx, numpy and safetensors."""
-
-from pathlib import Path
+"""Vidi in MLX under the port doctor: `vidi port run adapter.py --python PY`, PY having mlx and numpy."""
 
 import mlx.core as mx
 import numpy as np
 from model import load
-from safetensors.numpy import load_file
 from stagetrace import call
 
 HEADS = "B T N H -> B N T H"
@@ -13,19 +10,14 @@ REPEATED = "B L G H -> B (G r) L H"
 
 
 def build(config, weights):
-    # MLX's exp is up to 4 units in the last place off the table of the goldens, so the table is data.
-    table = load_file(Path(__file__).with_name("pos_freq.safetensors"))[str(config["hidden_size"])]
-    return load(config, table, weights)
+    return load(config, weights)
 
 
 def forward(model, inputs):
-    samples = range(len(inputs["audio_sizes"]))
-    videos = [inputs[f"images.{b}"] if f"images.{b}" in inputs else inputs[f"images_u8.{b}"] / np.float32(127.5) - 1 for b in samples]
-    sounds = [mx.array(inputs[f"audios.{b}"].swapaxes(1, 2)) for b in samples]
-    videos = [mx.array(np.moveaxis(v.astype(np.float32), 1, -1)) for v in videos]
-    ids = inputs["input_ids"]
+    ids, samples = inputs["input_ids"], range(len(inputs["audio_sizes"]))
     keep = inputs.get("attention_mask", np.ones(ids.shape, bool))
-    logits = model(ids, keep, videos, sounds, inputs["audio_sizes"].tolist())
+    videos, sounds = ([mx.array(np.moveaxis(inputs[f"{n}.{b}"], 1, -1)) for b in samples] for n in ("images", "audios"))
+    logits = model(ids, keep, videos, sounds, inputs["audio_sizes"].tolist(), mx.array(inputs["pos_freq"]))
     mx.eval(logits)  # MLX is lazy: a run that nobody looks at computes nothing, and would be timed as free
 
 

@@ -186,14 +186,15 @@ class Model(nn.Module):
 
 
 class Vidi(nn.Module):
-    def __init__(self, config, frequencies):
+    def __init__(self, config):
         super().__init__()
-        self.config, self._frequencies = config, mx.array(frequencies)  # an underscore: no parameter
+        self.config = config
         self.model = Model(config)
 
-    def __call__(self, ids, mask, videos, sounds, sizes):
+    def __call__(self, ids, mask, videos, sounds, sizes, frequencies):
+        """frequencies: the table of §5 as data. MLX's exp is up to 4 units in the last place off it, which pos_t shows."""
         model, config = self.model, self.config
-        freq = tap("pos.freq", self._frequencies)
+        freq = tap("pos.freq", frequencies)
         image, keep_image = model.visual(videos, freq)
         audio, keep_audio = model.audio(sounds, sizes, freq)
         x, keep_text = model.text(ids, mask)
@@ -217,12 +218,12 @@ class Vidi(nn.Module):
         return cap * mx.tanh(self.model.embed_tokens.as_linear(x) / cap)
 
 
-def load(config, frequencies, weights):
-    """The model with official weights: convolutions turned channels-last, and without the last vision layer and its head, which
-    nothing uses. frequencies: the table of §5, as data."""
+def load(config, weights):
+    """The model with official weights: convolutions turned channels-last; the last vision layer and the head behind it, which
+    nothing uses, left out."""
     last = config["vision_config"]["num_hidden_layers"] - 1
     unused = ("lm_head.", *(f"model.mm_vis.vision_model.{n}." for n in (f"encoder.layers.{last}", "post_layernorm", "head")))
     used = {name: value for name, value in weights.items() if not name.startswith(unused)}
-    model = Vidi(config, frequencies)
+    model = Vidi(config)
     model.load_weights([(name, mx.array(np.moveaxis(x, 1, -1) if x.ndim > 2 else x)) for name, x in used.items()])
     return model
