@@ -117,7 +117,7 @@ FLOAT32 = (
     ),
     Planted(
         "streams_not_carried", _in("model.py", "x, image, audio = layer(x,", "x, *_ = layer(x,"),
-        dict.fromkeys((*STREAMS, "xattn.{i}.{m}.k", "xattn.{i}.{m}.v"), "wiring"),
+        dict.fromkeys((*STREAMS, "xattn.{i}.{m}.k", "xattn.{i}.{m}.v", CROSS), "wiring"),
     ),
     Planted("head_reads_before_the_norm", _in("model.py", "return self.logits(model.norm(x))", "model.norm(x)\n        return self.logits(x)"),
         {"logits": "wiring"},
