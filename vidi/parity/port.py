@@ -98,6 +98,7 @@ def export(case: Case, folder: Path, dtype: str, stages: Stages, judged_in: str 
         "config": case.config,
         "info": case.info,
         "stages": ids(targets, stages),
+        "shapes": {name: list(golden.shape) for name, golden in targets.items()},  # also of those held in part
         "places": {name: asdict(place) for name, place in stages.places.items()},
     }
     folder.mkdir(parents=True, exist_ok=True)
