@@ -25,7 +25,7 @@ from stageparity.store import Case, CaseRef, Targets
 from stageparity.subject import Bench, Subject, fed, reference_of, unfit
 from stageparity.tolerance import Tolerances
 
-__all__ = ["CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
+__all__ = ["CaseRun", "Row", "Run", "Trace", "ids", "promised", "run", "run_case"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Row:
     forced: Result | None = None
     alone: Result | None = None
     wiring: str = ""  #: the file that feeds the stage
+    tracing: str = ""  #: the mapping under which a foreign tensor is the golden, where that is what differs
+    said: str = ""  #: whose error it is, in words, where more is known than the passes tell
 
     @property
     def results(self) -> list[Result]:
@@ -60,9 +62,12 @@ class Row:
     @property
     def kind(self) -> str:
         """Whose error it is: `stage`, `wiring` (its caller's), `inherited`; nothing where all is equal. A stage that could not
-        be fed alone shares `wiring` with its caller, one that could not be fed at all is `chained`."""
+        be fed alone shares `wiring` with its caller, one that could not be fed at all is `chained`; `tracing` is no error of
+        the model."""
         if self.ok:
             return ""
+        if self.tracing:
+            return "tracing"
         if self.alone is not None and not self.alone.ok:
             return "stage"
         if self.forced is not None and not self.forced.ok:
@@ -107,8 +112,9 @@ class Run:
 
     @property
     def exit_code(self) -> int:
-        """0 every compared stage is equal, 1 some differ, 3 nothing was compared."""
-        return 3 if self.nothing else int(any(case.first_divergence is not None for case in self.cases))
+        """0 every compared stage is equal, 1 some differ, 2 only because of how they were traced, 3 nothing was compared."""
+        kinds = {row.kind for case in self.cases for row in case.rows} - {""}
+        return 2 if kinds == {"tracing"} else 3 if self.nothing else int(bool(kinds))
 
 
 class Trace:
@@ -189,7 +195,7 @@ def run_case(
     start = time.perf_counter()
     variant, gate = reference_of(case, subject.dtype)
     targets, stages = case.variant(variant), subject.stages
-    wanted = _promised(targets, stages, globs)
+    wanted = ids(targets, stages, globs)
     judge = _Judge(stages, tolerances, gate, f"{case.set}/{case.name}", targets)
     result = CaseRun(case.name, case.set, variant, (), golden=case.identity)
     try:
@@ -224,10 +230,11 @@ def run_case(
 def promised(ref: CaseRef, stages: Stages, dtype: str) -> list[str]:
     """The rows that a run of a case in ``dtype`` has, in pipeline order, from its manifest alone."""
     case = Case(ref.folder, ref.name, manifest.parse(ref.folder / f"{ref.name}.json"))
-    return _promised(case.variant(reference_of(case, dtype)[0]), stages, None)
+    return ids(case.variant(reference_of(case, dtype)[0]), stages, None)
 
 
-def _promised(targets: Targets, stages: Stages, globs: str | None) -> list[str]:
+def ids(targets: Targets, stages: Stages, globs: str | None = None) -> list[str]:
+    """What targets judge, in pipeline order."""
     return stages.matching([*targets, *_judged_by_others(stages, targets)], globs)
 
 

@@ -103,6 +103,17 @@ class H5File:
         except _ERRORS as error:
             raise Refused(f"cannot be read ({strict.reason(error)})", file=self.path, field=place) from None
 
+    def read_any(self, place: str) -> np.ndarray:
+        """The array at ``place``, of whatever dtype and shape it says. Raises as `read`."""
+        try:
+            data = self._dataset(place)
+            kind, shape = data.id.get_type(), data.shape or ()
+        except _ERRORS as error:
+            raise Refused(f"cannot be read ({strict.reason(error)})", file=self.path, field=place) from None
+        return self.read(
+            place, dtype=next((name for name, known in DTYPES.items() if kind.equal(known)), ""), shape=shape
+        )
+
     def _walk(self, group: h5py.Group, prefix: str, depth: int, found: set[str]) -> None:
         for name in group:
             place = f"{prefix}{name}"

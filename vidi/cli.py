@@ -21,6 +21,7 @@ PATIENCE = 3.0
 COMMANDS = {
     "retrieve": "find time ranges in a video: vidi retrieve VIDEO QUERY --checkpoint DIR",
     "parity": "hold every stage of the model against stored goldens",
+    "port": "hold someone else's port against the goldens: vidi port init CASE OUT, then vidi port run OUT/adapter.py",
     "faults": "plant known faults one by one: does the harness see each, and where",
     "inspect": "tell what a checkpoint folder holds, without loading it, and what a run of it needs",
     "synth": "write a synthetic checkpoint of any size",

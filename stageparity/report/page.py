@@ -36,7 +36,8 @@ def render(run: Run, context: Context) -> str:
     worst = guilty[0].first[0] if guilty else worst_case(run)
     return environment.get_template("page.html.j2").render(
         run=run,
-        verdict={0: "equal", 1: "different", 3: "nothing compared"}[run.exit_code],
+        verdict=verdict.WORDS[run.exit_code],
+        headline=verdict.headline(run, context),
         summary=verdict.summary(run),
         conclusion=verdict.conclusion(run, context),
         head=_finding(guilty[0], run, context) if guilty else None,
@@ -104,7 +105,7 @@ def _case(case: CaseRun, context: Context, worst: CaseRun | None) -> dict[str, A
     texts = 0
     rows = []
     for row in case.rows:
-        guilty = row.kind in ("stage", "wiring") or row is case.first_divergence
+        guilty = row.kind in verdict.GUILTY or row is case.first_divergence
         show_text = not row.ok and guilty and texts < _TEXTS
         texts += show_text
         rows.append(_row(row, context, show_text))

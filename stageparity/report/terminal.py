@@ -10,15 +10,16 @@ import datetime
 import json
 import math
 from collections.abc import Iterator
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from stageparity import strict
 from stageparity.report import verdict
 from stageparity.report.verdict import Context, number
 from stageparity.result import Result
 from stageparity.run import CaseRun, Row, Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["as_json", "diagnosis", "encodable", "print_run", "say", "table", "to_text"]
 
@@ -64,12 +65,15 @@ def diagnosis(found: verdict.Finding, run: Run, context: Context) -> list[str]:
 
 
 def print_run(run: Run, console: Console, context: Context, *, verbose: bool = True) -> None:
-    """A table of every stage, what was NOT RUN, what is wrong by itself, and the verdict at the end."""
+    """The verdict in a sentence, a table of every stage, what was NOT RUN, what is wrong by itself, and the verdict with its
+    reasons at the end, where a long run leaves the eye."""
 
     def told(line: str, style: str | None = None) -> None:
         say(console, line, style)
 
     dashes = False
+    if verbose:
+        told(verdict.headline(run, context), "bold red" if run.exit_code else "bold")
     for case in run.cases:
         if verbose and case.rows:
             console.print()
@@ -140,7 +144,8 @@ def as_json(run: Run, context: Context) -> dict[str, Any]:
     guilty = verdict.findings(run, context.stages)
     first = guilty[0].first if guilty else None
     return {
-        "verdict": {0: "equal", 1: "different", 3: "nothing compared"}[run.exit_code],
+        "verdict": verdict.WORDS[run.exit_code],
+        "headline": verdict.headline(run, context),
         "exit_code": run.exit_code,
         "text": [verdict.summary(run), *verdict.conclusion(run, context)],
         "first_divergence": {"case": first[0].name, "stage": first[1].stage} if first else None,

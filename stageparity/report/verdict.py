@@ -18,16 +18,19 @@ from stageparity.run import CaseRun, Row, Run
 from stageparity.stage import Stages, fill
 
 __all__ = [
-    "Context", "Finding", "References", "conclusion", "findings", "inherited", "lookalikes", "number", "rerun", "short", "some",
+    "Context", "Finding", "References", "conclusion", "findings", "headline", "inherited", "lookalikes", "number", "rerun", "short", "some",
     "split", "summary", "whose",
 ]  # fmt: skip
 
+WORDS = {0: "equal", 1: "different", 2: "traced in another way", 3: "nothing compared"}  #: of a run's exit code
+GUILTY = ("stage", "wiring", "tracing")  # kinds of rows that differ by themselves
 _NAMES = 6  # of known faults listed beside a divergence
 WHOSE = {
     "stage": "its own error: fed its golden inputs alone, it differs",
     "wiring": "an error of what feeds it or takes its result, {file}: fed goldens in the run it differs{alone}",
     "inherited": "inherited: fed its golden inputs, it is within its budget",
     "chained": "not told apart: it cannot be fed alone",
+    "tracing": "how it is traced, not the model: {tracing}",
 }
 
 
@@ -84,6 +87,7 @@ class Context:
     references: References = field(default_factory=References)
     command: tuple[str, ...] = ("parity",)
     options: tuple[str, ...] = ()
+    coverage: str = ""  #: of a foreign model: how much of it was seen
 
     def what(self, stage_id: str) -> str:
         """A few words on a stage, with its section; nothing for an id that nobody knows."""
@@ -117,8 +121,10 @@ class Finding:
 
 def whose(row: Row) -> str:
     """Whose error a row that differs is, in a sentence."""
+    if row.said and row.kind != "inherited":
+        return row.said
     alone = " and alone it does not" if row.alone is not None else ", and it cannot be fed alone"
-    return WHOSE[row.kind].format(file=row.wiring or "its caller", alone=alone)
+    return WHOSE[row.kind].format(file=row.wiring or "its caller", alone=alone, tracing=row.tracing)
 
 
 def findings(run: Run, stages: Stages) -> list[Finding]:
@@ -127,11 +133,18 @@ def findings(run: Run, stages: Stages) -> list[Finding]:
     found: dict[tuple[str, str], list[tuple[CaseRun, Row]]] = {}
     for case in run.cases:
         red = [row for row in case.rows if not row.ok]
-        guilty = [row for row in red if row.kind in ("stage", "wiring")] or red[:1]
+        guilty = [row for row in red if row.kind in GUILTY] or red[:1]
         for row in guilty:
             found.setdefault((stages.template_of(row.stage), row.kind), []).append((case, row))
     made = [Finding(name, kind, tuple(rows)) for (name, kind), rows in found.items()]
     return sorted(made, key=lambda f: stages.order(f.first[1].stage))
+
+
+def headline(run: Run, context: Context) -> str:
+    """The verdict in one sentence."""
+    if said := conclusion(run, context):
+        return said[0]
+    return f"equal as far as seen: {context.coverage}" if context.coverage and not run.nothing else summary(run)
 
 
 def conclusion(run: Run, context: Context) -> list[str]:
@@ -154,8 +167,9 @@ def conclusion(run: Run, context: Context) -> list[str]:
     sure += [f"the weakest known fault here reaches {short(weakest)}"] if weakest is not None else []
     if alike := lookalikes(case, row.stage, context):
         sure.append(f"known faults of this stage: {some(alike)}")
+    word = "TRACED IN ANOTHER WAY" if first.kind == "tracing" else "WRONG"
     return [
-        f"WRONG: {first.name} ({where}): {_times(first.ratio)} its budget, {first.whose}.{also}",
+        f"{word}: {first.name} ({where}): {_times(first.ratio)} its budget, {first.whose}.{also}",
         f"how sure: {'; '.join([*sure, rest])}",
         f"next: {rerun(case, row, run, context)}",
     ]

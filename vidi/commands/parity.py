@@ -35,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="tiny",
         help="full: the 9B sizes on a GPU, fast against plain by ratio",
     )
+    parser.add_argument(
+        "--candidate", metavar="DIR", help="judge tensors that anything wrote, no model run: see docs/ports/README.md"
+    )
+    parser.add_argument(
+        "--require", metavar="COVERAGE", help="of a candidate: a share of the stages, or paths; less is exit 4"
+    )
     parser.add_argument("--chained", action="store_true", help="only from raw inputs on: no forced run, no stage alone")
     parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
@@ -44,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 equal, 1 different, 3 nothing compared. Raises what `cli.guarded` tells as 2, unusable input."""
+    if args.candidate:
+        return _candidate(args)
     from rich.console import Console
     from rich.markup import escape
 
@@ -92,6 +100,18 @@ def run(args: argparse.Namespace) -> int:
     outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
     outputs.write(args.html, lambda: page.render(found, context))
     return found.exit_code
+
+
+def _candidate(args: argparse.Namespace) -> int:
+    from stageparity.port.candidate import folders
+    from vidi.commands import candidate, outputs
+    from vidi.parity.goldens import goldens_dir
+
+    outputs.check(None if args.json == "-" else args.json, args.html)
+    goldens = goldens_dir(args.goldens)
+    found = candidate.judged(folders(Path(args.candidate)), goldens, globs=args.stage, only=args.case)
+    options = ("--goldens", args.goldens) if args.goldens else ()
+    return candidate.tell(found, args, ("vidi", "parity", "--candidate", args.candidate), options, goldens)
 
 
 def _files(cases: list[str]) -> dict[str, str]:

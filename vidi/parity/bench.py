@@ -1,8 +1,4 @@
-"""A golden case on the bench: our model, the goldens that feed a stage alone, and what all stages need to know of its shape.
-
-Derived places of a stage's inputs: ``{path}`` vision or audio, ``{name}`` image or audio, ``{stream}`` the stream that enters
-the layer, ``{before}`` the text that does, ``{last}`` the text after the last layer.
-"""
+"""A golden case on the bench: our model, the goldens that feed a stage alone, and what all stages need to know of its shape."""
 
 from __future__ import annotations
 
@@ -31,10 +27,10 @@ from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
 from vidi.parity import feed, trace
 from vidi.parity.goldens import inputs_of
+from vidi.parity.places import derived
 
 __all__ = ["Bench", "Site"]
 
-NAMES = {"v": {"path": "vision", "name": "image"}, "a": {"path": "audio", "name": "audio"}}
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -172,12 +168,7 @@ class Site:
 
     def id(self, template: str) -> str:
         """The id that a template of ``inputs`` stands for here."""
-        i, m = int(self.places.get("i") or 0), self.places.get("m") or "v"
-        names = NAMES[m]
-        stream = f"layer.0.{names['name']}_input" if i == 0 else f"layer.{i - 1}.{names['name']}_stream"
-        last = f"layer.{self.bench.model.config.decoder.num_layers - 1}.output"
-        derived = {**names, "stream": stream, "before": f"layer.{i - 1}.output", "last": last}
-        return fill(template, {"b": "0", "g": "", "m": m, **self.places, **derived})
+        return fill(template, derived(self.places, self.bench.model.config.decoder.num_layers))
 
     @property
     def sample(self) -> int:

@@ -1,0 +1,505 @@
+"""Traces a foreign model stage by stage, in its own interpreter: one file, Python 3.9 or newer, numpy alone.
+
+A copy of it lies beside every adapter, and is run there: `python stagetrace.py ADAPTER CASE_FOLDER OUT_FOLDER`. An adapter has
+`build(config, weights)`, `forward(model, inputs)` and `STAGES`, which says where each stage's tensor is met:
+
+    from stagetrace import call, tap
+
+    STAGES = {
+        "vision.projector": "bridge.projector",                        # path from what build() returned
+        "layer.{i}.output": call("layers.{i}", item=0),                # member of a result
+        "layer.{i}.t2{m}": call("layers.{i}.attn.cross", order="m"),   # a method; its calls are v, then a
+        "xattn.{i}.{m}.k": call("...", layout="B L G H -> B (G r) L H"),
+    }
+
+The case runs twice: *chained*, as it is, and *forced*, where each recorded tensor is replaced by its golden. What this
+leaves in OUT_FOLDER: `chained.safetensors` and `forced.safetensors` with tensors in the golden's layout, and `trace.json`, which says
+`finished` only at the end.
+"""
+
+import fnmatch
+import hashlib
+import importlib
+import inspect
+import json
+import os
+import re
+import sys
+import time
+import traceback
+
+import numpy as np
+
+__all__ = ["arrange", "call", "fingerprint", "tap"]
+
+VERSION = 1
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+          "uint8": "U8", "bool": "BOOL"}  # fmt: skip
+_DTYPES = {short: name for name, short in _NAMES.items()}
+
+# ---- what an adapter says ------------------------------------------------------------------------------------------------
+
+
+class call:  # noqa: N801  an adapter reads it as a verb
+    """Where a stage's tensor is met.
+
+    path: attributes, indices and keys from what build() returned, or "package.module:function". What it names may be a module
+    (torch, MLX, any object with __call__), a method or a function. Places of the stage's template, such as {i}, may stand in it.
+    item: member of the result, an index or a name, a tuple of them for a nested one. arg: an argument in place of the result, by
+    index or keyword. order: a place of the template; the nth call of a run is that of its nth value. when(args, kwargs): which
+    calls count. join: several calls give pieces of the tensor, along this axis of the golden. keep(n, x): what of the nth piece is the
+    tensor's, cut out by indexing alone (padded rows go). layout: "axes here -> axes of the golden", as einops writes it;
+    a name on the right alone repeats; sizes: those that no shape tells.
+    """
+
+    def __init__(self, path, item=None, arg=None, order=None, when=None, join=None, keep=None, layout=None, **sizes):
+        self.path, self.item, self.arg, self.order, self.when = path, item, arg, order, when
+        self.join, self.keep, self.layout, self.sizes = join, keep, layout, sizes
+
+
+def tap(stage, x):
+    """Records a stage where no module or method gives it, and returns the tensor to go on with; outside a trace x itself."""
+    trace = sys.modules["stagetrace"].CURRENT  # run as a program, this file is __main__ as well
+    return x if trace is None else trace.record(stage, x, call(""))
+
+
+CURRENT = None
+
+# ---- arrays of any library ---------------------------------------------------------------------------------------------------
+
+
+def to_numpy(x):
+    """(a copy in NumPy, the name of its dtype); bfloat16 comes as float32."""
+    name = str(getattr(x, "dtype", type(x).__name__)).rpartition(".")[2]
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+        return (x.float() if name == "bfloat16" else x).numpy().copy(), name
+    if name == "bfloat16":
+        x = x.astype(np.float32 if isinstance(x, np.ndarray) else importlib.import_module(_library(x)).float32)
+    return np.array(x), name
+
+
+def _library(x):
+    root = type(x).__module__.partition(".")[0]
+    return {"mlx": "mlx.core", "jax": "jax.numpy", "jaxlib": "jax.numpy"}.get(root, "numpy")
+
+
+def like(array, x):
+    """A NumPy array as the kind, dtype and device of x."""
+    if hasattr(x, "detach"):
+        return importlib.import_module("torch").from_numpy(np.ascontiguousarray(array)).to(x)
+    library = _library(x)
+    if library == "numpy":
+        return np.asarray(array, dtype=getattr(x, "dtype", None))
+    return importlib.import_module(library).array(array).astype(x.dtype)
+
+
+def is_array(x):
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
+
+
+def fingerprint(array):
+    """Few numbers that tell whether two arrays hold the same values: [shape, order-free moments, sums with the order in them]."""
+    x = np.asarray(array, np.float64).reshape(-1)
+    if not x.size:
+        return [list(np.shape(array)), [], []]
+    turn = np.arange(x.size) * 0.6180339887498949 % 1.0 - 0.5  # spread evenly, the same on every machine
+    moments = [x.mean(), np.abs(x).mean(), np.sqrt((x * x).mean()), x.min(), x.max()]
+    return [
+        list(np.shape(array)),
+        [float(m) for m in moments],
+        [float((x * turn).mean()), float((x * x * turn).mean())],
+    ]
+
+
+def arrange(x, pattern, shape=None, **sizes):
+    """x with its axes as the right side of "a b -> b a" has them; shape: of the result, where sizes follow from it alone."""
+    left, right = (_groups(side) for side in pattern.split("->"))
+    if len(left) != x.ndim:
+        raise ValueError(f"layout {pattern!r} names {len(left)} axes, the tensor has shape {list(x.shape)}")
+    sizes = dict(sizes, **{"1": 1})
+    for groups, known in ((left, x.shape), (right, shape or ()), (left, x.shape)):
+        for group, size in zip(groups, known):
+            unknown = [name for name in group if name not in sizes]
+            if len(unknown) == 1:
+                sizes[unknown[0]] = size // int(np.prod([sizes[name] for name in group if name in sizes]) or 1)
+    if missing := [name for group in left + right for name in group if name not in sizes]:
+        raise ValueError(f"layout {pattern!r}: nothing tells the size of {missing[0]}; give {missing[0]}=NUMBER")
+    here = [name for group in left for name in group if name != "1"]
+    there = [name for group in right for name in group if name != "1"]
+    x = x.reshape([sizes[name] for name in here])
+    if lost := [name for name in here if name not in there]:
+        raise ValueError(f"layout {pattern!r} drops {lost[0]}")
+    x = x.transpose([here.index(name) for name in there if name in here])
+    for n, name in enumerate(there):
+        if name not in here:
+            x = np.repeat(np.expand_dims(x, n), sizes[name], n)
+    return x.reshape([int(np.prod([sizes[name] for name in group])) for group in right])
+
+
+def _groups(side):
+    return [word.strip("()").split() for word in re.findall(r"\([^)]*\)|\S+", side)]
+
+
+# ---- files -------------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(path):
+    """A safetensors file of dtypes that NumPy has."""
+    with open(path, "rb") as file:
+        data = file.read()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    return {
+        name: np.frombuffer(data, _DTYPES[at["dtype"]], int(np.prod(at["shape"])), start + at["data_offsets"][0]).reshape(at["shape"])
+        for name, at in header.items()
+        if name != "__metadata__"
+    }  # fmt: skip
+
+
+def write_tensors(path, tensors):
+    header, parts, start = {}, [], 0
+    for name in sorted(tensors):
+        data = np.ascontiguousarray(tensors[name])
+        header[name] = {
+            "dtype": _NAMES[data.dtype.name],
+            "shape": list(np.shape(tensors[name])),
+            "data_offsets": [start, start + data.nbytes],
+        }
+        parts.append(data)
+        start += data.nbytes
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for data in parts:
+            file.write(data.tobytes())
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------------------
+
+
+class Trace:
+    """Tensors of one run by stage id. goldens: what to go on with in their place (none: as it is)."""
+
+    def __init__(self, ids, shapes, goldens=None):
+        self.ids, self.shapes, self.goldens = set(ids), shapes, goldens
+        self.pieces, self.joins, self.dtypes, self.notes = {}, {}, {}, {}
+        self.fed, self.inside, self.open, self.last = {}, {}, [], ""
+
+    def record(self, stage, x, where):
+        """One tensor, or a piece of it, of a stage; what to go on with in its place."""
+        if stage not in self.ids or x is None:
+            return x
+        self.last = stage
+        for within in self.open:
+            within.add(stage)
+        raw, dtype = to_numpy(x)
+        pieces = self.pieces.setdefault(stage, [])
+        if pieces and where.join is None:
+            self.note(
+                stage, "met more than once: the first counts; several pieces need join=, several stages order= or when="
+            )
+            return x
+        axis = where.join or 0
+        index = np.arange(raw.size).reshape(raw.shape)
+        try:
+            if where.keep is not None:
+                index = where.keep(len(pieces), index)
+            if where.layout is not None:
+                shape = list(self.shapes.get(stage, ()))
+                if where.join is not None and shape:
+                    shape = []  # a piece's sizes are its own
+                index = arrange(index, where.layout, shape, **where.sizes)
+        except Exception as error:
+            self.note(stage, "%s: %s" % (type(error).__name__, error))
+        piece = raw.reshape(-1)[index]
+        before = sum(np.shape(p)[axis] for p in pieces) if pieces else 0
+        pieces.append(piece)
+        self.joins[stage], self.dtypes[stage] = axis, dtype
+        golden = (self.goldens or {}).get(stage)
+        if golden is None:
+            return x
+        if where.join is not None and golden.ndim > axis:
+            golden = golden[(slice(None),) * axis + (slice(before, before + piece.shape[axis]),)]
+        if golden.shape != piece.shape:
+            self.note(stage, "not forced: the golden has another shape")
+            return x
+        raw.reshape(-1)[index] = golden
+        return like(raw, x)
+
+    def note(self, stage, text):
+        self.notes.setdefault(stage, text)
+
+    def tensors(self):
+        found = {}
+        for stage, pieces in self.pieces.items():
+            try:
+                found[stage] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.joins[stage])
+            except ValueError as error:
+                self.note(stage, "pieces do not join along axis %d: %s" % (self.joins[stage], error))
+                found[stage] = pieces[0]
+        return found
+
+
+# ---- hooks -------------------------------------------------------------------------------------------------------------------
+
+
+class Hooks:
+    """Wraps what an adapter's STAGES name, once; afterwards every call goes to the trace of the day."""
+
+    def __init__(self, model, stages, case):
+        self.model, self.trace, self.counts, self.paths, self.unused = model, None, {}, {}, []
+        for template, places in stages.items():
+            for where in places if isinstance(places, list) else [places]:
+                where = call(where) if isinstance(where, str) else where
+                self._add(template, where, case)
+        self.undo = [self._wrap(path) for path in self.paths]
+
+    def _add(self, template, where, case):
+        pattern = re.sub(
+            r"\\\{(\w+)\\\}", lambda m: "(?P<%s>%s)" % (m[1], case["places"][m[1]]["pattern"]), re.escape(template)
+        )
+        found = [m for m in (re.fullmatch(pattern, stage) for stage in case["stages"]) if m]
+        if not found:
+            self.unused.append(template)
+        if where.order is not None:
+            values = case["places"][where.order]["values"]
+            found.sort(key=lambda m: values.index(m[where.order]) if values else int(m[where.order]))
+        by_path = {}
+        for m in found:
+            path = re.sub(r"\{(\w+)\}", lambda place: m[place[1]], where.path)  # noqa: B023
+            by_path.setdefault(path, []).append(m[0])
+        for path, ids in by_path.items():
+            if len(ids) > 1 and where.order is None:
+                raise ValueError(
+                    f"STAGES: {template} stands for {', '.join(ids[:3])}, all met at {path}: tell its calls apart with order="
+                )
+            self.paths.setdefault(path, []).append((where, ids))
+
+    def start(self, trace):
+        self.trace, self.counts = trace, {}
+
+    def _wrap(self, path):
+        owner, name, target = self._resolve(path)
+        if inspect.isroutine(target):
+            wrapped = self._wrapped(path, target)
+            try:
+                setattr(owner, name, wrapped)
+            except AttributeError:
+                object.__setattr__(owner, name, wrapped)
+            return owner, name, target
+        if hasattr(target, "register_forward_hook"):  # a torch module
+            forward = target.forward
+            target.forward = self._wrapped(path, forward)
+            return target, "forward", forward
+        kind = type(target)
+        if not callable(target):
+            raise ValueError(f"STAGES: {path} is a {kind.__name__}, nothing that is called")
+        hooks = self
+
+        def called(self, *args, **kwargs):
+            return hooks._wrapped(path, lambda *a, **k: kind.__call__(self, *a, **k))(*args, **kwargs)
+
+        target.__class__ = type(kind.__name__, (kind,), {"__call__": called})
+        return target, "__class__", kind
+
+    def _resolve(self, path):
+        module, colon, rest = path.partition(":")
+        owner, at = (importlib.import_module(module), rest) if colon else (self.model, path)
+        name, target = "", owner
+        for name in at.split("."):
+            owner = target
+            try:
+                target = _member(owner, name)
+            except (AttributeError, KeyError, IndexError, TypeError):
+                known = [
+                    n for n in (list(owner) if isinstance(owner, dict) else dir(owner)) if not str(n).startswith("_")
+                ]
+                raise ValueError(
+                    f"STAGES: {path}: a {type(owner).__name__} has no {name!r}; it has {', '.join(map(str, known[:12]))}"
+                ) from None
+        return owner, name, target
+
+    def _wrapped(self, path, function):
+        def run(*args, **kwargs):
+            trace = self.trace
+            if trace is None:
+                return function(*args, **kwargs)
+            stages = [
+                (where, stage)
+                for where, ids in self.paths[path]
+                if (stage := self._stage(path, where, ids, args, kwargs))
+            ]
+            if trace.goldens is not None:
+                given = [fingerprint(to_numpy(x)[0]) for x in _arrays((args, kwargs))]
+                for _, stage in stages:
+                    trace.fed.setdefault(stage, given)
+            for where, stage in stages:
+                if where.arg is not None:
+                    args, kwargs = _replaced_argument(trace, stage, where, args, kwargs)
+            inside = set()
+            trace.open.append(inside)
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                trace.open.pop()
+            for where, stage in stages:
+                trace.inside.setdefault(stage, sorted(inside - {s for _, s in stages}))
+                if where.arg is None:
+                    steps = where.item if isinstance(where.item, tuple) else () if where.item is None else (where.item,)
+                    result = _exchanged(result, steps, lambda x: trace.record(stage, x, where))  # noqa: B023
+            return result
+
+        return run
+
+    def _stage(self, path, where, ids, args, kwargs):
+        """The stage that this call gives, None where it is none of these."""
+        if where.when is not None and not where.when(args, kwargs):
+            return None
+        key = (path, id(where))
+        n = self.counts[key] = self.counts.get(key, -1) + 1
+        if where.order is None:
+            return ids[0]
+        return ids[n] if n < len(ids) else None
+
+
+def _member(owner, name):
+    if name.lstrip("-").isdigit() and not isinstance(owner, dict):
+        return owner[int(name)]
+    if isinstance(owner, dict) and name in owner:
+        return owner[name]
+    return getattr(owner, name)
+
+
+def _arrays(given):
+    """Arrays of some size among arguments, nested ones too."""
+    if is_array(given):
+        return [given] if int(np.prod(given.shape)) > 8 else []
+    if isinstance(given, dict):
+        given = list(given.values())
+    return [x for part in given for x in _arrays(part)][:16] if isinstance(given, (list, tuple)) else []
+
+
+def _replaced_argument(trace, stage, where, args, kwargs):
+    if isinstance(where.arg, int) and where.arg < len(args):
+        new = trace.record(stage, args[where.arg], where)
+        return (*args[: where.arg], new, *args[where.arg + 1 :]), kwargs
+    if where.arg in kwargs:
+        return args, dict(kwargs, **{where.arg: trace.record(stage, kwargs[where.arg], where)})
+    trace.note(stage, "the call has no argument %r" % (where.arg,))
+    return args, kwargs
+
+
+def _exchanged(result, steps, exchange):
+    """A result with the member at ``steps`` exchanged; the result itself where nothing changes."""
+    if not steps:
+        return exchange(result)
+    first, rest = steps[0], steps[1:]
+    old = result[first] if isinstance(first, int) or isinstance(result, dict) else getattr(result, first)
+    new = _exchanged(old, rest, exchange)
+    if new is old:
+        return result
+    if isinstance(result, tuple):
+        parts = [new if n == first else part for n, part in enumerate(result)]
+        return type(result)(*parts) if hasattr(result, "_fields") else type(result)(parts)
+    if isinstance(result, (list, dict)) and (isinstance(first, int) or first in result):
+        result[first] = new
+    else:
+        setattr(result, first, new)
+    return result
+
+
+# ---- the program ---------------------------------------------------------------------------------------------------------------
+
+
+def main(adapter_path, case_folder, out):
+    """Both runs of one case. 0: done. 3: the port failed; `trace.json` says where. 2: the adapter cannot be used."""
+    global CURRENT
+    with open(os.path.join(case_folder, "case.json"), encoding="utf-8") as file:
+        case = json.load(file)
+    with open(adapter_path, "rb") as file:
+        adapter_hash = hashlib.sha256(file.read()).hexdigest()
+    about = {key: case[key] for key in ("case", "golden", "dtype")}
+    about.update(
+        version=VERSION, run=os.urandom(8).hex(), adapter=adapter_hash, python=sys.version.split()[0], finished=False
+    )
+    os.makedirs(out, exist_ok=True)
+    _write(out, about)
+    step, trace = "importing the adapter", None
+    try:
+        sys.path.insert(0, os.path.dirname(os.path.abspath(adapter_path)))
+        adapter = importlib.import_module(os.path.splitext(os.path.basename(adapter_path))[0])
+        if missing := [name for name in ("build", "forward", "STAGES") if not hasattr(adapter, name)]:
+            raise ValueError("the adapter has no %s" % missing[0])
+        read = {
+            name: read_tensors(os.path.join(case_folder, name + ".safetensors"))
+            for name in ("inputs", "goldens", "weights")
+        }
+        step, start = "build", time.perf_counter()
+        model = adapter.build(
+            dict(case["config"], dtype=case["dtype"]), _weights(read["weights"], adapter, case["dtype"])
+        )
+        about["build_seconds"] = time.perf_counter() - start
+        step = "STAGES"
+        hooks = Hooks(model, adapter.STAGES, case)
+        inputs = {name: _cast(x, case["dtype"]) for name, x in read["inputs"].items()}
+        shapes = {name: x.shape for name, x in read["goldens"].items()}
+        seen = {}
+        for kind in ("plain", "chained", "forced"):
+            step, start = kind + " run", time.perf_counter()
+            if kind == "plain" and not case.get("timed"):
+                continue
+            if kind != "plain":
+                trace = CURRENT = Trace(case["stages"], shapes, read["goldens"] if kind == "forced" else None)
+                hooks.start(trace)
+            adapter.forward(model, {name: x.copy() for name, x in inputs.items()})
+            about[kind + "_seconds"] = time.perf_counter() - start
+            if kind == "plain":
+                continue
+            seen[kind] = trace
+            hooks.start(None)
+            CURRENT = None
+            write_tensors(os.path.join(out, kind + ".safetensors"), trace.tensors())
+    except BaseException as error:
+        of_adapter = step in ("importing the adapter", "STAGES")
+        about["failed"] = {
+            "step": step, "adapter": of_adapter, "error": "%s: %s" % (type(error).__name__, error),
+            "last": getattr(trace, "last", ""), "traceback": traceback.format_exc()[-4000:],
+        }  # fmt: skip
+        _write(out, about)
+        return 2 if of_adapter else 3
+    chained, forced = seen["chained"], seen["forced"]
+    about.update(
+        finished=True, notes=dict(forced.notes, **chained.notes), dtypes=chained.dtypes, fed=forced.fed, inside=forced.inside,
+        unused=hooks.unused,
+    )  # fmt: skip
+    _write(out, about)
+    return 0
+
+
+def _cast(x, dtype):
+    return x.astype(dtype if dtype != "bfloat16" else np.float32) if x.dtype.kind == "f" else x
+
+
+def _weights(weights, adapter, dtype):
+    """Weights under their official names, and under the adapter's where it has ALIASES."""
+    found = {name: _cast(x, dtype) for name, x in weights.items()}
+    for official, theirs in getattr(adapter, "ALIASES", {}).items():
+        for name in fnmatch.filter(weights, official):
+            stars = re.fullmatch(re.escape(official).replace(r"\*", "(.*)"), name).groups()
+            parts = theirs.split("*")
+            found["".join(part + star for part, star in zip(parts, (*stars, "")))] = found[name]
+    return found
+
+
+def _write(out, about):
+    path = os.path.join(out, "trace.json")
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        json.dump(about, file, indent=1, sort_keys=True)
+    os.replace(path + ".part", path)
+
+
+if __name__ == "__main__":
+    sys.modules["stagetrace"] = sys.modules["__main__"]  # one trace, whoever imports this file
+    sys.exit(main(*sys.argv[1:4]))

@@ -1,0 +1,121 @@
+"""Tensors of a foreign model against goldens: what `vidi parity --candidate` and `vidi port run` share. Needs no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stageparity import store, tolerance
+from stageparity.golden import GoldenError, Whole
+from stageparity.port import candidate
+from stageparity.port.candidate import Candidate, Unusable
+from stageparity.port.judge import Coverage, coverage, judge
+from stageparity.report.verdict import Context, References
+from stageparity.run import CaseRun, Run
+from stageparity.store import Case
+from stageparity.subject import reference_of
+from vidi.commands import arguments, outputs
+from vidi.parity import port
+from vidi.parity.goldens import goldens_dir
+
+__all__ = ["LACKING", "Judged", "find_case", "judged", "tell"]
+
+LACKING = 4  # exit status: equal, and less was seen than --require asks for
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What came of a candidate: the run, the tensors that were judged, the golden cases, and how much was seen."""
+
+    run: Run
+    candidates: Mapping[str, Candidate]
+    cases: Mapping[str, Case]
+    coverage: Coverage
+
+
+def find_case(name: str, goldens: Path) -> Case:
+    """SET/NAME of a golden folder. Raises GoldenError naming what there is."""
+    found = store.select(goldens, [name])
+    if len(found) > 1:
+        raise GoldenError(
+            f"{name} is {len(found)} cases, one is needed: {', '.join(f'{r.set}/{r.name}' for r in found[:6])}"
+        )
+    return store.open_case(found[0].folder, found[0].name)
+
+
+def judged(folders: Iterable[Path], goldens: Path, *, globs: str | None = None, only: Sequence[str] = ()) -> Judged:
+    """Dump folders, each of one case. only: globs of cases that count. Raises Unusable, GoldenError."""
+    stages, _ = port.load_table()
+    tolerances = tolerance.load(goldens if (goldens / "tolerances.toml").exists() else goldens_dir(), stages)
+    chosen = {f"{r.set}/{r.name}" for r in store.select(goldens, list(only))} if only else None
+    runs, candidates, cases = [], {}, {}
+    dtypes: dict[str, Path] = {}
+    for folder in folders:
+        start = time.perf_counter()
+        said = candidate.header(folder)
+        case = find_case(said["case"], goldens)
+        name = f"{case.set}/{case.name}"
+        if chosen is not None and name not in chosen:
+            continue
+        if name in cases:
+            raise Unusable(f"{folder}: {name} is judged twice, also from {candidates[name].folder}: keep one")
+        if said["dtype"] not in arguments.DTYPES:
+            raise Unusable(f"{folder}: dtype {said['dtype']!r}; choose {', '.join(arguments.DTYPES)}")
+        dtypes[said["dtype"]] = folder
+        targets = case.variant(reference_of(case, said["dtype"])[0])
+        found = candidate.read(folder, case.identity, {stage: _shape(g) for stage, g in targets.items()}, stages)
+        done = judge(found, case, stages, tolerances, lambda s, case=case: port.feeds(case, stages, s), globs=globs)
+        runs.append(replace(done, seconds=time.perf_counter() - start))
+        candidates[name], cases[name] = found, case
+    if not runs:
+        raise Unusable("none of these dumps is of a case that was asked for")
+    if len(dtypes) > 1:
+        raise Unusable(f"dumps of several dtypes ({', '.join(dtypes)}): judge one at a time")
+    fingerprint = {
+        key: value for c in candidates.values() for key, value in c.about.items() if key in ("python", "adapter")
+    }
+    seen = coverage(runs, lambda run: port.paths(cases[run.name], run), port.PATHS)
+    return Judged(Run(tuple(runs), next(iter(dtypes)), {}, fingerprint), candidates, cases, seen)
+
+
+def _shape(golden: Any) -> tuple[int, ...]:
+    return golden.array.shape if isinstance(golden, Whole) else tuple(golden.shape)
+
+
+def tell(
+    found: Judged,
+    args: Any,
+    command: tuple[str, ...],
+    options: tuple[str, ...],
+    goldens: Path,
+    failed: Sequence[str] = (),
+) -> int:
+    """Report in terminal, JSON and page; the exit status. failed: lines on cases that the port could not run."""
+    from stageparity.report import console as consoles
+    from stageparity.report import terminal
+
+    to_stdout = args.json == "-"
+    console = consoles.console(stderr=to_stdout)
+    stages, sections = port.load_table()
+    references = References.load(
+        (goldens if (goldens / "measured").is_dir() else goldens_dir()) / "measured", found.run.dtype, stages
+    )
+    context = Context(stages, sections, {}, references, command, options, found.coverage.text())
+    terminal.print_run(found.run, console, context, verbose=not args.quiet)
+    for line in failed:
+        terminal.say(console, f"FAILED {line}", "red")
+    status = 1 if failed else found.run.exit_code
+    if status == 0 and args.require and (lacks := found.coverage.lacks(args.require)):
+        terminal.say(console, f"NOT ENOUGH SEEN: {lacks}", "red")
+        status = LACKING
+    if args.json:
+        text = terminal.to_text(found.run, context)
+        print(text, end="") if to_stdout else outputs.write(args.json, lambda: text)
+    if args.html:
+        from stageparity.report import page
+
+        outputs.write(args.html, lambda: page.render(found.run, context))
+    return status

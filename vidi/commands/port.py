@@ -1,0 +1,163 @@
+"""`vidi port`: hold someone else's port against the goldens, in its own interpreter. Needs no torch here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from stageparity import strict
+from vidi.commands import arguments
+
+__all__ = ["add_arguments", "run"]
+
+ADAPTER_UNUSABLE, PORT_FAILED = 2, 3  # exit statuses of the tracer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    init = verbs.add_parser("init", help="write a case as files, and an adapter to fill in")
+    init.add_argument("case", metavar="CASE", help="golden case, such as official/single")
+    init.add_argument("out", metavar="OUT", help="folder to write; what is in it already stays")
+    trace = verbs.add_parser("run", help="trace a port through its adapter, and judge every stage that it shows")
+    trace.add_argument("adapter", metavar="ADAPTER", help="adapter.py, as `vidi port init` begins it")
+    trace.add_argument(
+        "--python", metavar="PY", default=sys.executable, help="the port's own interpreter (default: this one)"
+    )
+    trace.add_argument(
+        "--case", metavar="GLOB", action="append", default=[], help="golden cases (default: the adapter's)"
+    )
+    trace.add_argument("--stage", metavar="GLOB", help="judge only stages that match")
+    trace.add_argument("--out", metavar="DIR", help="where dumps go (default: trace/ beside the adapter)")
+    trace.add_argument(
+        "--timeout", metavar="SECONDS", type=arguments.positive, default=600, help="of one case (default: 600)"
+    )
+    for verb in (init, trace):
+        verb.add_argument(
+            "--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)"
+        )
+        arguments.add_dtype(verb, "float32")
+    add_report(trace)
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--require",
+        metavar="COVERAGE",
+        help="a share of the stages (90%%, all) or paths (padding,varlen); less is exit 4",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
+    parser.add_argument("--quiet", action="store_true", help="no table, only what differs and the verdict")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 equal, 1 the model differs, 2 it is traced in another way, 3 nothing compared, 4 less seen than required."""
+    return _init(args) if args.verb == "init" else _trace(args)
+
+
+def _init(args: argparse.Namespace) -> int:
+    from vidi.commands.candidate import find_case
+    from vidi.parity import port
+    from vidi.parity.goldens import goldens_dir
+
+    stages, _ = port.load_table()
+    case, out = find_case(args.case, goldens_dir(args.goldens)), Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; a folder is needed")
+    port.export(case, out / "case", args.dtype, stages)
+    port.write_adapter(out, case, stages, args.dtype)
+    print(f"{out / 'adapter.py'}: fill in build, forward and STAGES, then: vidi port run {out / 'adapter.py'}")
+    return 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from stageparity import store
+    from stageparity.report import console as consoles
+    from vidi.commands import candidate, outputs
+    from vidi.parity import port
+    from vidi.parity.goldens import goldens_dir
+
+    adapter, goldens = Path(args.adapter), goldens_dir(args.goldens)
+    if not adapter.is_file():
+        raise ValueError(f"{adapter}: there is no such file; `vidi port init CASE OUT` begins one")
+    outputs.check(None if args.json == "-" else args.json, args.html)
+    globs = args.case or [_own_case(adapter.parent)]
+    refs, (stages, _) = store.select(goldens, globs), port.load_table()
+    out = Path(args.out) if args.out else adapter.parent / "trace"
+    _copy_tracer(adapter.parent)
+    done, failed = [], []
+    with consoles.console(stderr=True).status(f"{len(refs)} cases") as line:
+        for n, ref in enumerate(refs):
+            name = f"{ref.set}/{ref.name}"
+            line.update(f"{n + 1} of {len(refs)}: the port runs {name}")
+            folder = out / f"{ref.set}-{ref.name}"
+            port.export(store.open_case(ref.folder, ref.name), folder / "case", args.dtype, stages)
+            said = _run_port(args, adapter, folder)
+            done.append(folder) if said is None else failed.append(f"{name}: {said}")
+    if not done:
+        for text in failed:
+            print(f"FAILED {text}", file=sys.stderr)
+        return 1
+    found = candidate.judged(done, goldens, globs=args.stage)
+    command = ("vidi", "port", "run", args.adapter)
+    given = (
+        ("--python", args.python if args.python != sys.executable else None),
+        ("--goldens", args.goldens),
+        ("--out", args.out),
+    )
+    options = tuple(word for name, value in given if value for word in (name, value))
+    return candidate.tell(found, args, command, options, goldens, failed)
+
+
+def _own_case(folder: Path) -> str:
+    try:
+        return str(strict.read_toml(folder / "candidate.toml")["case"])
+    except (strict.Missing, KeyError):
+        raise ValueError(f"{folder}: no candidate.toml says which case: give --case SET/NAME") from None
+
+
+def _copy_tracer(folder: Path) -> None:
+    """Adapter and tracer stand side by side: the port's interpreter knows nothing of this package."""
+    from stageparity import atomic
+    from stageparity.port import stagetrace
+
+    text = Path(stagetrace.__file__).read_text("utf-8")
+    place = folder / "stagetrace.py"
+    if not place.exists() or place.read_text("utf-8") != text:
+        atomic.write_text(place, text)
+
+
+def _run_port(args: argparse.Namespace, adapter: Path, folder: Path) -> str | None:
+    """Trace one case; None, or what ended the port. Raises ValueError where the adapter is at fault."""
+    import os
+
+    from vidi.parity import port
+
+    for old in ("trace.json", "chained.safetensors", "forced.safetensors"):
+        (folder / old).unlink(missing_ok=True)
+    own = args.python == sys.executable
+    environment = {k: v for k, v in os.environ.items() if own or k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    command = [args.python, str(adapter.parent / "stagetrace.py"), str(adapter), str(folder / "case"), str(folder)]
+    with open(folder / "port.log", "wb") as log:
+        try:
+            status = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=args.timeout).returncode
+        except subprocess.TimeoutExpired:
+            return f"the port did not end within {args.timeout} seconds (--timeout); see {folder / 'port.log'}"
+        except OSError as error:
+            raise ValueError(f"{args.python}: {error.strerror}; --python names the port's interpreter") from None
+    if status == 0:
+        return None
+    said: dict[str, Any] = {}
+    if (folder / "trace.json").exists():
+        said = json.loads((folder / "trace.json").read_text("utf-8"))
+    if "failed" not in said:
+        tail = (folder / "port.log").read_text("utf-8", "replace").strip().splitlines()[-1:]
+        ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
+        return strict.one_line(f"the port's interpreter {ended}: {' '.join(tail)}")
+    if said["failed"].get("adapter"):
+        raise ValueError(strict.one_line(f"{adapter}: {said['failed']['step']}: {said['failed']['error']}"))
+    return strict.one_line(f"{port.failure(said)} ({folder / 'trace.json'} holds the traceback)")
