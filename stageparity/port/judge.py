@@ -92,7 +92,7 @@ class _Held:
         row = Row(stage, result(own, chain))
         if (forced := self._forced(stage, entry)) is not None:
             row = replace(row, forced=result(forced, isolated))
-        if not row.ok and isinstance(golden, Whole):
+        if not (row.forced or row.shown).ok and isinstance(golden, Whole):  # what is right once it is fed right inherits
             best = own if forced is None else forced
             said = mapping.propose(best, golden.array, lambda x: result(x, chain).ok)
             if said:
