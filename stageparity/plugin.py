@@ -208,8 +208,12 @@ def test_stage(parity_task: Task, parity_stage: str, request: pytest.FixtureRequ
 
 def test_every_stage_is_judged_once(parity_task: Task, parity_run: CaseRun) -> None:
     """What the manifest holds, the run judges: no stage falls out unseen, nor out of the pass that feeds it alone."""
-    assert not parity_run.not_run
+    unseen = [f"{stage}: NOT RUN, {reason}" for stage, reason in parity_run.not_run]
     judged = {row.stage: row for row in parity_run.rows}
-    assert sorted(judged) == sorted(parity_task.stages)
+    unseen += [f"{stage}: promised and not judged" for stage in parity_task.stages if stage not in judged]
+    unseen += [f"{stage}: judged and not promised" for stage in judged if stage not in parity_task.stages]
     if (pattern := parity_task.held.not_alone) is not None:
-        assert [s for s in parity_task.stages if judged[s].alone is None and not re.match(pattern, s)] == []
+        alone = {stage for stage, row in judged.items() if row.alone is not None or re.match(pattern, stage)}
+        unseen += [f"{stage}: not run alone" for stage in judged if stage not in alone]
+    if unseen:
+        pytest.fail("\n".join(unseen), pytrace=False)

@@ -51,7 +51,7 @@ def load(path: Path) -> tuple[Stages, dict[str, str]]:
 
 
 def _stage(entry: Mapping[str, Any]) -> Stage:
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     if "tags" in given:
         given["tags"] = frozenset(given["tags"])
     if "ties" in given:

@@ -1,14 +1,14 @@
 """A candidate's tensors against a golden case: whose error, how far over, and how much was seen.
 
-A port's stages cannot be run alone, but its forced run says the same: there every recorded tensor was replaced by its golden, so a
-stage that differs is wrong by itself, or is fed wrongly. Which of the two, its call tells: the tracer keeps fingerprints of what
-each hooked call was given, and they are held against the goldens that should feed it.
+A port's stages cannot be run alone, but its forced run says the same: there every recorded tensor was replaced by its golden,
+so a stage that differs is wrong by itself, or is fed wrongly. Which of the two, its call tells: the tracer keeps fingerprints
+of what each hooked call was given, and they are held against the goldens that should feed it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from stageparity.store import Case, Targets
 from stageparity.subject import reference_of, unfit
 from stageparity.tolerance import Tolerances
 
-__all__ = ["Coverage", "UNTRACED", "coverage", "judge"]
+__all__ = ["UNTRACED", "Coverage", "coverage", "judge"]
 
 UNTRACED = "the dump does not hold it"
 _LEAST = 9  # entries that an argument must have to be told from others
@@ -92,12 +92,13 @@ class _Held:
         row = Row(stage, result(own, chain))
         if (forced := self._forced(stage, entry)) is not None:
             row = replace(row, forced=result(forced, isolated))
-        if not (row.forced or row.shown).ok and isinstance(golden, Whole):  # what is right once it is fed right inherits
-            best = own if forced is None else forced
-            said = mapping.propose(best, golden.array, lambda x: result(x, chain).ok)
+        if row.ok or (row.forced is not None and row.forced.ok):
+            return row
+        if isinstance(golden, Whole):
+            said = mapping.propose(own if forced is None else forced, golden.array, lambda x: result(x, chain).ok)
             if said:
                 return replace(row, tracing=said)
-        if row.forced is None or row.forced.ok:
+        if row.forced is None:
             return row
         kind, said = self._whose(stage)
         return replace(row, alone=row.forced if kind == "stage" else None, said=said)
@@ -207,7 +208,7 @@ class Coverage:
         return f"{self.seen} of {self.of} stages{never}"
 
     def lacks(self, required: str) -> str:
-        """What of a requirement is not met: a share ("0.9", "90%"), "all", or names of paths, joined by commas. Raises ValueError."""
+        """What of a requirement is not met: shares ("0.9", "90%", "all") and names of paths. Raises ValueError."""
         for word in (part.strip() for part in required.split(",")):
             if word in self.never:
                 return f"the path {word} was not reached"

@@ -1,4 +1,4 @@
-"""A tensor that is not the golden, and would be if its axes or rows were read another way: a matter of tracing, not of the model."""
+"""A tensor that would be the golden if its axes or rows were read another way: a matter of tracing, not of the model."""
 
 from __future__ import annotations
 
@@ -23,41 +23,48 @@ def propose(candidate: np.ndarray, golden: np.ndarray, agree: Callable[[np.ndarr
     """
     if not candidate.size or not golden.size or candidate.dtype.kind not in "fiub":
         return ""
-    for said, array in itertools.chain(
-        _axes(candidate, golden), _repeated(candidate, golden), _rows(candidate, golden)
-    ):
+    ways = (_turned, _joined, _repeated, _rows)
+    for said, array in itertools.chain.from_iterable(way(candidate, golden) for way in ways):
         if array.shape == golden.shape and agree(array):
             return said
     return _piece(candidate, golden)
 
 
-def _axes(candidate: np.ndarray, golden: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    if candidate.size != golden.size:
-        return
+def _orders(candidate: np.ndarray) -> Iterator[tuple[list[str], np.ndarray]]:
     if candidate.ndim <= _MAX_AXES:
         for order in itertools.permutations(range(candidate.ndim)):
-            turned = candidate.transpose(order)
-            here = " ".join(_LETTERS[: candidate.ndim])
-            there = " ".join(_LETTERS[axis] for axis in order)
-            if turned.shape == golden.shape and order != tuple(range(candidate.ndim)):
-                yield f'its axes are in another order: layout="{here} -> {there}"', turned
-            elif turned.shape != golden.shape and (groups := _merged(turned.shape, golden.shape)):
-                names = there.split()
-                sides = (
-                    "1" if not g else names[g[0]] if len(g) == 1 else f"({' '.join(names[n] for n in g)})"
-                    for g in groups
-                )
-                yield (
-                    f'axes are joined in the golden: layout="{here} -> {" ".join(sides)}"',
-                    turned.reshape(golden.shape),
-                )
-    if golden.ndim > candidate.ndim and golden.ndim <= _MAX_AXES and (groups := _merged(golden.shape, candidate.shape)):
-        names = _LETTERS[: golden.ndim]
-        sides = ("1" if not g else names[g[0]] if len(g) == 1 else f"({' '.join(names[n] for n in g)})" for g in groups)
-        yield (
-            f'axes of the golden are joined here: layout="{" ".join(sides)} -> {" ".join(names)}"',
-            candidate.reshape(golden.shape),
-        )
+            yield [_LETTERS[axis] for axis in order], candidate.transpose(order)
+
+
+def _turned(candidate: np.ndarray, golden: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    here = _LETTERS[: candidate.ndim]
+    for there, turned in _orders(candidate):
+        if turned.shape == golden.shape and "".join(there) != here:
+            yield "its axes are in another order: " + _layout(" ".join(here), " ".join(there)), turned
+
+
+def _joined(candidate: np.ndarray, golden: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Axes that one of the two has apart and the other joined, maybe turned before."""
+    if candidate.size != golden.size or candidate.ndim == golden.ndim:
+        return
+    here = " ".join(_LETTERS[: candidate.ndim])
+    for there, turned in _orders(candidate) if candidate.ndim > golden.ndim else ():
+        if groups := _merged(turned.shape, golden.shape):
+            yield "axes are joined in the golden: " + _layout(here, _side(groups, there)), turned.reshape(golden.shape)
+    if candidate.ndim < golden.ndim <= _MAX_AXES and (groups := _merged(golden.shape, candidate.shape)):
+        names = list(_LETTERS[: golden.ndim])
+        said = "axes of the golden are joined here: "
+        yield said + _layout(_side(groups, names), " ".join(names)), candidate.reshape(golden.shape)
+
+
+def _layout(here: str, there: str) -> str:
+    return f'layout="{here} -> {there}"'
+
+
+def _side(groups: list[list[int]], names: list[str]) -> str:
+    """One side of a layout, axes that are joined in brackets."""
+    sides = [[names[n] for n in group] for group in groups]
+    return " ".join("1" if not side else side[0] if len(side) == 1 else f"({' '.join(side)})" for side in sides)
 
 
 def _merged(long: tuple[int, ...], short: tuple[int, ...]) -> list[list[int]]:
@@ -89,17 +96,14 @@ def _repeated(candidate: np.ndarray, golden: np.ndarray) -> Iterator[tuple[str, 
         differ = [n for n, (a, b) in enumerate(zip(turned.shape, golden.shape, strict=True)) if a != b]
         if len(differ) != 1 or golden.shape[differ[0]] % turned.shape[differ[0]]:
             continue
-        axis, names = differ[0], list(_LETTERS[: candidate.ndim])
-        times = golden.shape[axis] // turned.shape[axis]
-        there = [names[n] for n in order]
-        there[axis] = f"({there[axis]} r)"
-        yield (
-            f'the golden holds each entry of an axis {times} times: layout="{" ".join(names)} -> {" ".join(there)}"',
-            np.repeat(turned, times, axis),
-        )
-        there[axis] = f"(r {there[axis][1]})"
-        tiled = np.concatenate([turned] * times, axis)
-        yield f'the golden holds an axis {times} times over: layout="{" ".join(names)} -> {" ".join(there)}"', tiled
+        axis, letters = differ[0], list(_LETTERS[: candidate.ndim])
+        times, there = golden.shape[axis] // turned.shape[axis], [letters[n] for n in order]
+        for said, group, array in (
+            (f"each entry of an axis {times} times", f"({there[axis]} r)", np.repeat(turned, times, axis)),
+            (f"an axis {times} times over", f"(r {there[axis]})", np.concatenate([turned] * times, axis)),
+        ):
+            sides = [*there[:axis], group, *there[axis + 1 :]]
+            yield f"the golden holds {said}: " + _layout(" ".join(letters), " ".join(sides)), array
 
 
 def _rows(candidate: np.ndarray, golden: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,8 +13,8 @@ A copy of it lies beside every adapter, and is run there: `python stagetrace.py 
     }
 
 The case runs twice: *chained*, as it is, and *forced*, where each recorded tensor is replaced by its golden. What this
-leaves in OUT_FOLDER: `chained.safetensors` and `forced.safetensors` with tensors in the golden's layout, and `trace.json`, which says
-`finished` only at the end.
+leaves in OUT_FOLDER: `chained.safetensors` and `forced.safetensors` with tensors in the golden's layout, and `trace.json`,
+which says `finished` only at the end.
 """
 
 import fnmatch
@@ -40,16 +40,16 @@ _DTYPES = {short: name for name, short in _NAMES.items()}
 # ---- what an adapter says ------------------------------------------------------------------------------------------------
 
 
-class call:  # noqa: N801  an adapter reads it as a verb
+class call:
     """Where a stage's tensor is met.
 
     path: attributes, indices and keys from what build() returned, or "package.module:function". What it names may be a module
     (torch, MLX, any object with __call__), a method or a function. Places of the stage's template, such as {i}, may stand in it.
     item: member of the result, an index or a name, a tuple of them for a nested one. arg: an argument in place of the result, by
     index or keyword. order: a place of the template; the nth call of a run is that of its nth value. when(args, kwargs): which
-    calls count. join: several calls give pieces of the tensor, along this axis of the golden. keep(n, x): what of the nth piece is the
-    tensor's, cut out by indexing alone (padded rows go). layout: "axes here -> axes of the golden", as einops writes it;
-    a name on the right alone repeats; sizes: those that no shape tells.
+    calls count. join: several calls give pieces of the tensor, along this axis of the golden. keep(n, x): what
+    of the nth piece is the tensor's, cut out by indexing alone (padded rows go). layout: "axes here -> axes of the golden", as
+    einops writes it; a name on the right alone repeats; sizes: those that no shape tells.
     """
 
     def __init__(self, path, item=None, arg=None, order=None, when=None, join=None, keep=None, layout=None, **sizes):
@@ -150,11 +150,12 @@ def read_tensors(path):
         data = file.read()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
-    return {
-        name: np.frombuffer(data, _DTYPES[at["dtype"]], int(np.prod(at["shape"])), start + at["data_offsets"][0]).reshape(at["shape"])
-        for name, at in header.items()
-        if name != "__metadata__"
-    }  # fmt: skip
+    header.pop("__metadata__", None)
+    found = {}
+    for name, at in header.items():
+        flat = np.frombuffer(data, _DTYPES[at["dtype"]], int(np.prod(at["shape"])), start + at["data_offsets"][0])
+        found[name] = flat.reshape(at["shape"])
+    return found
 
 
 def write_tensors(path, tensors):
@@ -212,7 +213,7 @@ class Trace:
                     shape = []  # a piece's sizes are its own
                 index = arrange(index, where.layout, shape, **where.sizes)
         except Exception as error:
-            self.note(stage, "%s: %s" % (type(error).__name__, error))
+            self.note(stage, f"{type(error).__name__}: {error}")
         piece = raw.reshape(-1)[index]
         before = sum(np.shape(p)[axis] for p in pieces) if pieces else 0
         pieces.append(piece)
@@ -237,7 +238,7 @@ class Trace:
             try:
                 found[stage] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, self.joins[stage])
             except ValueError as error:
-                self.note(stage, "pieces do not join along axis %d: %s" % (self.joins[stage], error))
+                self.note(stage, f"pieces do not join along axis {self.joins[stage]}: {error}")
                 found[stage] = pieces[0]
         return found
 
@@ -258,7 +259,7 @@ class Hooks:
 
     def _add(self, template, where, case):
         pattern = re.sub(
-            r"\\\{(\w+)\\\}", lambda m: "(?P<%s>%s)" % (m[1], case["places"][m[1]]["pattern"]), re.escape(template)
+            r"\\\{(\w+)\\\}", lambda m: f"(?P<{m[1]}>{case['places'][m[1]]['pattern']})", re.escape(template)
         )
         found = [m for m in (re.fullmatch(pattern, stage) for stage in case["stages"]) if m]
         if not found:
@@ -387,7 +388,7 @@ def _replaced_argument(trace, stage, where, args, kwargs):
         return (*args[: where.arg], new, *args[where.arg + 1 :]), kwargs
     if where.arg in kwargs:
         return args, dict(kwargs, **{where.arg: trace.record(stage, kwargs[where.arg], where)})
-    trace.note(stage, "the call has no argument %r" % (where.arg,))
+    trace.note(stage, f"the call has no argument {where.arg!r}")
     return args, kwargs
 
 
@@ -431,7 +432,7 @@ def main(adapter_path, case_folder, out):
         sys.path.insert(0, os.path.dirname(os.path.abspath(adapter_path)))
         adapter = importlib.import_module(os.path.splitext(os.path.basename(adapter_path))[0])
         if missing := [name for name in ("build", "forward", "STAGES") if not hasattr(adapter, name)]:
-            raise ValueError("the adapter has no %s" % missing[0])
+            raise ValueError(f"the adapter has no {missing[0]}")
         read = {
             name: read_tensors(os.path.join(case_folder, name + ".safetensors"))
             for name in ("inputs", "goldens", "weights")
@@ -464,7 +465,7 @@ def main(adapter_path, case_folder, out):
     except BaseException as error:
         of_adapter = step in ("importing the adapter", "STAGES")
         about["failed"] = {
-            "step": step, "adapter": of_adapter, "error": "%s: %s" % (type(error).__name__, error),
+            "step": step, "adapter": of_adapter, "error": f"{type(error).__name__}: {error}",
             "last": getattr(trace, "last", ""), "traceback": traceback.format_exc()[-4000:],
         }  # fmt: skip
         _write(out, about)

@@ -18,8 +18,8 @@ from stageparity.run import CaseRun, Row, Run
 from stageparity.stage import Stages, fill
 
 __all__ = [
-    "Context", "Finding", "References", "conclusion", "findings", "headline", "inherited", "lookalikes", "number", "rerun", "short", "some",
-    "split", "summary", "whose",
+    "GUILTY", "WORDS", "Context", "Finding", "References", "conclusion", "findings", "headline", "inherited", "lookalikes",
+    "number", "rerun", "short", "some", "split", "summary", "whose",
 ]  # fmt: skip
 
 WORDS = {0: "equal", 1: "different", 2: "traced in another way", 3: "nothing compared"}  #: of a run's exit code

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,9 @@ def judged(folders: Iterable[Path], goldens: Path, *, globs: str | None = None, 
     stages, _ = port.load_table()
     tolerances = tolerance.load(goldens if (goldens / "tolerances.toml").exists() else goldens_dir(), stages)
     chosen = {f"{r.set}/{r.name}" for r in store.select(goldens, list(only))} if only else None
-    runs, candidates, cases = [], {}, {}
+    runs: list[CaseRun] = []
+    candidates: dict[str, Candidate] = {}
+    cases: dict[str, Case] = {}
     dtypes: dict[str, Path] = {}
     for folder in folders:
         start = time.perf_counter()
@@ -67,7 +70,7 @@ def judged(folders: Iterable[Path], goldens: Path, *, globs: str | None = None, 
         dtypes[said["dtype"]] = folder
         targets = case.variant(reference_of(case, said["dtype"])[0])
         found = candidate.read(folder, case.identity, {stage: _shape(g) for stage, g in targets.items()}, stages)
-        done = judge(found, case, stages, tolerances, lambda s, case=case: port.feeds(case, stages, s), globs=globs)
+        done = judge(found, case, stages, tolerances, partial(port.feeds, case, stages), globs=globs)
         runs.append(replace(done, seconds=time.perf_counter() - start))
         candidates[name], cases[name] = found, case
     if not runs:
