@@ -1,4 +1,4 @@
-"""Our own model as if it were foreign: reached by hooks alone, none of its own tap. `{bug}` is where a test puts one."""
+"""Our own model as if it were foreign: reached by hooks alone, none of its own tap. A test puts its bug into `plant`."""
 
 import torch
 from stagetrace import call
