@@ -1,0 +1,47 @@
+"""Faults planted in somebody else's tree: its files are copied, and one line of them is written as a porter might have it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["Edit", "Planted", "together"]
+
+Edit = tuple[str, str, str]  #: file, what stands in it once, what stands there now
+
+
+@dataclass(frozen=True)
+class Planted:
+    """A fault of a foreign tree, and what a judge of it must say.
+
+    guilty: stage (as in the table of stages) -> kind, of everything that is wrong by itself. known: the faults of our own list
+    that make the same tensors; none for an error that nobody has listed.
+    """
+
+    name: str
+    edits: tuple[Edit, ...]
+    guilty: Mapping[str, str]
+    known: frozenset[str] = field(default_factory=frozenset)
+    case: str = "small/base"
+
+    def plant(self, tree: Path, at: Path) -> None:
+        """A copy of ``tree`` at ``at`` with the fault in it."""
+        shutil.copytree(tree, at, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+        for file, old, new in self.edits:
+            text = (at / file).read_text("utf-8")
+            assert text.count(old) == 1, f"{self.name}: {old!r} stands {text.count(old)} times in {file}"
+            (at / file).write_text(text.replace(old, new), "utf-8")
+
+
+def together(first: Planted, second: Planted) -> Planted:
+    """Both in one tree."""
+    assert first.case == second.case
+    return Planted(
+        f"{first.name} and {second.name}",
+        first.edits + second.edits,
+        {**first.guilty, **second.guilty},
+        first.known | second.known,
+        first.case,
+    )
