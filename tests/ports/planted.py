@@ -1,8 +1,7 @@
-"""Faults planted in somebody else's tree: its files are copied, and one line of them is written as a porter might have it."""
+"""Faults planted in somebody else's tree: in a copy of it, a line or two as a porter might have written them."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,13 +25,12 @@ class Planted:
     known: frozenset[str] = field(default_factory=frozenset)
     case: str = "small/base"
 
-    def plant(self, tree: Path, at: Path) -> None:
-        """A copy of ``tree`` at ``at`` with the fault in it."""
-        shutil.copytree(tree, at, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    def plant(self, tree: Path) -> None:
+        """Write the fault into ``tree``, which is a copy."""
         for file, old, new in self.edits:
-            text = (at / file).read_text("utf-8")
+            text = (tree / file).read_text("utf-8")
             assert text.count(old) == 1, f"{self.name}: {old!r} stands {text.count(old)} times in {file}"
-            (at / file).write_text(text.replace(old, new), "utf-8")
+            (tree / file).write_text(text.replace(old, new), "utf-8")
 
 
 def together(first: Planted, second: Planted) -> Planted:
