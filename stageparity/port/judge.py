@@ -108,7 +108,8 @@ class _Held:
         if entry.own_chain or entry.derived:
             return None
         for name in self.inputs(stage):
-            if name in self.candidate.forced and "not forced" in self.candidate.notes.get(name, ""):
+            whole = isinstance(self.targets.get(name), Whole)  # of a sampled golden no run can go on
+            if name in self.candidate.forced and ("not forced" in self.candidate.notes.get(name, "") or not whole):
                 return None
         return self.candidate.forced.get(stage)
 
@@ -123,18 +124,28 @@ class _Held:
         given = self.candidate.fed.get(stage)
         if not given:
             return "stage", f"its own error{between}: in the forced run it differs, and its inputs there are goldens"
-        inside = self.candidate.inside.get(stage, ())
-        wanted = [name for name in seen if name not in inside and self._print(name) is not None]
-        matched = {name: [n for n, x in enumerate(given) if _same(x, self._print(name))] for name in wanted}
-        missing = [name for name, found in matched.items() if not found]
-        rest = [x for n, x in enumerate(given) if not any(n in found for found in matched.values())]
-        for name in missing:
-            for x in rest:
-                if what := self._what(x, name):
-                    return "wiring", f"an error of its caller: it is given {what} where {name} belongs{between}"
-        if wanted and not missing and not between:
+        missing = []
+        for name in seen:
+            what, matches = self._given(stage, name)
+            for outer in (outer for outer, within in self.candidate.inside.items() if stage in within and not what):
+                what = self._given(outer, name)[0]
+            if what:
+                return "wiring", f"an error of its caller: it is given {what} where {name} belongs{between}"
+            missing += [name] * (not matches)
+        if seen and not missing and not between:
             return "stage", "its own error (inputs equal)"
         return "stage", f"its own error{between}: in the forced run it differs, and its inputs there are goldens"
+
+    def _given(self, call: str, name: str) -> tuple[str, bool]:
+        """(what the call that gives a stage was handed in the place of the golden ``name``, was it handed that golden)."""
+        given, inside = self.candidate.fed.get(call, ()), self.candidate.inside.get(call, ())
+        feeds = [n for n in self.inputs(call) if n in self.candidate.forced and n not in inside and self._print(n)]
+        if name not in feeds:
+            return "", name in inside or not self._print(name)
+        if any(_same(x, self._print(name)) for x in given):
+            return "", True
+        rest = [x for x in given if not any(_same(x, self._print(n)) for n in feeds)]
+        return next((what for x in rest if (what := self._what(x, name))), ""), False
 
     def _what(self, x: Any, wanted: str) -> str:
         """What an argument is that should be the golden of ``wanted``: another golden, that one in another order, or scaled."""
@@ -175,16 +186,20 @@ def _close(mine: Iterable[float], theirs: Iterable[float], scale: float | None =
 
 
 def _settled(rows: list[Row], inputs: Callable[[str], list[str]]) -> Iterator[Row]:
-    """Where a tensor of the golden's shape is the golden with its axes turned, that is tracing only if what reads it is right."""
+    """What the rows say of each other. A tensor of the golden's shape that is the golden with its axes turned is a matter of
+    tracing only if what reads it is right. A stage that no run could feed goldens (of some only rows are held) is wrong by itself
+    where what feeds it is equal."""
+    by_stage = {row.stage: row for row in rows}
     wrong = {row.stage for row in rows if not row.ok and not row.tracing}
     for row in rows:
         read_wrongly = any(row.stage in inputs(name) for name in wrong)
         same_shape = row.shown.errors  # a result with errors compared values: the shapes agree
-        yield (
-            replace(row, tracing="", said=row.said or row.tracing)
-            if row.tracing and same_shape and read_wrongly
-            else row
-        )
+        if row.tracing and same_shape and read_wrongly:
+            row = replace(row, tracing="", said=row.said or row.tracing)
+        fed_by = [by_stage[name] for name in inputs(row.stage) if name in by_stage]
+        if row.kind == "chained" and fed_by and all(feed.ok for feed in fed_by):
+            row = replace(row, alone=row.chained, said="its own error: in this run what feeds it is equal")
+        yield row
 
 
 # ---- how much was seen ------------------------------------------------------------------------------------------------------

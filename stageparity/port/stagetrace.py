@@ -76,7 +76,7 @@ def to_numpy(x):
         return (x.float() if name == "bfloat16" else x).numpy().copy(), name
     if name == "bfloat16":
         x = x.astype(np.float32 if isinstance(x, np.ndarray) else importlib.import_module(_library(x)).float32)
-    return np.array(x), name
+    return np.array(x, order="C"), name  # flattened, it must be a view: a golden is written into it
 
 
 def _library(x):
@@ -433,6 +433,8 @@ def main(adapter_path, case_folder, out):
         adapter = importlib.import_module(os.path.splitext(os.path.basename(adapter_path))[0])
         if missing := [name for name in ("build", "forward", "STAGES") if not hasattr(adapter, name)]:
             raise ValueError(f"the adapter has no {missing[0]}")
+        if os.environ.get("STAGETRACE_PLAIN"):
+            _plain()
         read = {
             name: read_tensors(os.path.join(case_folder, name + ".safetensors"))
             for name in ("inputs", "goldens", "weights")
@@ -445,7 +447,7 @@ def main(adapter_path, case_folder, out):
         step = "STAGES"
         hooks = Hooks(model, adapter.STAGES, case)
         inputs = {name: _cast(x, case["dtype"]) for name, x in read["inputs"].items()}
-        shapes = {name: x.shape for name, x in read["goldens"].items()}
+        shapes = case["shapes"]
         seen = {}
         for kind in ("plain", "chained", "forced"):
             step, start = kind + " run", time.perf_counter()
@@ -472,11 +474,22 @@ def main(adapter_path, case_folder, out):
         return 2 if of_adapter else 3
     chained, forced = seen["chained"], seen["forced"]
     about.update(
-        finished=True, notes=dict(forced.notes, **chained.notes), dtypes=chained.dtypes, fed=forced.fed, inside=forced.inside,
+        finished=True, notes=dict(chained.notes, **forced.notes), dtypes=chained.dtypes, fed=forced.fed, inside=forced.inside,
         unused=hooks.unused,
     )  # fmt: skip
     _write(out, about)
     return 0
+
+
+def _plain():
+    """Reduced precision and fused kernels off, in libraries that have switches for it."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.mkldnn.enabled = False
+        for kernel in ("flash", "mem_efficient", "cudnn"):
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp", lambda on: None)(False)
 
 
 def _cast(x, dtype):
