@@ -5,8 +5,8 @@ What is code in an entry (how a stage is run, whose code it is, rounding, machin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,24 @@ from stageparity import strict
 from stageparity.golden import GoldenError
 from stageparity.stage import Place, Stage, Stages, Ties
 
-__all__ = ["load", "to_data"]
+__all__ = ["Table", "load", "to_data"]
 
 _CODE = ("run", "code", "wiring", "rounded", "spreads", "machine")
 
 
-def to_data(stages: Stages, sections: Mapping[str, str]) -> dict[str, Any]:
-    """Entries, places and the titles of the specification's sections; fields at their defaults are left out."""
+@dataclass(frozen=True)
+class Table:
+    """sections: titles of the specification's. weights: template -> patterns of the names of the weights that are its own."""
+
+    stages: Stages
+    sections: Mapping[str, str]
+    weights: Mapping[str, tuple[str, ...]]
+
+
+def to_data(stages: Stages, sections: Mapping[str, str], weights: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    """A `Table` as JSON holds it; fields of entries at their defaults are left out."""
     return {
+        "weights": {template: list(names) for template, names in weights.items()},
         "places": {name: asdict(place) for name, place in stages.places.items()},
         "sections": dict(sections),
         "stages": [_entry(stage) for stage in stages],
@@ -40,12 +50,13 @@ def _entry(stage: Stage) -> dict[str, Any]:
     return found
 
 
-def load(path: Path) -> tuple[Stages, dict[str, str]]:
-    """(stages, sections) from a file of `to_data`. Raises GoldenError for one that is not of this form."""
+def load(path: Path) -> Table:
+    """From a file of `to_data`. Raises GoldenError for one that is not of this form."""
     data = strict.read_json(path)
     try:
         places = {name: Place(**{**place, "values": tuple(place["values"])}) for name, place in data["places"].items()}
-        return Stages([_stage(entry) for entry in data["stages"]], places), dict(data["sections"])
+        stages = Stages([_stage(entry) for entry in data["stages"]], places)
+        return Table(stages, dict(data["sections"]), {name: tuple(found) for name, found in data["weights"].items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise GoldenError(f"{path}: no table of stages ({strict.reason(error)})") from None
 

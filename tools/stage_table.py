@@ -6,6 +6,8 @@ import json
 import sys
 
 from stageparity import atomic, table
+from stageparity.stage import Stage
+from vidi.checkpoint import names
 from vidi.cli import guarded
 from vidi.parity.goldens import goldens_dir
 from vidi.parity.port import TABLE
@@ -13,7 +15,19 @@ from vidi.parity.stages import SECTIONS, STAGES
 
 
 def text() -> str:
-    return json.dumps(table.to_data(STAGES, SECTIONS), indent=1, ensure_ascii=False) + "\n"
+    weights = {stage.template: found for stage in STAGES if (found := _weights(stage))}
+    return json.dumps(table.to_data(STAGES, SECTIONS, weights), indent=1, ensure_ascii=False) + "\n"
+
+
+def _weights(stage: Stage) -> list[str]:
+    """Official names of the weights that are a stage's own, {i} a layer of the decoder and * one of a tower."""
+    parts = [code.name.removeprefix("model.") for code in stage.code if code.name.startswith("model.")]
+    found, embedding = [], stage.template in ("text.embeds", "logits")  # tied: the head of 1.5 9B
+    for row in (*names.TABLE, *names.TABLE_7B):
+        own = any(row.ours == part or row.ours.startswith(f"{part}.") for part in parts)
+        if own or (embedding and row.official in (names.HEAD, names.HEAD_TIED_TO)):
+            found.append(row.official if "{i}" in stage.template else row.official.replace("{i}", "*"))
+    return sorted(set(found))
 
 
 def run(argv: list[str]) -> int:

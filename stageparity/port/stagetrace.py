@@ -438,6 +438,8 @@ def main(adapter_path, case_folder, out):
         adapter = importlib.import_module(os.path.splitext(os.path.basename(adapter_path))[0])
         if missing := [name for name in ("build", "forward", "STAGES") if not hasattr(adapter, name)]:
             raise ValueError(f"the adapter has no {missing[0]}")
+        if os.environ.get("STAGETRACE_PLAIN"):
+            _plain()
         read = {
             name: read_tensors(os.path.join(case_folder, name + ".safetensors"))
             for name in ("inputs", "goldens", "weights")
@@ -482,6 +484,17 @@ def main(adapter_path, case_folder, out):
     )  # fmt: skip
     _write(out, about)
     return 0
+
+
+def _plain():
+    """Reduced precision and fused kernels off, in libraries that have switches for it."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.mkldnn.enabled = False
+        for kernel in ("flash", "mem_efficient", "cudnn"):
+            getattr(torch.backends.cuda, f"enable_{kernel}_sdp", lambda on: None)(False)
 
 
 def _cast(x, dtype):

@@ -87,7 +87,8 @@ class Context:
     references: References = field(default_factory=References)
     command: tuple[str, ...] = ("parity",)
     options: tuple[str, ...] = ()
-    coverage: str = ""  #: of a foreign model: how much of it was seen
+    seen: str = ""  #: of a foreign model that differs nowhere: how much of it was seen
+    sure: tuple[str, ...] = ()  #: what else is known of the first finding
 
     def what(self, stage_id: str) -> str:
         """A few words on a stage, with its section; nothing for an id that nobody knows."""
@@ -144,7 +145,7 @@ def headline(run: Run, context: Context) -> str:
     """The verdict in one sentence."""
     if said := conclusion(run, context):
         return said[0]
-    return f"equal as far as seen: {context.coverage}" if context.coverage and not run.nothing else summary(run)
+    return context.seen if context.seen and not run.nothing else summary(run)
 
 
 def conclusion(run: Run, context: Context) -> list[str]:
@@ -170,7 +171,7 @@ def conclusion(run: Run, context: Context) -> list[str]:
     word = "TRACED IN ANOTHER WAY" if first.kind == "tracing" else "WRONG"
     return [
         f"{word}: {first.name} ({where}): {_times(first.ratio)} its budget, {first.whose}.{also}",
-        f"how sure: {'; '.join([*sure, rest])}",
+        f"how sure: {'; '.join([*context.sure, *sure, rest])}",
         f"next: {rerun(case, row, run, context)}",
     ]
 

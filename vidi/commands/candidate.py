@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,16 +12,17 @@ from typing import Any
 
 from stageparity import store, tolerance
 from stageparity.golden import GoldenError, Whole
-from stageparity.port import candidate
+from stageparity.port import candidate, capsule, declared
 from stageparity.port.candidate import Candidate, Unusable
 from stageparity.port.judge import Coverage, coverage, judge
-from stageparity.report.verdict import Context, References
-from stageparity.run import CaseRun, Run
-from stageparity.store import Case
+from stageparity.report.verdict import Context, References, findings, whose
+from stageparity.run import CaseRun, Row, Run
+from stageparity.stage import fill
+from stageparity.store import Case, Targets
 from stageparity.subject import reference_of
 from vidi.commands import arguments, outputs
 from vidi.parity import port
-from vidi.parity.goldens import goldens_dir
+from vidi.parity.goldens import goldens_dir, inputs_of
 
 __all__ = ["LACKING", "Judged", "find_case", "judged", "tell"]
 
@@ -36,6 +38,14 @@ class Judged:
     cases: Mapping[str, Case]
     coverage: Coverage
 
+    def first(self) -> tuple[CaseRun, Row] | None:
+        """What is wrong first by itself."""
+        guilty = findings(self.run, port.load_table().stages)
+        return guilty[0].first if guilty else None
+
+    def targets(self, name: str) -> Targets:
+        return self.cases[name].variant(reference_of(self.cases[name], self.run.dtype)[0])
+
 
 def find_case(name: str, goldens: Path) -> Case:
     """SET/NAME of a golden folder. Raises GoldenError naming what there is."""
@@ -47,10 +57,19 @@ def find_case(name: str, goldens: Path) -> Case:
     return store.open_case(found[0].folder, found[0].name)
 
 
-def judged(folders: Iterable[Path], goldens: Path, *, globs: str | None = None, only: Sequence[str] = ()) -> Judged:
-    """Dump folders, each of one case. only: globs of cases that count. Raises Unusable, GoldenError."""
-    stages, _ = port.load_table()
-    tolerances = tolerance.load(goldens if (goldens / "tolerances.toml").exists() else goldens_dir(), stages)
+def judged(
+    folders: Iterable[Path],
+    goldens: Path,
+    *,
+    globs: str | None = None,
+    only: Sequence[str] = (),
+    budget: str | None = None,
+) -> Judged:
+    """Dump folders, each of one case. only: globs of cases that count; budget: a file of declared budgets. Raises Unusable,
+    GoldenError, ValueError for a budget that cannot be used."""
+    stages = port.load_table().stages
+    tolerances: Any = tolerance.load(goldens if (goldens / "tolerances.toml").exists() else goldens_dir(), stages)
+    tolerances = declared.load(Path(budget), tolerances) if budget else tolerances
     chosen = {f"{r.set}/{r.name}" for r in store.select(goldens, list(only))} if only else None
     runs: list[CaseRun] = []
     candidates: dict[str, Candidate] = {}
@@ -89,25 +108,34 @@ def _shape(golden: Any) -> tuple[int, ...]:
 
 
 def tell(
-    found: Judged,
-    args: Any,
-    command: tuple[str, ...],
-    options: tuple[str, ...],
-    goldens: Path,
-    failed: Sequence[str] = (),
-) -> int:
-    """Report in terminal, JSON and page; the exit status. failed: lines on cases that the port could not run."""
+    found: Judged, args: Any, command: tuple[str, ...], options: tuple[str, ...], goldens: Path, *, failed: Sequence[str] = (),
+    lines: Sequence[str] = (),
+) -> int:  # fmt: skip
+    """Report in terminal, JSON and page; the exit status. failed: on cases that the port could
+    not run. lines: more on what is wrong first."""
     from stageparity.report import console as consoles
     from stageparity.report import terminal
 
     to_stdout = args.json == "-"
     console = consoles.console(stderr=to_stdout)
-    stages, sections = port.load_table()
+    table = port.load_table()
+    word = "within the declared budget, " if args.budget else "equal "
+    seen = f"{word}as far as seen: {found.coverage.text()}"
     references = References.load(
-        (goldens if (goldens / "measured").is_dir() else goldens_dir()) / "measured", found.run.dtype, stages
+        (goldens if (goldens / "measured").is_dir() else goldens_dir()) / "measured", found.run.dtype, table.stages
     )
-    context = Context(stages, sections, {}, references, command, options, found.coverage.text())
+    context = Context(table.stages, table.sections, {}, references, command, options, seen, tuple(lines))
     terminal.print_run(found.run, console, context, verbose=not args.quiet)
+    if args.budget:
+        for name, one in found.candidates.items():
+            run = next(run for run in found.run.cases if run.name == name)
+            for line in declared.effects(run, one.chained, found.targets(name), table.stages, "*logits"):
+                terminal.say(console, f"{name}: {line}")
+    if args.quiet and found.run.exit_code == 0:
+        terminal.say(console, seen)
+    if args.capsule and (guilty := found.first()):
+        _encapsulate(Path(args.capsule), found, *guilty, table.weights)
+        terminal.say(console, f"capsule: {args.capsule}: python check.py there needs NumPy alone")
     for line in failed:
         terminal.say(console, f"FAILED {line}", "red")
     status = 1 if failed else found.run.exit_code
@@ -122,3 +150,27 @@ def tell(
 
         outputs.write(args.html, lambda: page.render(found.run, context))
     return status
+
+
+def _encapsulate(folder: Path, found: Judged, run: CaseRun, row: Row, weights: Mapping[str, Sequence[str]]) -> None:
+    case, one, targets = found.cases[run.name], found.candidates[run.name], found.targets(run.name)
+    golden, result = targets[row.stage], row.failed
+    if not isinstance(golden, Whole) or result is None:
+        raise ValueError(f"{row.stage} of {run.name} is not held whole: no capsule of it")
+    mine = one.forced if row.forced is result or row.alone is result else one.chained
+    table = port.load_table()
+    entry = table.stages.find(row.stage)
+    places = entry[1] if entry else {}
+    feeds = port.feeds(case, table.stages, row.stage)
+    inputs = {name: g.array for name in feeds if isinstance(g := targets.get(name), Whole)}
+    inputs |= {
+        name: x for name, x in inputs_of(case).items() if any(name == f or name.startswith(f + ".") for f in feeds)
+    }
+    patterns = [fill(p, places) for p in weights.get(entry[0].template if entry else "", ())]
+    held = {name: x for name, x in case.weights().items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
+    about = {
+        "case": run.name, "golden_hash": case.identity, "dtype": found.run.dtype, "kind": row.kind, "whose": whose(row),
+        "config": case.config, "fingerprint": dict(found.run.fingerprint), "what": entry[0].what if entry else "",
+        "section": entry[0].spec if entry else "",
+    }  # fmt: skip
+    capsule.write(folder, result, mine[row.stage], golden.array, table.stages.axes(row.stage), inputs, held, about)

@@ -11,6 +11,7 @@ from typing import Any
 
 from stageparity import strict
 from vidi.commands import arguments
+from vidi.commands.port import add_judged
 
 __all__ = ["add_arguments", "run"]
 
@@ -38,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--candidate", metavar="DIR", help="judge tensors that anything wrote, no model run: see docs/ports/README.md"
     )
-    parser.add_argument(
-        "--require", metavar="COVERAGE", help="of a candidate: a share of the stages, or paths; less is exit 4"
-    )
+    add_judged(parser)
     parser.add_argument("--chained", action="store_true", help="only from raw inputs on: no forced run, no stage alone")
     parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
@@ -109,7 +108,8 @@ def _candidate(args: argparse.Namespace) -> int:
 
     outputs.check(None if args.json == "-" else args.json, args.html)
     goldens = goldens_dir(args.goldens)
-    found = candidate.judged(folders(Path(args.candidate)), goldens, globs=args.stage, only=args.case)
+    dumps = folders(Path(args.candidate))
+    found = candidate.judged(dumps, goldens, globs=args.stage, only=args.case, budget=args.budget)
     options = ("--goldens", args.goldens) if args.goldens else ()
     return candidate.tell(found, args, ("vidi", "parity", "--candidate", args.candidate), options, goldens)
 

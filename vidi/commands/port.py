@@ -6,6 +6,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ from vidi.commands import arguments
 
 __all__ = ["add_arguments", "run"]
 
-ADAPTER_UNUSABLE, PORT_FAILED = 2, 3  # exit statuses of the tracer
+ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "VECLIB", "XLA")}
+PLAIN = {
+    "STAGETRACE_PLAIN": "1",
+    "NVIDIA_TF32_OVERRIDE": "0",
+    "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,15 +47,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)"
         )
         arguments.add_dtype(verb, "float32")
-    add_report(trace)
-
-
-def add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--require",
-        metavar="COVERAGE",
-        help="a share of the stages (90%%, all) or paths (padding,varlen); less is exit 4",
+    trace.add_argument(
+        "--no-environment", action="store_true", help="do not run the first wrong stage again in float64, one thread, …"
     )
+    add_judged(trace)
+    _add_report(trace)
+
+
+def add_judged(parser: argparse.ArgumentParser) -> None:
+    """What a foreign model's tensors are judged with."""
+    parser.add_argument(
+        "--require", metavar="COVERAGE",
+        help="of a candidate: a share of the stages (90%%, all), paths (padding,varlen); less is exit 4",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", metavar="FILE", help="of a candidate: declared budgets, for one approximate on purpose"
+    )
+    parser.add_argument(
+        "--capsule", metavar="DIR", help="of a candidate: its first wrong stage as files, with a check.py"
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
     parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
     parser.add_argument("--quiet", action="store_true", help="no table, only what differs and the verdict")
@@ -64,7 +84,7 @@ def _init(args: argparse.Namespace) -> int:
     from vidi.parity import port
     from vidi.parity.goldens import goldens_dir
 
-    stages, _ = port.load_table()
+    stages = port.load_table().stages
     case, out = find_case(args.case, goldens_dir(args.goldens)), Path(args.out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file; a folder is needed")
@@ -86,7 +106,7 @@ def _trace(args: argparse.Namespace) -> int:
         raise ValueError(f"{adapter}: there is no such file; `vidi port init CASE OUT` begins one")
     outputs.check(None if args.json == "-" else args.json, args.html)
     globs = args.case or [_own_case(adapter.parent)]
-    refs, (stages, _) = store.select(goldens, globs), port.load_table()
+    refs, stages = store.select(goldens, globs), port.load_table().stages
     out = Path(args.out) if args.out else adapter.parent / "trace"
     _copy_tracer(adapter.parent)
     done, failed = [], []
@@ -102,7 +122,8 @@ def _trace(args: argparse.Namespace) -> int:
         for text in failed:
             print(f"FAILED {text}", file=sys.stderr)
         return 1
-    found = candidate.judged(done, goldens, globs=args.stage)
+    found = candidate.judged(done, goldens, globs=args.stage, budget=args.budget)
+    lines = [] if args.no_environment else _circumstances(args, adapter, found)
     command = ("vidi", "port", "run", args.adapter)
     given = (
         ("--python", args.python if args.python != sys.executable else None),
@@ -110,7 +131,36 @@ def _trace(args: argparse.Namespace) -> int:
         ("--out", args.out),
     )
     options = tuple(word for name, value in given if value for word in (name, value))
-    return candidate.tell(found, args, command, options, goldens, failed)
+    return candidate.tell(found, args, command, options, goldens, failed=failed, lines=lines)
+
+
+def _circumstances(args: argparse.Namespace, adapter: Path, found: Any) -> list[str]:
+    """Code or environment, for the first wrong stage: the same case under other circumstances."""
+    from safetensors.numpy import load_file
+
+    from stageparity import environment
+    from stageparity.compare import compare
+    from vidi.parity import port
+
+    guilty = found.first()
+    if guilty is None or guilty[1].kind == "tracing" or guilty[1].failed is None:
+        return []
+    run, row = guilty
+    stages, case = port.load_table().stages, found.cases[run.name]
+    golden, kind = found.targets(run.name)[row.stage], "chained" if row.forced is None else "forced"
+    ratios: dict[str, float | None] = {}
+    for name, more in (("float64", {}), ("one thread", ONE_THREAD), ("plain", PLAIN)):
+        folder = found.candidates[run.name].folder / f"again-{name.replace(' ', '-')}"
+        port.export(case, folder / "case", "float64" if name == "float64" else args.dtype, stages, judged_in=args.dtype)
+        try:
+            said = _run_port(args, adapter, folder, more)
+        except ValueError as error:
+            said = str(error)
+        ratios[name] = None
+        if said is None:
+            array = load_file(folder / f"{kind}.safetensors").get(row.stage)
+            ratios[name] = compare(row.stage, array, golden, row.failed.rule, stages.axes(row.stage)).ratio
+    return [environment.sentence(row.failed.ratio, ratios)]
 
 
 def _own_case(folder: Path) -> str:
@@ -131,16 +181,17 @@ def _copy_tracer(folder: Path) -> None:
         atomic.write_text(place, text)
 
 
-def _run_port(args: argparse.Namespace, adapter: Path, folder: Path) -> str | None:
-    """Trace one case; None, or what ended the port. Raises ValueError where the adapter is at fault."""
+def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mapping[str, str] = {}) -> str | None:
+    """Trace one case; None, or what ended the port. more: environment variables. Raises ValueError where the
+    adapter is at fault."""
     import os
 
     from vidi.parity import port
 
     for old in ("trace.json", "chained.safetensors", "forced.safetensors"):
         (folder / old).unlink(missing_ok=True)
-    own = args.python == sys.executable
-    environment = {k: v for k, v in os.environ.items() if own or k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    foreign = () if args.python == sys.executable else ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    environment = {name: value for name, value in os.environ.items() if name not in foreign} | dict(more)
     command = [args.python, str(adapter.parent / "stagetrace.py"), str(adapter), str(folder / "case"), str(folder)]
     with open(folder / "port.log", "wb") as log:
         try:

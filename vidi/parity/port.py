@@ -38,8 +38,8 @@ PATHS = (
 )
 
 
-def load_table() -> tuple[Stages, dict[str, str]]:
-    """(stages, titles of the specification's sections), from the embedded goldens."""
+def load_table() -> table.Table:
+    """The table of stages as data, from the embedded goldens."""
     return table.load(goldens_dir() / TABLE)
 
 
@@ -74,13 +74,13 @@ def paths(case: Case, run: CaseRun) -> set[str]:
     return {path for path, is_so in reached.items() if is_so}
 
 
-def export(case: Case, folder: Path, dtype: str, stages: Stages) -> None:
+def export(case: Case, folder: Path, dtype: str, stages: Stages, judged_in: str | None = None) -> None:
     """A golden case as files that NumPy alone can read: `case.json`, inputs, goldens and weights as safetensors.
 
-    Raises ValueError where the case's goldens cannot judge a run in ``dtype``.
+    judged_in: the dtype whose goldens it is for, where that is another. Raises ValueError where the case has none for it.
     """
-    variant, _ = reference_of(case, dtype)
-    if reason := unfit(case, variant, dtype):
+    variant, _ = reference_of(case, judged_in or dtype)
+    if reason := unfit(case, variant, judged_in or dtype):
         raise ValueError(f"{case.set}/{case.name}: {reason}")
     targets = case.variant(variant)
     goldens = {name: golden.array for name, golden in targets.items() if isinstance(golden, Whole)}
