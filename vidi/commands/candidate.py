@@ -45,9 +45,10 @@ class Judged:
     def explained(self, goldens: Path) -> dict[str, list[Explanation]]:
         """SET/CASE -> which known faults make what differs there; empty without stored sketches."""
         sketches = Sketches.load(goldens if (goldens / SKETCHES).exists() else goldens_dir())
-        wrong = [run.name for run in self.run.cases if run.first_divergence is not None] if sketches is not None else []
-        found = {}
-        for name in wrong:
+        found: dict[str, list[Explanation]] = {}
+        if sketches is None:
+            return found
+        for name in (run.name for run in self.run.cases if run.first_divergence is not None):
             one = self.candidates[name]
             passes = {"chained": one.chained, "forced": one.forced}
             found[name] = explain_case(sketches, self.cases[name], passes, self.tolerances, dtype=self.run.dtype)
@@ -139,9 +140,8 @@ def tell(
     references = References.load(
         (goldens if (goldens / "measured").is_dir() else goldens_dir()) / "measured", found.run.dtype, table.stages
     )
-    context = Context(
-        table.stages, table.sections, {}, references, command, options, seen, tuple(lines), found.explained(goldens)
-    )
+    explained = found.explained(goldens)
+    context = Context(table.stages, table.sections, {}, references, command, options, seen, tuple(lines), explained)
     terminal.print_run(found.run, console, context, verbose=not args.quiet)
     if args.budget:
         for name, one in found.candidates.items():

@@ -103,7 +103,7 @@ def _explain(args: argparse.Namespace) -> int:
     explained = found.explained(goldens)
     if args.json:
         matches = {
-            case: [asdict(e) | {"faults": e.faults, "text": e.text()} for e in several]
+            case: [asdict(one) | {"faults": one.faults, "text": one.text()} for one in several]
             for case, several in explained.items()
         }
         text = json.dumps(_finite(matches), indent=1) + "\n"
