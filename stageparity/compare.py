@@ -24,6 +24,7 @@ __all__ = ["EXACT", "Result", "Rule", "as_matrix", "compare", "compare_sketches"
 
 ROWS = Axes()  # every axis but the last tells rows apart
 _SHOWN = 3  # rows listed in a failure text
+_BLOCK = 1 << 15  # values compared at a time
 _STATS = ("sum", "sum|x|", "sum x²", "min", "max")
 
 
@@ -95,26 +96,21 @@ def _compare_whole(
     if candidate.ndim == 0:
         candidate, golden, where = candidate.reshape(1), golden.reshape(1), Axes((0,))
     row_axes, head_axis = where.of(candidate.ndim)
-    y = golden.astype(np.float64)
-    d = candidate.astype(np.float64) - y
-    size = np.abs(d)
-    scale = float(np.sqrt(np.square(y).mean())) if rms is None else rms
-    content = tuple(axis for axis in range(d.ndim) if axis not in row_axes)
-    row_scale = np.abs(y).max(axis=content, keepdims=True)
-    floor = rule.floor_ulp * rule.eps * row_scale
-    square = np.square(d)
-    row_rms = np.sqrt(square.mean(axis=content, keepdims=True))
-
+    content = tuple(axis for axis in range(candidate.ndim) if axis not in row_axes)
+    sums, tops, size = _measured(candidate, golden, row_axes, head_axis)
+    others = tuple(axis for axis in range(candidate.ndim) if axis != head_axis)
+    scale = math.sqrt(float(sums["golden"].sum()) / size) if rms is None else rms
+    row_scale, row_top = (tops[key].max(axis=content, keepdims=True) for key in ("golden", "d"))
+    per_row = size // row_scale.size
+    row_rms = np.sqrt(sums["d"].sum(axis=content, keepdims=True) / per_row)
+    whole_rms = math.sqrt(float(sums["d"].sum()) / size)
     heads = None
     if head_axis is not None:
-        others = tuple(axis for axis in range(d.ndim) if axis != head_axis)
-        heads = np.sqrt(square.mean(axis=others))
+        heads = np.sqrt(sums["d"].sum(axis=others) / (size // candidate.shape[head_axis]))
 
-    # Budgets by element, by row, and for the whole: floors differ from row to row.
-    if rule.max_abs is not None:
-        element_budget = rule.max_abs + floor
-    else:
-        element_budget = _times(rule.max, scale) + floor
+    # Budgets by element, by row, and for the whole. Floors differ from row to row, so an element's budget is its row's.
+    floor = rule.floor_ulp * rule.eps * row_scale
+    element_budget = (rule.max_abs if rule.max_abs is not None else _times(rule.max, scale)) + floor
     row_budget = np.broadcast_to(_times(rule.row, scale) + floor, row_rms.shape)
     rms_floor, max_floor = float(np.sqrt(np.square(floor).mean())), float(floor.max())
     rms_budget = _times(rule.rms, scale) + rms_floor
@@ -124,29 +120,34 @@ def _compare_whole(
         rms_budget = (
             math.hypot(rule.rms * math.sqrt(1 - one), max(rule.rms, rule.row) * math.sqrt(one)) * scale + rms_floor
         )
-    element_ratio = _ratio(size, np.broadcast_to(element_budget, size.shape))
-    row_ratio = _ratio(row_rms, row_budget)
-    ratios = [float(element_ratio.max()), float(row_ratio.max())]
-    ratios.append(float(_ratio(np.sqrt(square.mean()), rms_budget)))
+    element_ratio, row_ratio = _ratio(row_top, element_budget), _ratio(row_rms, row_budget)
+    ratios = [float(element_ratio.max()), float(row_ratio.max()), float(_ratio(whole_rms, rms_budget))]
     if heads is not None:
         ratios.append(float(_ratio(heads.max(), _times(rule.head, scale) + max_floor)))
 
-    over = element_ratio > 1
-    rows_over = over.any(axis=content, keepdims=True) | (row_ratio > 1)
+    rows_over = (element_ratio > 1) | (row_ratio > 1)
     problems = []
     if rule.zero_rows:
         touched = (row_scale == 0) & (row_rms > 0)
         rows_over |= touched
         if touched.any():
             problems.append(f"{int(touched.sum())} rows are exactly zero in the golden (padding), not in the candidate")
-    worst = element_ratio if over.any() else size
-    at = tuple(int(i) for i in np.unravel_index(worst.argmax(), size.shape))
+    elements_over, at = 0, None
+    if (element_ratio > 1).any():
+        distance = np.abs(candidate.astype(np.float64) - golden)
+        ratio = _ratio(distance, np.broadcast_to(element_budget, distance.shape))
+        elements_over, at = int((ratio > 1).sum()), _index(int(ratio.argmax()), candidate.shape)
+    largest = np.unravel_index(int(row_top.argmax()), row_top.shape)
+    if at is None:
+        inside = tuple(slice(None) if axis in content else int(largest[axis]) for axis in range(candidate.ndim))
+        here = np.abs(candidate[inside].astype(np.float64) - golden[inside])
+        place = iter(_index(int(here.argmax()), here.shape))
+        at = tuple(next(place) if axis in content else int(largest[axis]) for axis in range(candidate.ndim))
     table = [row_rms.shape[axis] for axis in row_axes] or [1]
-    worst_row = tuple(int(i) for i in np.unravel_index(row_rms.argmax(), table))
     listed = np.argwhere(rows_over.reshape(table))
-    errors = {"max": size.max(), "rms": np.sqrt(square.mean()), "row": row_rms.max()}
+    errors = {"max": row_top.max(), "rms": whole_rms, "row": row_rms.max()}
     allowed = {
-        "max": np.broadcast_to(element_budget, size.shape)[np.unravel_index(size.argmax(), size.shape)],
+        "max": np.broadcast_to(element_budget, row_top.shape)[largest],
         "rms": rms_budget,
         "row": row_budget.reshape(-1)[row_rms.argmax()],
     }
@@ -156,23 +157,60 @@ def _compare_whole(
         stage,
         ok=max(ratios) <= 1 and not problems,
         rule=rule,
-        count=int(d.size),
-        max_abs=float(size.max()),
+        count=size,
+        max_abs=float(row_top.max()),
         rms_golden=scale,
         errors={key: _over(float(error), scale) for key, error in errors.items()},
         budgets={key: _over(float(budget), scale) for key, budget in allowed.items() if math.isfinite(budget)},
         worst_index=at,
         worst_values=(float(candidate[at]), float(golden[at])),
-        worst_row=worst_row,
+        worst_row=_index(int(row_rms.argmax()), tuple(table)),
         worst_head=None if heads is None else int(heads.argmax()),
         first_rows=tuple(tuple(int(i) for i in row) for row in listed[:_SHOWN]),
         rows_over=len(listed),
         rows=int(row_rms.size),
-        elements_over=int(over.sum()),
+        elements_over=elements_over,
         problems=tuple(problems),
         ratio=math.inf if problems else max(ratios),
         row_errors=(row_rms / scale if scale else row_rms).reshape(table),
     )
+
+
+def _measured(
+    candidate: np.ndarray, golden: np.ndarray, row_axes: tuple[int, ...], head_axis: int | None
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
+    """(sums of squares, largest magnitudes, number of values) of the golden and of the difference `d`, in float64, by row and
+    head: of the tensor's own number of axes, all others of size one. In blocks that stay in a processor's cache: comparing
+    a whole run is reading it from memory once."""
+    kept = sorted({*row_axes, *([] if head_axis is None else [head_axis])})
+    shape = [size if axis in kept else 1 for axis, size in enumerate(candidate.shape)]
+    rows = math.prod(shape)
+    mine, theirs = (np.moveaxis(x, kept, range(len(kept))).reshape(rows, -1) for x in (candidate, golden))
+    out = {key: np.empty(rows) for key in ("golden²", "d²", "golden", "d")}
+    step = max(1, _BLOCK // mine.shape[1])
+    for start in range(0, rows, step):
+        block = slice(start, start + step)
+        for first in range(0, mine.shape[1], _BLOCK):
+            part = slice(first, first + _BLOCK)
+            y = theirs[block, part].astype(np.float64)
+            d = mine[block, part] - y
+            found = (
+                np.einsum("ij,ij->i", y, y), np.einsum("ij,ij->i", d, d), np.maximum(y.max(1), -y.min(1)),
+                np.maximum(d.max(1), -d.min(1)),
+            )  # fmt: skip
+            for (key, to), x in zip(out.items(), found, strict=True):
+                if not first:
+                    to[block] = x
+                elif key.endswith("²"):
+                    to[block] += x
+                else:
+                    np.maximum(to[block], x, out=to[block])
+    sums = {key: out[f"{key}²"].reshape(shape) for key in ("golden", "d")}
+    return sums, {key: out[key].reshape(shape) for key in ("golden", "d")}, candidate.size
+
+
+def _index(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(flat, shape))
 
 
 def _compare_exact(stage: str, candidate: np.ndarray, golden: np.ndarray) -> Result:
