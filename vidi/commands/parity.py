@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -157,11 +158,18 @@ def _explained(ref: Any, tensors: Mapping[str, Any], judged_by: Path, tolerances
     """The known fault whose tensors these are, from what is stored of all."""
     from stageparity import store
     from stageparity.port.explain import explain_case
+
+    sketches = _sketches(judged_by)
+    if sketches is None:
+        return []
+    return explain_case(sketches, store.open_case(ref.folder, ref.name), {"chained": tensors}, tolerances, dtype=dtype)
+
+
+@functools.cache
+def _sketches(goldens: Path) -> Any:
     from stageparity.port.sketches import Sketches
 
-    sketches = Sketches.load(judged_by)
-    case = store.open_case(ref.folder, ref.name)
-    return explain_case(sketches, case, {"chained": tensors}, tolerances, dtype=dtype) if sketches is not None else []
+    return Sketches.load(goldens)
 
 
 def _context(args: argparse.Namespace, judged_by: Path, explained: Mapping[str, Any]) -> Any:
