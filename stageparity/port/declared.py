@@ -39,9 +39,13 @@ class Declared:
     groups: Sequence[Mapping[str, Any]]
     others: Tolerances
 
+    @property
+    def stages(self) -> Stages:
+        return self.others.stages
+
     def rule(self, gate: str, stage: str, case: str | None = None, **given: Any) -> Rule:
         """As `Tolerances.rule`; what is compared bit for bit stays so."""
-        if not self.others.stages.is_exact(stage) and (group := self.group(stage)) is not None:
+        if not self.stages.is_exact(stage) and (group := self.group(stage)) is not None:
             return Rule("declared", group["reason"], max=group.get("max"), rms=group.get("rms"))
         return self.others.rule(gate, stage, case, **given)
 

@@ -19,7 +19,7 @@ from stageparity.compare import compare
 from stageparity.golden import Whole
 from stageparity.port import mapping
 from stageparity.port.candidate import Candidate
-from stageparity.port.stagetrace import fingerprint
+from stageparity.port.stagetrace import SHOWN, fingerprint
 from stageparity.result import Result
 from stageparity.run import CaseRun, Row, ids
 from stageparity.stage import Stage, Stages, fill
@@ -59,7 +59,9 @@ def judge(
             rows.append(held.row(stage))
         except tolerance.NoBudget as error:
             not_run.append((stage, str(error)))
-    notes = [f"{stage}: {note}" for stage, note in candidate.notes.items() if stage in candidate.chained]
+    notes = [
+        f"{stage}: {note}" for stage, note in candidate.notes.items() if stage in candidate.chained and note != SHOWN
+    ]
     notes += [f"{name} is no stage of this case" for name in candidate.about.get("unknown", [])]
     notes += [f"STAGES: {name} is no stage of this case" for name in candidate.about.get("unused", [])]
     return replace(result, rows=tuple(_settled(rows, inputs)), not_run=tuple(not_run), notes=tuple(notes))

@@ -33,6 +33,7 @@ import numpy as np
 __all__ = ["arrange", "call", "fingerprint", "tap"]
 
 VERSION = 1
+SHOWN = "not forced: the port shows it and takes nothing back"
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
           "uint8": "U8", "bool": "BOOL"}  # fmt: skip
 _DTYPES = {short: name for name, short in _NAMES.items()}
@@ -49,12 +50,15 @@ class call:
     index or keyword. order: a place of the template; the nth call of a run is that of its nth value. when(args, kwargs): which
     calls count. join: several calls give pieces of the tensor, along this axis of the golden. keep(n, x): what
     of the nth piece is the tensor's, cut out by indexing alone (padded rows go). layout: "axes here -> axes of the golden", as
-    einops writes it; a name on the right alone repeats; sizes: those that no shape tells.
+    einops writes it; a name on the right alone repeats; sizes: those that no shape tells. back=False: the tensor is shown, and
+    nothing put in its place would act, as inside a compiled graph.
     """
 
-    def __init__(self, path, item=None, arg=None, order=None, when=None, join=None, keep=None, layout=None, **sizes):
+    def __init__(
+        self, path, item=None, arg=None, order=None, when=None, join=None, keep=None, layout=None, back=True, **sizes
+    ):
         self.path, self.item, self.arg, self.order, self.when = path, item, arg, order, when
-        self.join, self.keep, self.layout, self.sizes = join, keep, layout, sizes
+        self.join, self.keep, self.layout, self.back, self.sizes = join, keep, layout, back, sizes
 
 
 def tap(stage, x):
@@ -220,6 +224,9 @@ class Trace:
         self.joins[stage], self.dtypes[stage] = axis, dtype
         golden = (self.goldens or {}).get(stage)
         if golden is None:
+            return x
+        if not where.back:
+            self.note(stage, SHOWN)
             return x
         if where.join is not None and golden.ndim > axis:
             golden = golden[(slice(None),) * axis + (slice(before, before + piece.shape[axis]),)]
@@ -473,9 +480,12 @@ def main(adapter_path, case_folder, out):
         _write(out, about)
         return 2 if of_adapter else 3
     chained, forced = seen["chained"], seen["forced"]
+    notes = {}
+    for trace in (chained, forced):
+        for stage, text in trace.notes.items():
+            notes[stage] = text if notes.get(stage, text) == text else notes[stage] + "; " + text
     about.update(
-        finished=True, notes=dict(chained.notes, **forced.notes), dtypes=chained.dtypes, fed=forced.fed, inside=forced.inside,
-        unused=hooks.unused,
+        finished=True, notes=notes, dtypes=chained.dtypes, fed=forced.fed, inside=forced.inside, unused=hooks.unused
     )  # fmt: skip
     _write(out, about)
     return 0

@@ -20,7 +20,7 @@ from vidi.checkpoint import hub
 from vidi.parity.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 OWN = [ROOT / "CONTRIBUTING.md", ROOT / "docs" / "rfc-answers.md"]
 NAMES = [str(path.relative_to(ROOT)) for path in PAGES]
 
@@ -46,7 +46,9 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    return {option for action in parser._actions for option in action.option_strings}
+    below = [p for action in parser._actions if isinstance(action.choices, dict) for p in action.choices.values()]
+    own = {option for action in parser._actions for option in action.option_strings}
+    return own.union(*(options_of(verb) for verb in below))
 
 
 def check_vidi(words: list[str]) -> None:

@@ -7,7 +7,6 @@ twice, as it is and with each tensor exchanged for its golden, so that an error 
 import sys
 from pathlib import Path
 
-import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from goldens.oracle import forward
