@@ -1,4 +1,4 @@
-"""Faults of the port made of transformers (`hf/`): what a porter gets wrong, line by line."""
+"""Faults of the port made of transformers (`hf_port/`): what a porter gets wrong, line by line."""
 
 from __future__ import annotations
 
