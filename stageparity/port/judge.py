@@ -59,7 +59,9 @@ def judge(
             rows.append(held.row(stage))
         except tolerance.NoBudget as error:
             not_run.append((stage, str(error)))
-    notes = [f"{stage}: {note}" for stage, note in candidate.notes.items() if stage in candidate.chained and note != SHOWN]
+    notes = [
+        f"{stage}: {note}" for stage, note in candidate.notes.items() if stage in candidate.chained and note != SHOWN
+    ]
     notes += [f"{name} is no stage of this case" for name in candidate.about.get("unknown", [])]
     notes += [f"STAGES: {name} is no stage of this case" for name in candidate.about.get("unused", [])]
     return replace(result, rows=tuple(_settled(rows, inputs)), not_run=tuple(not_run), notes=tuple(notes))

@@ -54,7 +54,9 @@ class call:
     nothing put in its place would act, as inside a compiled graph.
     """
 
-    def __init__(self, path, item=None, arg=None, order=None, when=None, join=None, keep=None, layout=None, back=True, **sizes):
+    def __init__(
+        self, path, item=None, arg=None, order=None, when=None, join=None, keep=None, layout=None, back=True, **sizes
+    ):
         self.path, self.item, self.arg, self.order, self.when = path, item, arg, order, when
         self.join, self.keep, self.layout, self.back, self.sizes = join, keep, layout, back, sizes
 

@@ -14,7 +14,15 @@ from vidi.parity.faults import FAULTS
 
 PORT = Path(__file__).parent / "mlx_port"
 BUDGET = ("--budget", str(PORT / "budget.toml"))
-CASES = ("official/single", "official/batch", "official/silent", "small/base", "small/budget", "small/holes", "small/absent")
+CASES = (
+    "official/single",
+    "official/batch",
+    "official/silent",
+    "small/base",
+    "small/budget",
+    "small/holes",
+    "small/absent",
+)
 pytestmark = pytest.mark.slow
 
 
@@ -26,7 +34,9 @@ def python() -> Path:
 
 def test_every_stage_that_it_has_is_equal(python: Path, tmp_path: Path) -> None:
     """All but the unpadded tensors of varlen kernels, which MLX does not have."""
-    seen = examine(PORT, tmp_path / "port", python, CASES, "--require", "80%,padding,resize,window,several videos,silent modality")
+    seen = examine(
+        PORT, tmp_path / "port", python, CASES, "--require", "80%,padding,resize,window,several videos,silent modality"
+    )
     assert seen.status == 0
     lacking = [gap["stage"] for case in seen.report["cases"] for gap in case["not_run"]]
     assert lacking
@@ -50,7 +60,9 @@ def test_eight_bits_are_within_what_their_steps_allow(python: Path, tmp_path: Pa
     assert undeclared.compared == seen.compared
     # What has no weights in 8 bits is still held to float32.
     rules = {row["stage"]: row["forced"]["rule"] for row in seen.report["cases"][1]["stages"] if row["forced"]}
-    assert {rules[stage] for stage in ("vision.tower", "vision.norm", "vision.pos_t", "rope.cos", "final.norm")} == {"float32-recorded"}
+    assert {rules[stage] for stage in ("vision.tower", "vision.norm", "vision.pos_t", "rope.cos", "final.norm")} == {
+        "float32-recorded"
+    }
 
 
 @pytest.mark.parametrize("fault", faults.QUANTISED, ids=lambda fault: fault.name)

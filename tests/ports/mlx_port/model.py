@@ -166,7 +166,9 @@ class Model(nn.Module):
         features = self.mm_aud.encoder(mx.concatenate(sounds))
         parts, start = [], 0
         for sound, size in zip(sounds, sizes):
-            parts.append(features[start : start + len(sound)].flatten(0, 1)[: size * features.shape[1] // self.mel_frames])
+            parts.append(
+                features[start : start + len(sound)].flatten(0, 1)[: size * features.shape[1] // self.mel_frames]
+            )
             start += len(sound)
         pooled = self.mm_rand_aud_pool(tap("audio.trim", padded(parts)))
         rows = [row[: len(part) // self.mm_rand_aud_pool.weight.shape[1]] for row, part in zip(pooled, parts)]
@@ -222,7 +224,10 @@ def load(config, weights):
     """The model with official weights: convolutions turned channels-last; the last vision layer and the head behind it, which
     nothing uses, left out."""
     last = config["vision_config"]["num_hidden_layers"] - 1
-    unused = ("lm_head.", *(f"model.mm_vis.vision_model.{n}." for n in (f"encoder.layers.{last}", "post_layernorm", "head")))
+    unused = (
+        "lm_head.",
+        *(f"model.mm_vis.vision_model.{n}." for n in (f"encoder.layers.{last}", "post_layernorm", "head")),
+    )
     used = {name: value for name, value in weights.items() if not name.startswith(unused)}
     model = Vidi(config)
     model.load_weights([(name, mx.array(np.moveaxis(x, 1, -1) if x.ndim > 2 else x)) for name, x in used.items()])

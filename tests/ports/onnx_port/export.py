@@ -87,7 +87,10 @@ def export(out: Path, name: str = "official/single") -> None:
     golden = {stage: torch.from_numpy(x.array) for stage, x in case.targets.items() if hasattr(x, "array")}
     model: Any = feed.load_model(case, torch.float32)
     out.mkdir(parents=True, exist_ok=True)
-    layer = [golden[stage] for stage in ("layer.0.input", "layer.0.image_input", "layer.0.audio_input", "rope.cos", "rope.sin")]
+    layer = [
+        golden[stage]
+        for stage in ("layer.0.input", "layer.0.image_input", "layer.0.audio_input", "rope.cos", "rope.sin")
+    ]
     names = ["x", "image", "audio", "cos", "sin"]
     np.savez(out / "given.npz", **{name: x.numpy() for name, x in zip(names, layer, strict=True) if name != "image"})
     parts: tuple[tuple[str, nn.Module, list[Tensor], list[str], tuple[str, ...]], ...] = (
