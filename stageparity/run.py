@@ -9,7 +9,7 @@ and alone right, its caller is; chained wrong and forced right, the error is inh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from stageparity.store import Case, CaseRef, Targets
 from stageparity.subject import Bench, Subject, fed, reference_of, unfit
 from stageparity.tolerance import Tolerances
 
-__all__ = ["CaseRun", "Row", "Run", "Trace", "ids", "promised", "run", "run_case"]
+__all__ = ["CaseRun", "Row", "Run", "Trace", "forced_tensors", "ids", "promised", "run", "run_case"]
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def run_case(
     forced: dict[str, Any] = {}
     if alone and subject.forces:
         own = dict(_alone(bench, stages, wanted))
-        forced = _forced(bench, case, stages, chosen)
+        forced = forced_tensors(bench, case, stages, chosen)
     rows, not_run, notes = [], [], []
     for stage in wanted:
         try:
@@ -261,7 +261,7 @@ def _alone(bench: Bench, stages: Stages, stage_ids: Sequence[str]) -> Iterator[t
             continue
 
 
-def _forced(bench: Bench, case: Case, stages: Stages, chosen: set[str]) -> dict[str, Any]:
+def forced_tensors(bench: Bench, case: Case, stages: Stages, chosen: Collection[str]) -> dict[str, Any]:
     """The tensors of a forced run, of those ids that it feeds nothing but goldens."""
 
     def golden(stage_id: str) -> np.ndarray | None:

@@ -41,9 +41,13 @@ class Declared:
     groups: Sequence[Mapping[str, Any]]
     others: Tolerances
 
+    @property
+    def stages(self) -> Stages:
+        return self.others.stages
+
     def rule(self, gate: str, stage: str, case: str | None = None, **given: Any) -> Rule:
         """As `Tolerances.rule`; what is compared bit for bit stays so."""
-        group = None if self.others.stages.is_exact(stage) else self.group(stage)
+        group = None if self.stages.is_exact(stage) else self.group(stage)
         own = {key: group[key] for key in _SIZES if key in group} if group else {}
         sizes = group.get("chained", own) if group and given.get("kind", "chained") == "chained" else own
         if group is None or not sizes:  # a stage may inherit an approximation and add none of its own

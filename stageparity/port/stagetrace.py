@@ -480,9 +480,12 @@ def main(adapter_path, case_folder, out):
         _write(out, about)
         return 2 if of_adapter else 3
     chained, forced = seen["chained"], seen["forced"]
+    notes = {}
+    for trace in (chained, forced):
+        for stage, text in trace.notes.items():
+            notes[stage] = text if notes.get(stage, text) == text else notes[stage] + "; " + text
     about.update(
-        finished=True, notes=dict(chained.notes, **forced.notes), dtypes=chained.dtypes, fed=forced.fed, inside=forced.inside,
-        unused=hooks.unused,
+        finished=True, notes=notes, dtypes=chained.dtypes, fed=forced.fed, inside=forced.inside, unused=hooks.unused
     )  # fmt: skip
     _write(out, about)
     return 0

@@ -14,7 +14,10 @@ from stageparity import store, tolerance
 from stageparity.golden import GoldenError, Whole
 from stageparity.port import candidate, capsule, declared
 from stageparity.port.candidate import Candidate, Unusable
+from stageparity.port.explain import Explanation, explain_case
 from stageparity.port.judge import Coverage, coverage, judge
+from stageparity.port.sketches import STORE as SKETCHES
+from stageparity.port.sketches import Sketches
 from stageparity.report.verdict import Context, References, findings, whose
 from stageparity.run import CaseRun, Row, Run
 from stageparity.stage import fill
@@ -37,6 +40,19 @@ class Judged:
     candidates: Mapping[str, Candidate]
     cases: Mapping[str, Case]
     coverage: Coverage
+    tolerances: Any  #: what judged it
+
+    def explained(self, goldens: Path) -> dict[str, list[Explanation]]:
+        """SET/CASE -> which known faults make what differs there; empty without stored sketches."""
+        sketches = Sketches.load(goldens if (goldens / SKETCHES).exists() else goldens_dir())
+        found: dict[str, list[Explanation]] = {}
+        if sketches is None:
+            return found
+        for name in (run.name for run in self.run.cases if run.first_divergence is not None):
+            one = self.candidates[name]
+            passes = {"chained": one.chained, "forced": one.forced}
+            found[name] = explain_case(sketches, self.cases[name], passes, self.tolerances, dtype=self.run.dtype)
+        return found
 
     def first(self) -> tuple[CaseRun, Row] | None:
         """What is wrong first by itself."""
@@ -100,7 +116,7 @@ def judged(
         key: value for c in candidates.values() for key, value in c.about.items() if key in ("python", "adapter")
     }
     seen = coverage(runs, lambda run: port.paths(cases[run.name], run), port.PATHS)
-    return Judged(Run(tuple(runs), next(iter(dtypes)), {}, fingerprint), candidates, cases, seen)
+    return Judged(Run(tuple(runs), next(iter(dtypes)), {}, fingerprint), candidates, cases, seen, tolerances)
 
 
 def _shape(golden: Any) -> tuple[int, ...]:
@@ -124,7 +140,8 @@ def tell(
     references = References.load(
         (goldens if (goldens / "measured").is_dir() else goldens_dir()) / "measured", found.run.dtype, table.stages
     )
-    context = Context(table.stages, table.sections, {}, references, command, options, seen, tuple(lines))
+    explained = found.explained(goldens)
+    context = Context(table.stages, table.sections, {}, references, command, options, seen, tuple(lines), explained)
     terminal.print_run(found.run, console, context, verbose=not args.quiet)
     if args.budget:
         for name, one in found.candidates.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -42,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trace.add_argument(
         "--timeout", metavar="SECONDS", type=arguments.positive, default=600, help="of one case (default: 600)"
     )
+    why = verbs.add_parser("explain", help="which known fault makes these tensors, told from stored sketches of all")
+    why.add_argument(
+        "dump", metavar="DIR", help="what `vidi port run` left (trace/ beside the adapter), or a candidate's folder"
+    )
+    why.add_argument(
+        "--case", metavar="GLOB", action="append", default=[], help="golden cases (default: all of the dump)"
+    )
+    why.add_argument("--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)")
+    why.add_argument("--json", metavar="FILE", help="write the matches as JSON; - is standard output")
     for verb in (init, trace):
         verb.add_argument(
             "--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)"
@@ -76,7 +86,48 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 equal, 1 the model differs, 2 it is traced in another way, 3 nothing compared, 4 less seen than required."""
-    return _init(args) if args.verb == "init" else _trace(args)
+    return {"init": _init, "run": _trace, "explain": _explain}[args.verb](args)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    """0 where nothing differs, 1 where something does, whether a fault is recognised or not."""
+    from dataclasses import asdict
+
+    from stageparity.port.candidate import folders
+    from vidi.commands import candidate, outputs
+    from vidi.parity.goldens import goldens_dir
+
+    outputs.check(None if args.json == "-" else args.json)
+    goldens = goldens_dir(args.goldens)
+    found = candidate.judged(folders(Path(args.dump)), goldens, only=args.case)
+    explained = found.explained(goldens)
+    if args.json:
+        matches = {
+            case: [asdict(one) | {"faults": one.faults, "text": one.text()} for one in several]
+            for case, several in explained.items()
+        }
+        text = json.dumps(_finite(matches), indent=1) + "\n"
+        print(text, end="") if args.json == "-" else outputs.write(args.json, lambda: text)
+    if args.json != "-":
+        for run in found.run.cases:
+            said = explained.get(run.name)
+            if run.first_divergence is None:
+                print(f"{run.name}: equal as far as seen, nothing to explain")
+            elif not said:
+                print(f"{run.name}: no sketches of known faults for this case: NOT RUN")
+            for one in said or ():
+                where = one.stages[0] + (f" and {len(one.stages) - 1} more" if len(one.stages) > 1 else "")
+                print(strict.printable(f"{run.name}: {where}: {one.text()}"))
+    return int(any(run.first_divergence is not None for run in found.run.cases))
+
+
+def _finite(value: Any) -> Any:
+    """Plain values for JSON; infinities become null."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _init(args: argparse.Namespace) -> int:

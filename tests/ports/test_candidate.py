@@ -1,0 +1,238 @@
+"""Dumps that anything wrote: read in every format, refused where they are stale, unfinished or mislabelled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from stageparity import store
+from stageparity.golden import Whole
+from stageparity.port import candidate
+from stageparity.port.candidate import Unusable
+from stageparity.store import Case
+from vidi import cli
+from vidi.commands.candidate import judged
+from vidi.parity.goldens import goldens_dir
+from vidi.parity.port import load_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return store.open_case(goldens_dir() / "official", "single")
+
+
+@pytest.fixture
+def dump(case: Case, tmp_path: Path) -> Path:
+    """The case's own goldens as a candidate."""
+    folder = tmp_path / "dump"
+    folder.mkdir()
+    declare(folder, case)
+    save_file(goldens(case), folder / "tensors.safetensors")
+    return folder
+
+
+def goldens(case: Case) -> dict[str, np.ndarray]:
+    return {name: g.array for name, g in case.targets.items() if isinstance(g, Whole)}
+
+
+def declare(folder: Path, held: Case, more: str = "", **changed: str) -> None:
+    said = {"case": "official/single", "golden": held.identity, "dtype": "float32", **changed}
+    text = "".join(f'{key} = "{value}"\n' for key, value in said.items())
+    (folder / "candidate.toml").write_text(text + more)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    tensors = load_file(folder / "tensors.safetensors")
+    change(tensors)
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, folder / "tensors.safetensors")
+
+
+def test_goldens_are_their_own_candidate(dump: Path, case: Case) -> None:
+    found = judged(candidate.folders(dump), goldens_dir())
+    assert found.run.exit_code == 0
+    assert {row.shown.ratio for row in found.run.cases[0].rows} == {0.0}
+    assert (found.coverage.seen, found.coverage.of) == (len(goldens(case)), len(case.targets))
+
+
+@pytest.mark.parametrize("form", ["h5", "npy", "bf16", "folder of one case"])
+def test_every_format(form: str, dump: Path, case: Case, tmp_path: Path) -> None:
+    tensors = {name: x for name, x in goldens(case).items() if name.startswith(("layer.0", "vision.norm"))}
+    (dump / "tensors.safetensors").unlink()
+    place = dump
+    if form == "h5":
+        with h5py.File(dump / "x.h5", "w", libver="v110") as file:
+            for name, x in tensors.items():
+                file[name] = x
+    elif form == "npy":
+        for name, x in tensors.items():
+            np.save(dump / f"{name}.npy", x)
+    elif form == "bf16":
+        declare(dump, case, dtype="bfloat16")
+        _save_bfloat16(dump / "x.safetensors", tensors)
+    else:
+        save_file(tensors, dump / "a.safetensors")
+        place = tmp_path
+    if form == "bf16":  # a recording in float32 judges bfloat16 through its own budgets
+        assert judged(candidate.folders(place), goldens_dir()).run.dtype == "bfloat16"
+        return
+    found = judged(candidate.folders(place), goldens_dir())
+    assert sorted(row.stage for row in found.run.cases[0].rows) == sorted(tensors)
+    assert found.run.exit_code == 0
+
+
+def _save_bfloat16(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    save_torch(
+        {name: torch.from_numpy(x.copy()).bfloat16() for name, x in tensors.items() if x.dtype.kind == "f"}, path
+    )
+
+
+def test_a_wrong_tensor_is_named_and_the_rest_is_not_told_apart(dump: Path) -> None:
+    def wrong(tensors: dict[str, np.ndarray]) -> None:
+        tensors["layer.1.t2v"] = tensors["layer.1.t2v"] * 1.001
+        tensors["layer.1.output"] = tensors["layer.1.output"] * 1.001
+
+    rewrite(dump, wrong)
+    found = judged(candidate.folders(dump), goldens_dir())
+    guilty = found.first()
+    assert found.run.exit_code == 1
+    assert guilty is not None
+    assert guilty[1].stage == "layer.1.t2v"
+
+
+def test_another_layout_is_tracing_and_the_mapping_mends_it(dump: Path, case: Case) -> None:
+    rewrite(dump, lambda tensors: tensors.update({"xattn.0.v.k": tensors["xattn.0.v.k"].transpose(0, 2, 1, 3)}))
+    found = judged(candidate.folders(dump), goldens_dir())
+    (row,) = [row for row in found.run.cases[0].rows if not row.ok]
+    assert (found.run.exit_code, row.kind) == (2, "tracing")
+    assert 'layout="a b c d -> a c b d"' in row.tracing
+    declare(dump, case, '[layout]\n"xattn.{i}.{m}.k" = "a b c d -> a c b d"\n')
+    rewrite(dump, lambda tensors: [tensors.pop(name) for name in list(tensors) if name != "xattn.0.v.k"])
+    assert judged(candidate.folders(dump), goldens_dir()).run.exit_code == 0
+
+
+Change = Callable[[Path, Case], Any]
+BAD: dict[str, tuple[Change, str]] = {
+    "stale": (lambda f, c: declare(f, c, golden="0" * 64), "made for another golden of official/single"),
+    "no more than a letter of the hash": (lambda f, c: declare(f, c, golden=c.identity[:3]), "another golden"),
+    "no golden": (
+        lambda f, c: (f / "candidate.toml").write_text('case = "official/single"\ndtype = "float32"\n'),
+        "its golden",
+    ),
+    "no such case": (lambda f, c: declare(f, c, case="official/none"), "no case 'official/none'"),
+    "two cases": (lambda f, c: declare(f, c, case="official/s*"), "official/s* is 2 cases"),
+    "dtype": (lambda f, c: declare(f, c, dtype="fp8"), "dtype 'fp8'; choose float64"),
+    "unknown key": (lambda f, c: declare(f, c, "tolerance = 1\n"), "unknown key tolerance"),
+    "no declaration": (lambda f, c: (f / "candidate.toml").unlink(), "neither candidate.toml nor trace.json"),
+    "bad toml": (lambda f, c: (f / "candidate.toml").write_text("case ="), "candidate.toml"),
+    "no tensors": (lambda f, c: (f / "tensors.safetensors").unlink(), "no tensors"),
+    "not safetensors": (lambda f, c: (f / "tensors.safetensors").write_bytes(b"x" * 99), "unreadable"),
+    "pickle": (lambda f, c: np.save(f / "layer.0.output.npy", np.array([{}], object), allow_pickle=True), "unreadable"),
+    "twice": (lambda f, c: np.save(f / "logits.npy", np.zeros(3)), "logits stands in two files"),
+    "a link": (lambda f, c: _link(f), "link"),
+    "foreign keys": (
+        lambda f, c: save_file({"x": np.zeros(3)}, f / "tensors.safetensors"),
+        "none of its 1 keys is a stage",
+    ),
+    "unfinished": (lambda f, c: _trace(f, c, finished=False), "did not end, or still goes on"),
+    "crashed": (
+        lambda f, c: _trace(f, c, finished=False, failed={"step": "forced run", "last": "logits", "error": "OOM"}),
+        "the port failed in its forced run, after stage logits: OOM",
+    ),
+    "another tracer": (lambda f, c: _trace(f, c, version=99), "a tracer of version 99"),
+}
+
+
+def _link(folder: Path) -> None:
+    shutil.move(folder / "tensors.safetensors", folder.parent / "elsewhere.safetensors")
+    (folder / "tensors.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def _trace(folder: Path, case: Case, **changed: Any) -> None:
+    said = {
+        "version": 1,
+        "case": "official/single",
+        "golden": case.identity,
+        "dtype": "float32",
+        "finished": True,
+        **changed,
+    }
+    (folder / "trace.json").write_text(json.dumps(said))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_judged_is_refused(
+    name: str, dump: Path, case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, words = BAD[name]
+    change(dump, case)
+    assert cli.main(["parity", "--candidate", str(dump)]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_the_same_case_twice_is_refused(dump: Path, tmp_path: Path) -> None:
+    shutil.copytree(dump, tmp_path / "again")
+    with pytest.raises(Unusable, match="judged twice"):
+        judged(candidate.folders(tmp_path), goldens_dir())
+
+
+BLOCKED = """
+import sys
+ALLOWED = {{"numpy", "h5py", "safetensors", "stageparity", "vidi"}}
+class Only:
+    def find_spec(self, name, path=None, target=None):
+        root = name.partition(".")[0]
+        if root not in ALLOWED and root not in sys.stdlib_module_names and not root.startswith("_"):
+            raise ImportError(f"{{name}} is not in this environment")
+sys.meta_path.insert(0, Only())
+from vidi.cli import main
+sys.exit(main({argv!r}))
+"""
+
+
+def test_numpy_h5py_and_safetensors_are_enough(dump: Path, tmp_path: Path) -> None:
+    """No torch, no rich: the same verdict, table and JSON."""
+    rewrite(dump, lambda tensors: tensors.update({"logits": tensors["logits"] + 1}))
+    argv = ["parity", "--candidate", str(dump), "--json", str(tmp_path / "out.json")]
+    command = [sys.executable, "-c", BLOCKED.format(argv=argv)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.startswith("WRONG: logits (logits of official/single)")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["headline"].startswith("WRONG: logits")
+    assert found["first_divergence"] == {"case": "official/single", "stage": "logits"}
+
+
+def test_less_seen_than_required_is_4(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["parity", "--candidate", str(dump), "--require", "90%", "--quiet"]) == 0
+    assert "equal as far as seen: " in capsys.readouterr().out
+    assert cli.main(["parity", "--candidate", str(dump), "--require", "varlen", "--quiet"]) == 4
+    assert "the path varlen was not reached" in capsys.readouterr().out
+    rewrite(dump, lambda tensors: [tensors.pop(name) for name in list(tensors) if not name.startswith("layer")])
+    assert cli.main(["parity", "--candidate", str(dump), "--require", "90%", "--quiet"]) == 4
+    assert cli.main(["parity", "--candidate", str(dump), "--require", "everything"]) == 2
+
+
+def test_the_table_as_data_is_todays() -> None:
+    from tools import stage_table
+
+    assert (goldens_dir() / "stages.json").read_text("utf-8") == stage_table.text(), "run python tools/stage_table.py"
+    table = load_table()
+    assert table.stages.find("layer.3.output") is not None
+    assert "model.layers.{i}.mlp.down_proj.weight" in table.weights["layer.{i}.output"]
