@@ -16,12 +16,21 @@ PORT = Path(__file__).parent / "onnx_port"
 CASE = ["official/single"]
 FAULTS = (
     Planted(
-        "frames_backwards_between_graphs", (("adapter.py", "self.bridge(features=features)", "self.bridge(features=features[::-1].copy())"),),
+        "frames_backwards_between_graphs",
+        (("adapter.py", "self.bridge(features=features)", "self.bridge(features=features[::-1].copy())"),),
         {"vision.pad": "wiring"},
     ),
-    Planted("factor_forgotten", (("adapter.py", '["vision.llm_norm"] * self.root', '["vision.llm_norm"]'),), {"layer.0.image_input": "stage"}),
-    Planted("pixels_from_zero", (("adapter.py", 'model(inputs["images.0"])', 'model((inputs["images.0"] + 1) / 2)'),), {"vision.tower": "stage"}),
-)  # fmt: skip
+    Planted(
+        "factor_forgotten",
+        (("adapter.py", '["vision.llm_norm"] * self.root', '["vision.llm_norm"]'),),
+        {"layer.0.image_input": "stage"},
+    ),
+    Planted(
+        "pixels_from_zero",
+        (("adapter.py", 'model(inputs["images.0"])', 'model((inputs["images.0"] + 1) / 2)'),),
+        {"vision.tower": "stage"},
+    ),
+)
 pytestmark = pytest.mark.slow
 
 

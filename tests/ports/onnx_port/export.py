@@ -1,7 +1,8 @@
 """Three graphs of our model for ONNX Runtime: tower, visual bridge, first decoder layer. `python export.py OUT [CASE]`.
 
-Runs where torch, onnxscript and this project are; the port that reads the graphs has onnxruntime and NumPy alone. Sizes are those
-of the case, one video without padding. Each graph gives the stages inside it as further outputs: nothing can be put in their place.
+Runs where torch, onnxscript and this project are; the port that reads the graphs has onnxruntime and NumPy alone. Sizes are
+those of the case, one video without padding. Each graph gives the stages inside it as further outputs: nothing can be put
+in their place.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from vidi.parity.goldens import goldens_dir
 TOWER = ("vision.tower",)
 BRIDGE = (
     "vision.pad", "vision.space_to_depth", "vision.projector", "vision.norm", "vision.pos_h.embed", "vision.pos_h",
-    "vision.pos_w.embed", "vision.pos_w", "vision.pos_t.embed.0", "vision.pos_t", "vision.packed", "vision.mask", "vision.llm_norm",
+    "vision.pos_w.embed", "vision.pos_w", "vision.pos_t.embed.0", "vision.pos_t", "vision.packed", "vision.mask",
+    "vision.llm_norm",
 )  # fmt: skip
 LAYER = tuple(f"layer.0.{name}" for name in ("t2t", "t2v", "t2a", "output", "image_stream", "audio_stream"))
 
