@@ -2,8 +2,9 @@
 
     [[group]]
     stages = "layer.*,xattn.*"      # shell patterns of stage ids, joined by commas; the first group that matches counts
-    rms = 0.02                      # of the golden's rms: rms(d); max: max|d|
+    rms = 0.02                      # of the golden's rms: rms(d); max: max|d|. Fed goldens: its own error alone
     max = 0.2
+    chained = {rms = 0.09, max = 1} # from raw inputs on, where what came before adds up; left out: the same
     reason = "weights in 8 bits, groups of 32: half a step is 1/510 of a group's range"
 
 What is declared replaces the budget, never the comparison: a report still says how large the error is, how it grows along
@@ -29,7 +30,8 @@ from stageparity.tolerance import Tolerances
 
 __all__ = ["Declared", "effects", "load"]
 
-_KEYS = {"stages", "rms", "max", "reason"}
+_SIZES = ("rms", "max")
+_KEYS = {"stages", *_SIZES, "chained", "reason"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,12 @@ class Declared:
 
     def rule(self, gate: str, stage: str, case: str | None = None, **given: Any) -> Rule:
         """As `Tolerances.rule`; what is compared bit for bit stays so."""
-        if not self.stages.is_exact(stage) and (group := self.group(stage)) is not None:
-            return Rule("declared", group["reason"], max=group.get("max"), rms=group.get("rms"))
-        return self.others.rule(gate, stage, case, **given)
+        group = None if self.stages.is_exact(stage) else self.group(stage)
+        own = {key: group[key] for key in _SIZES if key in group} if group else {}
+        sizes = group.get("chained", own) if group and given.get("kind", "chained") == "chained" else own
+        if group is None or not sizes:  # a stage may inherit an approximation and add none of its own
+            return self.others.rule(gate, stage, case, **given)
+        return Rule("declared", group["reason"], **sizes)
 
     def group(self, stage: str) -> Mapping[str, Any] | None:
         """The group that names a stage."""
@@ -71,7 +76,10 @@ def load(path: Path, others: Tolerances) -> Declared:
         for key in ("stages", "reason"):
             if not isinstance(group.get(key), str) or not group[key].strip():
                 raise ValueError(f"{where}: {key} is needed, as text")
-        sizes = [group[key] for key in ("rms", "max") if key in group]
+        chained = group.get("chained", {})
+        if not isinstance(chained, dict) or set(chained) - set(_SIZES):
+            raise ValueError(f"{where}: chained = {chained!r} must be a table of rms and max")
+        sizes = [table[key] for table in (group, chained) for key in _SIZES if key in table]
         if not sizes or not all(type(x) in (int, float) and 0 < x < 1e3 for x in sizes):
             raise ValueError(
                 f"{where}: rms or max is needed, a number above 0 and below 1000 (multiples of the golden's rms)"

@@ -36,7 +36,13 @@ class Examined:
 
 
 def examine(
-    port: Path, at: Path, python: Path, cases: Sequence[str], *more: str, adapter: str = "adapter.py", fault: Planted | None = None
+    port: Path,
+    at: Path,
+    python: Path,
+    cases: Sequence[str],
+    *more: str,
+    adapter: str = "adapter.py",
+    fault: Planted | None = None,
 ) -> Examined:
     """Judge the port in folder ``port``, with a fault planted in its copy at ``at``. more: further arguments."""
     shutil.copytree(port, at, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)

@@ -30,7 +30,7 @@ class Graph:
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def __call__(self, **inputs):
-        return dict(zip(self.outputs, self.session.run(None, inputs)))
+        return dict(zip(self.outputs, self.session.run(None, inputs), strict=True))
 
 
 class Port:

@@ -165,11 +165,15 @@ class Model(nn.Module):
         """Mel pieces (P, frames, M) of each sample, its size in mel frames -> tokens (B, A, D), keep (B, A)."""
         features = self.mm_aud.encoder(mx.concatenate(sounds))
         parts, start = [], 0
-        for sound, size in zip(sounds, sizes):
-            parts.append(features[start : start + len(sound)].flatten(0, 1)[: size * features.shape[1] // self.mel_frames])
+        for sound, size in zip(sounds, sizes, strict=True):
+            parts.append(
+                features[start : start + len(sound)].flatten(0, 1)[: size * features.shape[1] // self.mel_frames]
+            )
             start += len(sound)
         pooled = self.mm_rand_aud_pool(tap("audio.trim", padded(parts)))
-        rows = [row[: len(part) // self.mm_rand_aud_pool.weight.shape[1]] for row, part in zip(pooled, parts)]
+        rows = [
+            row[: len(part) // self.mm_rand_aud_pool.weight.shape[1]] for row, part in zip(pooled, parts, strict=True)
+        ]
         x = self.mm_rand_aud_norm(self.mm_rand_aud_projector(mx.concatenate(rows)))
         time = [tap(f"audio.pos_t.embed.{b}", self.mm_rand_pos_t(len(row), freq)) for b, row in enumerate(rows)]
         x = tap("audio.pos_t", x + rms(mx.concatenate(time)))
@@ -180,7 +184,7 @@ class Model(nn.Module):
 
     def text(self, ids, mask):
         """Token ids (B, L) and their mask -> embeddings (B, T, D), keep (B, T): the placeholder gone, packed to the left."""
-        rows = [row[keep] for row, keep in zip(ids, mask & (ids != -200))]
+        rows = [row[keep] for row, keep in zip(ids, mask & (ids != -200), strict=True)]
         keep = tap("text.mask", padded([mx.ones(len(row), mx.bool_) for row in rows]))
         return tap("text.embeds", padded([self.embed_tokens(mx.array(row)) for row in rows])), keep
 
@@ -222,7 +226,10 @@ def load(config, weights):
     """The model with official weights: convolutions turned channels-last; the last vision layer and the head behind it, which
     nothing uses, left out."""
     last = config["vision_config"]["num_hidden_layers"] - 1
-    unused = ("lm_head.", *(f"model.mm_vis.vision_model.{n}." for n in (f"encoder.layers.{last}", "post_layernorm", "head")))
+    unused = (
+        "lm_head.",
+        *(f"model.mm_vis.vision_model.{n}." for n in (f"encoder.layers.{last}", "post_layernorm", "head")),
+    )
     used = {name: value for name, value in weights.items() if not name.startswith(unused)}
     model = Vidi(config)
     model.load_weights([(name, mx.array(np.moveaxis(x, 1, -1) if x.ndim > 2 else x)) for name, x in used.items()])

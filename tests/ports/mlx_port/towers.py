@@ -15,7 +15,9 @@ class TowerAttention(nn.Module):
         self.k_proj = nn.Linear(width, width, bias=key_bias)
 
     def __call__(self, x):
-        q, k, v = (p(x).reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         weights = mx.softmax(q @ k.swapaxes(2, 3) * q.shape[-1] ** -0.5, axis=-1)
         return self.out_proj((weights @ v).swapaxes(1, 2).reshape(x.shape))
 

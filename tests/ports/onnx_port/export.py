@@ -1,7 +1,8 @@
 """Three graphs of our model for ONNX Runtime: tower, visual bridge, first decoder layer. `python export.py OUT [CASE]`.
 
-Runs where torch, onnxscript and this project are; the port that reads the graphs has onnxruntime and NumPy alone. Sizes are those
-of the case, one video without padding. Each graph gives the stages inside it as further outputs: nothing can be put in their place.
+Runs where torch, onnxscript and this project are; the port that reads the graphs has onnxruntime and NumPy alone. Sizes are
+those of the case, one video without padding. Each graph gives the stages inside it as further outputs: nothing can be put
+in their place.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from vidi.parity.goldens import goldens_dir
 TOWER = ("vision.tower",)
 BRIDGE = (
     "vision.pad", "vision.space_to_depth", "vision.projector", "vision.norm", "vision.pos_h.embed", "vision.pos_h",
-    "vision.pos_w.embed", "vision.pos_w", "vision.pos_t.embed.0", "vision.pos_t", "vision.packed", "vision.mask", "vision.llm_norm",
+    "vision.pos_w.embed", "vision.pos_w", "vision.pos_t.embed.0", "vision.pos_t", "vision.packed", "vision.mask",
+    "vision.llm_norm",
 )  # fmt: skip
 LAYER = tuple(f"layer.0.{name}" for name in ("t2t", "t2v", "t2a", "output", "image_stream", "audio_stream"))
 
@@ -87,7 +89,10 @@ def export(out: Path, name: str = "official/single") -> None:
     golden = {stage: torch.from_numpy(x.array) for stage, x in case.targets.items() if hasattr(x, "array")}
     model: Any = feed.load_model(case, torch.float32)
     out.mkdir(parents=True, exist_ok=True)
-    layer = [golden[stage] for stage in ("layer.0.input", "layer.0.image_input", "layer.0.audio_input", "rope.cos", "rope.sin")]
+    layer = [
+        golden[stage]
+        for stage in ("layer.0.input", "layer.0.image_input", "layer.0.audio_input", "rope.cos", "rope.sin")
+    ]
     names = ["x", "image", "audio", "cos", "sin"]
     np.savez(out / "given.npz", **{name: x.numpy() for name, x in zip(names, layer, strict=True) if name != "image"})
     parts: tuple[tuple[str, nn.Module, list[Tensor], list[str], tuple[str, ...]], ...] = (
