@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from stageparity.stage import NotHeld
-from vidi.bridge.conv_pool import square
+from vidi.bridge import conv_pool
 from vidi.parity.bench import Site
 from vidi.parity.stages.rounded_steps import (
     Array,
@@ -52,7 +52,7 @@ def resized(s: Site, to: Round) -> Array:
 def conv(s: Site, to: Round) -> Array:
     grid: Any = s.model.bridge.image_grid
     side = grid.patches - grid.conv.kernel_size[0] + 1
-    windows = nn.functional.unfold(square(s["vision.tower"]).float(), grid.conv.kernel_size).mT
+    windows = nn.functional.unfold(conv_pool.square(s["vision.tower"]).float(), grid.conv.kernel_size).mT
     return linear(windows.numpy(), grid.conv, to).transpose(0, 2, 1).reshape(len(windows), -1, side, side)
 
 

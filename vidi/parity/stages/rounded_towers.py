@@ -4,7 +4,7 @@ first layer, each layer, Whisper's last norm.
 Every step is fed what the model itself had there. From raw inputs on, one bit of one value that rounds apart would move every
 later value of its frame, and nothing could be said of a misplaced cast.
 
-Attention is the formula's (`eager`): kernels round softmax weights before the values, or do not.
+Of the attention kernels the one that keeps softmax weights in float32 is asked for: others round them before the values.
 
 Dims: F frames or pieces, L tokens of a tower, K values that one of them is made from.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stageparity.rounding import Step
 from stageparity.stage import NotHeld
@@ -42,7 +43,7 @@ def vision(s: Site, to: Round) -> list[Step]:
     if s.bench.batch.images is None:
         raise NotHeld("the case gives the tower's output in place of frames")
     frames = torch.cat([pixels.normalize(x, s.model.dtype, s.model.device) for x in s.bench.batch.images])
-    calls = _calls(tower, frames, tower.layers)
+    calls = _calls(s, tower, frames, tower.layers)
     patches_FLK = as_numpy(nn.functional.unfold(frames, tower.config.patch_size, stride=tower.config.patch_size).mT)
     entered = to(linear(patches_FLK, tower.patch_embed, to) + as_numpy(tower.position.weight))
     return [Step("patch embedding and positions", calls[0][1], entered), *_layers(calls, gelu_tanh, to)]
@@ -53,7 +54,7 @@ def audio(s: Site, to: Round) -> list[Step]:
     if s.bench.batch.audios is None:
         raise NotHeld("the case gives the tower's output in place of sound")
     mel = torch.cat(s.bench.batch.audios).to(s.model.device, s.model.dtype)
-    second, *calls, last = _calls(tower, mel, (tower.conv2, *tower.layers, tower.norm))
+    second, *calls, last = _calls(s, tower, mel, (tower.conv2, *tower.layers, tower.norm))
     first = to(gelu_erf(linear(_windows(as_numpy(mel), 1), tower.conv1, to)))
     entered = to(gelu_erf(linear(_windows(as_numpy(second[1]), 2), tower.conv2, to)))
     return [
@@ -64,14 +65,15 @@ def audio(s: Site, to: Round) -> list[Step]:
     ]
 
 
-def _calls(tower: nn.Module, x: Tensor, modules: Iterable[nn.Module]) -> list[tuple[Any, Tensor, Tensor]]:
+def _calls(s: Site, tower: nn.Module, x: Tensor, modules: Iterable[nn.Module]) -> list[tuple[Any, Tensor, Tensor]]:
     """(module, what it was given, what it gave) of each call of ``modules`` in a run of the tower."""
     calls: list[tuple[Any, Tensor, Tensor]] = []
     with contextlib.ExitStack() as undo, torch.no_grad():
         for module in modules:
             kept = module.register_forward_hook(lambda module, given, out: calls.append((module, given[0], out)))
             undo.callback(kept.remove)
-        tower(x, "eager")
+        undo.enter_context(sdpa_kernel(SDPBackend.MATH))
+        tower(x, s.model.tower_backend)
     return calls
 
 
