@@ -309,8 +309,8 @@ class _Judge:
             alone if alone is not None or not entry.reads_raw else result(chained, chain),
             next((c.file for c in entry.wiring if c.file), ""),
         )
-        bits = self._bits(bench, stage, own, entry) if alone is not None else None
-        if alone is not None and bits is not None and bits.ratio > max(alone.ratio, 1):
+        bits = self._bits(bench, stage, own.get(stage, chained.get(stage)), entry) if row.alone is not None else None
+        if row.alone is not None and bits is not None and bits.ratio > max(row.alone.ratio, 1):
             row = replace(row, alone=bits)  # within its error budget, and rounded in the wrong place
         if entry.machine is not None and not row.ok and (note := _machine(entry, golden, chained.get(stage))):
             excused = replace(row.shown, ok=True, problems=())
@@ -323,15 +323,14 @@ class _Judge:
             return Row(stage, tie), ""
         return row, ""
 
-    def _bits(self, bench: Bench, stage: str, own: Mapping[str, Any], entry: Stage) -> Result | None:
-        if entry.rounded is None:
+    def _bits(self, bench: Bench, stage: str, found: Any, entry: Stage) -> Result | None:
+        if entry.rounded is None or found is None:
             return None
         try:
             theirs = bench.rounded(stage)
         except NotHeld:
             return None
-        mine, dtype = to_numpy(own[stage])
-        return rounding.compare(stage, mine, theirs, entry.axes, entry.spreads.get(dtype))
+        return rounding.judge(stage, found, theirs, entry.axes, entry.spreads)
 
 
 def _machine(entry: Stage, golden: Golden, found: Any) -> str:

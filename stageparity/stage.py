@@ -79,7 +79,8 @@ class Stage:
     inputs: the golden tensors that feed it. run: computes it from them alone, given a site (None: nothing can).
     code: what is its own; a fault there shows when the stage runs alone. wiring: the code that feeds it and takes its
     result; a fault there shows when the run is forced. In both a use in brackets may stand.
-    rounded: computes it in float32 with a rounding wherever the specification rounds, given a site and the rounding;
+    rounded: computes it in float32 with a rounding wherever the specification rounds, given a site and the rounding
+    (`rounding.judge` says what it may give);
     spreads: the share of values that may have other bits than that, by dtype, where it is not the usual one.
     golden: the template whose golden judges it, where it has none of its own. ties: what decides whether other tokens than the
     golden's are a tie. machine: what this machine's libraries give in place of a stored constant.

@@ -44,8 +44,8 @@ class Bench(Protocol):
         """The id that a template of a stage's ``inputs`` stands for."""
 
     def rounded(self, stage_id: str) -> Any:
-        """A stage in float32 arithmetic, rounded wherever the specification rounds. Raises NotHeld where that is not known,
-        or where this run's kernels may round elsewhere."""
+        """A stage in float32 arithmetic, rounded wherever the specification rounds, as `rounding.judge` takes it. Raises
+        NotHeld where that is not known, or where this run's kernels may round elsewhere."""
 
 
 class Subject(Protocol):

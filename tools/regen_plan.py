@@ -29,7 +29,7 @@ __all__ = ["RECIPES", "Change", "oracle_case", "plan"]
 ROOT = Path(__file__).resolve().parents[1]
 # The sets made by the oracle, and the recipes of each: cases(), weights(config).
 RECIPES = {"small": recipes, "small-7b": recipes_7b}
-VARIANTS = {"none": "none", "cast": "official"}  # variant -> casts of the oracle
+VARIANTS = ("none", "cast")  # each is the `casts` of the oracle that makes it
 CHANGED = 1e-10  # of rms
 
 
@@ -55,12 +55,12 @@ def oracle_case(recipe: recipes.Recipe, weights: Mapping[str, np.ndarray]) -> di
     """All tensors that the oracle computes for a recipe: variant -> stage id -> array."""
     table = recipes.pos_freq(recipe.config)
     result = {}
-    for variant, casts in VARIANTS.items():
-        result[variant] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
+    for casts in VARIANTS:
+        result[casts] = forward(recipe.config, weights, recipe.inputs, casts=casts, pos_freq=table)
         if recipe.decode_steps:
             own = greedy(recipe.config, weights, recipe.inputs, recipe.decode_steps, casts=casts, pos_freq=table)
             forced = teacher_forced(recipe.config, weights, recipe.inputs, own.tokens_BS, casts=casts, pos_freq=table)
-            result[variant] |= {
+            result[casts] |= {
                 f"{recipe.name}.tokens": own.tokens_BS,
                 f"{recipe.name}.lengths": own.lengths_B,
                 f"{recipe.name}.nocache.logits": forced,

@@ -3,8 +3,8 @@
 Three regimes, chosen by `Arithmetic(casts, round_to, order_seed)`:
 
     casts="none"                     float64 everywhere: the mathematics, nothing else
-    casts="official"                 float64, but float32 exactly where the spec forces it (`wide` below)
-    casts="official", round_to=...   every stored tensor rounded to "bf16", "fp16" or "fp32", sums in float32:
+    casts="cast"                     float64, but float32 exactly where the spec forces it (`wide` below)
+    casts="cast", round_to=...       every stored tensor rounded to "bf16", "fp16" or "fp32", sums in float32:
                                      a naive low-precision model; its error against float64 is the baseline of a budget
 
 `order_seed` makes several such runs differ as honest kernels differ: it permutes and splits every contraction, its
@@ -76,12 +76,12 @@ class Arithmetic:
     forces to float32 (GemmaNorm, rms(), positions, rope angles, loss)."""
 
     def __init__(self, casts: str = "none", round_to: str | None = None, order_seed: int | None = None) -> None:
-        if casts not in ("none", "official"):
-            raise ValueError(f"casts is {casts!r}; it must be 'none' or 'official'")
+        if casts not in ("none", "cast"):
+            raise ValueError(f"casts is {casts!r}; it must be 'none' or 'cast'")
         if round_to is not None and round_to not in ROUNDINGS:
             raise ValueError(f"round_to is {round_to!r}; it must be None or one of {ROUNDINGS}")
         if round_to is not None and casts == "none":
-            raise ValueError("round_to needs casts='official': a rounded run without float32 steps is no model's")
+            raise ValueError("round_to needs casts='cast': a rounded run without float32 steps is no model's")
         self.round_to = round_to
         self.order_seed = order_seed
         self.adds_bias_late = order_seed is not None and order_seed % 2 == 1

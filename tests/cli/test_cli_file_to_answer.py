@@ -101,7 +101,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     told = torch.exp(torch.arange(0, 40, 2, dtype=torch.float32) * (-np.log(10000.0) / 40)).numpy()
     assert np.abs(told / 10000**-half - 1).max() < 1e-6
     raw = json.loads((folder / "config.json").read_text())
-    found = oracle.greedy(raw, weights, inputs, STEPS, casts="official", pos_freq=told)
+    found = oracle.greedy(raw, weights, inputs, STEPS, casts="cast", pos_freq=told)
     length = int(found.lengths_B[0])
     tokens = [int(token) for token in found.tokens_BS[0, :length] if token != 107]
     assert found.gap_BS[0, :length].min() > 1e-2, "tokens must not be a matter of noise"
@@ -109,7 +109,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
         inputs | {"inputs.images.0": inputs["inputs.images.0"][::-1]},
         inputs | {"inputs.audios.0": inputs["inputs.audios.0"][::-1]},
     )
-    blind, deaf = (oracle.greedy(raw, weights, x, 1, casts="official", pos_freq=told).logits_BSK[0, 0] for x in others)
+    blind, deaf = (oracle.greedy(raw, weights, x, 1, casts="cast", pos_freq=told).logits_BSK[0, 0] for x in others)
     first, second = list(dict.fromkeys(tokens))[:2]
     for token, piece in zip((first, second), PIECES, strict=True):
         del vocabulary["model"]["vocab"][f"<unused{token}>"]

@@ -103,7 +103,7 @@ def test_its_tokens_are_the_oracles(film, checkpoint, independent, capsys):
         weights |= load_file(shard)
     freq = position.frequencies(CONFIG.decoder.hidden_size).numpy()
     official = json.loads((checkpoint / "config.json").read_text())
-    wanted = oracle.greedy(official, weights, independent, 9, casts="official", pos_freq=freq)
+    wanted = oracle.greedy(official, weights, independent, 9, casts="cast", pos_freq=freq)
     length = int(wanted.lengths_B[0])
     assert wanted.gap_BS[0, :length].min() > 1e-3, "a gap this small would make the tokens a matter of noise"
     assert len(set(wanted.tokens_BS[0, :length].tolist())) > 3, "tokens that do not depend on the input prove little"

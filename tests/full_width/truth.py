@@ -200,4 +200,4 @@ def naive(part: str, dtype: str) -> Run:
     """The rounded run that errors are measured by. In the bridge its sums have another order than the plain one, which there
     follows the recordings' machine step by step, for minutes at this width."""
     order = 4 if part in ("visual", "sound") else None
-    return _run(part, Arithmetic("official", {"float32": "fp32", "bfloat16": "bf16"}[dtype], order))
+    return _run(part, Arithmetic("cast", {"float32": "fp32", "bfloat16": "bf16"}[dtype], order))

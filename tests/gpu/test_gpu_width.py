@@ -124,7 +124,7 @@ def oracle(narrow: bool, device: str, round_to: str | None) -> dict[str, np.ndar
     tables = load_file(Path(__file__).parents[2] / "goldens" / "pos_freq.safetensors")
     width = sizes.decoder.hidden_size
     table = position.frequencies(width).numpy() if narrow else tables[str(width)]
-    casts = "none" if round_to is None else "official"
+    casts = "none" if round_to is None else "cast"
     return forward(
         official(narrow),
         weights,

@@ -49,7 +49,7 @@ def record(folder: Path) -> None:
     head = {"lm_head.weight": weights["model.embed_tokens.weight"].copy()}
     save_file(weights | head, folder / "weights.safetensors")
     freq = torch.exp(torch.arange(0, 32, 2, dtype=torch.float32) * (-np.log(10000.0) / 32)).numpy()
-    run: dict[str, Any] = {"casts": "official", "pos_freq": freq}
+    run: dict[str, Any] = {"casts": "cast", "pos_freq": freq}
     config = CONFIG | {"vision_config": VISION, "audio_config": AUDIO}
 
     def video(frames: int) -> np.ndarray:

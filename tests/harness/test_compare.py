@@ -259,3 +259,21 @@ def test_casts_that_are_within_their_share_are_no_problem(allowed: float, ok: bo
     result = rounding.compare("layer.0.t2t", mine, theirs, STAGES.axes("layer.0.t2t"), allowed)
     said = () if ok else ("10.0% of the values have other bits than the specified casts give",)
     assert (result.ok, result.problems) == (ok, said)
+
+
+def test_the_worst_of_several_steps_is_told_by_name() -> None:
+    theirs = np.ones((1, 5, 20), np.float32)
+    steps = [rounding.Step("entry", theirs, theirs), rounding.Step("layer 0", theirs + 1, theirs)]
+    result = rounding.judge("audio.tower", theirs, steps, STAGES.axes("audio.tower"), {})
+    assert (result.ok, result.problems) == (
+        False,
+        ("layer 0: 100.0% of the values have other bits than the specified casts give",),
+    )
+    assert rounding.judge("audio.tower", theirs, steps[:1], STAGES.axes("audio.tower"), {}).ok
+
+
+def test_any_of_several_legitimate_roundings_will_do() -> None:
+    mine = np.ones((1, 5, 20), np.float32)
+    axes = STAGES.axes("vision.projector")
+    assert rounding.judge("vision.projector", mine, (mine + 1, mine), axes, {}).ok
+    assert not rounding.judge("vision.projector", mine, (mine + 1, mine - 1), axes, {}).ok

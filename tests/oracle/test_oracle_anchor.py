@@ -25,8 +25,8 @@ def run(name: str, weights: dict[str, np.ndarray] | None = None, **settings) -> 
 @pytest.mark.parametrize("name", ["base", "pervideo", "absent", "train", "7b/base", "7b/absent", "7b/train"])
 def test_a_run_anchored_at_itself_is_itself(name: str) -> None:
     """Every piece of every stage finds its place in the anchor: frames in chunks, samples one by one, grids apart."""
-    plain = run(name, casts="official")
-    again = run(name, casts="official", anchor=plain)
+    plain = run(name, casts="cast")
+    again = run(name, casts="cast", anchor=plain)
     assert plain.keys() == again.keys()
     for stage, value in plain.items():
         assert value.tobytes() == again[stage].tobytes(), stage
@@ -79,10 +79,10 @@ def test_cross_attention_is_fed_q_k_and_v() -> None:
 
 
 def test_rounding_alone_errs_less_than_rounding_in_a_chain() -> None:
-    truth = run("base", casts="official")
+    truth = run("base", casts="cast")
     errors = {}
     for kind, anchor in (("chained", None), ("isolated", truth)):
-        low = run("base", casts="official", round_to="bf16", anchor=anchor)
+        low = run("base", casts="cast", round_to="bf16", anchor=anchor)
         errors[kind] = {
             stage: float(np.sqrt(np.mean((low[stage] - truth[stage]) ** 2) / np.mean(truth[stage] ** 2)))
             for stage in truth

@@ -76,8 +76,8 @@ def test_rounding_is_torchs(rounding, dtype: torch.dtype) -> None:
 def test_sqrt_width_is_rounded_to_the_models_dtype() -> None:
     """59.75 in bf16 and 59.875 in fp16 for a width of 3584 (spec §6)."""
     for round_to, wanted in (("bf16", 59.75), ("fp16", 59.875), ("fp32", float(np.float32(3584**0.5)))):
-        assert Arithmetic("official", round_to).store(np.array(3584.0) ** 0.5) == wanted
-    assert Arithmetic("official").store(np.array(3584.0) ** 0.5) == 3584**0.5
+        assert Arithmetic("cast", round_to).store(np.array(3584.0) ** 0.5) == wanted
+    assert Arithmetic("cast").store(np.array(3584.0) ** 0.5) == 3584**0.5
 
 
 def test_the_table_is_torchs() -> None:
@@ -90,11 +90,11 @@ def runs() -> dict[str, dict[str, np.ndarray]]:
     base, tensors = recipes.cases()["base"], recipes.weights()
     settings = {
         "none": {"casts": "none"},
-        "official": {"casts": "official"},
-        "other order": {"casts": "official", "order_seed": 1},
+        "cast": {"casts": "cast"},
+        "other order": {"casts": "cast", "order_seed": 1},
         "exact, other order": {"casts": "none", "order_seed": 1},
         **{
-            f"{r} {seed}": {"casts": "official", "round_to": r, "order_seed": seed}
+            f"{r} {seed}": {"casts": "cast", "round_to": r, "order_seed": seed}
             for r in ("bf16", "fp16")
             for seed in (1, 2, 3)
         },
@@ -113,9 +113,9 @@ def apart(runs: dict, one: str, other: str, stage: str) -> float:
 def test_casts_touch_what_the_spec_casts_and_nothing_before(runs: dict) -> None:
     before = ["vision.tower", "vision.pad", "vision.space_to_depth", "vision.projector"]
     before += ["audio.tower", "audio.trim", "audio.pool", "audio.projector", "text.embeds", "layer.0.input"]
-    assert [stage for stage in before if apart(runs, "none", "official", stage) != 0] == []
+    assert [stage for stage in before if apart(runs, "none", "cast", stage) != 0] == []
     for stage in ("vision.norm", "audio.norm", "rope.cos", "layer.0.t2t", "final.norm", "logits"):
-        assert 1e-9 < apart(runs, "none", "official", stage) < 1e-2, stage
+        assert 1e-9 < apart(runs, "none", "cast", stage) < 1e-2, stage
 
 
 def test_time_positions_differ_as_the_spec_says() -> None:
@@ -123,23 +123,23 @@ def test_time_positions_differ_as_the_spec_says() -> None:
     move. The middle of a long axis shows it: frames at the ends stand at 0 and 9999, exact in float32."""
     rows = {}
     recipe, tensors = recipes.cases()["train"], recipes.weights()
-    for casts in ("none", "official"):
+    for casts in ("none", "cast"):
         inputs = {k: v for k, v in recipe.inputs.items() if "noise" not in k and "images" not in k}
         inputs |= {"inputs.audios.0": np.tile(inputs["inputs.audios.0"], (20, 1, 1))}
         inputs |= {"inputs.audio_sizes": np.array([40 * 40])}
         rows[casts] = forward(recipe.config, tensors, inputs, casts=casts, pos_freq=recipes.POS_FREQ)
-    worst = np.abs(rows["none"]["audio.pos_t"] - rows["official"]["audio.pos_t"]).max()
+    worst = np.abs(rows["none"]["audio.pos_t"] - rows["cast"]["audio.pos_t"]).max()
     assert 1e-4 < worst / np.sqrt(np.mean(rows["none"]["audio.pos_t"] ** 2)) < 1e-3
 
 
 @pytest.mark.parametrize("path", ["pos_h", "pos_w"])
 def test_grid_positions_hardly_differ(runs: dict, path: str) -> None:
-    assert apart(runs, "none", "official", f"vision.{path}.embed") < 1e-6
+    assert apart(runs, "none", "cast", f"vision.{path}.embed") < 1e-6
 
 
 def test_order_changes_noise_only(runs: dict) -> None:
     assert 0 < apart(runs, "exact, other order", "none", "logits") < 1e-12
-    assert 0 < apart(runs, "other order", "official", "logits") < 1e-4
+    assert 0 < apart(runs, "other order", "cast", "logits") < 1e-4
     for name in ("bf16", "fp16"):
         for one, other in ((1, 2), (1, 3), (2, 3)):
             assert apart(runs, f"{name} {one}", f"{name} {other}", "logits") > 1e-4
@@ -169,9 +169,9 @@ def test_imports_numpy_alone() -> None:
 
 
 def test_refuses_what_no_model_does() -> None:
-    with pytest.raises(ValueError, match="round_to needs casts='official'"):
+    with pytest.raises(ValueError, match="round_to needs casts='cast'"):
         Arithmetic("none", "bf16")
-    with pytest.raises(ValueError, match="it must be 'none' or 'official'"):
+    with pytest.raises(ValueError, match="it must be 'none' or 'cast'"):
         Arithmetic("offical")
     recipe = recipes.cases()["base"]
     with pytest.raises(ValueError, match=r"pos_freq has shape \(3,\); hidden_size 24 needs half of it"):

@@ -38,7 +38,7 @@ def compare(case: str, dtype: str, record_property) -> None:
     config, recorded = recordings.load(f"{case}.{dtype}")
     targets = {s for s in stages_of(recorded) if not (case == "silent" and SILENT_FORM.fullmatch(s))}
     freq = recordings.pos_freq(config["hidden_size"])
-    got = forward(config, recordings.weights(), recorded, casts="official", pos_freq=freq, keep=targets.__contains__)
+    got = forward(config, recordings.weights(), recorded, casts="cast", pos_freq=freq, keep=targets.__contains__)
     assert got.keys() == targets, f"not produced: {sorted(targets - got.keys())}"
     assert len(targets) > 50
 
@@ -70,7 +70,7 @@ def test_silent_samples_keep_no_key(case: str, modality: str, kept: list[int]) -
         config,
         recordings.weights(),
         recorded,
-        casts="official",
+        casts="cast",
         pos_freq=freq,
         keep=[f"xattn.0.{modality}.*", f"layer.3.t2{modality}*"],
     )
@@ -89,7 +89,7 @@ def test_decoding(variant: str, dtype: str, record_property) -> None:
     config["sliding_window"] = 64 if variant == "generate_wide" else config["sliding_window"]
     inputs = recorded | {"inputs.input_ids": recorded[f"{variant}.prompt_ids"]}
     del inputs["inputs.attention_mask"]
-    settings = {"casts": "official", "pos_freq": recordings.pos_freq(config["hidden_size"])}
+    settings = {"casts": "cast", "pos_freq": recordings.pos_freq(config["hidden_size"])}
 
     forced = teacher_forced(config, recordings.weights(), inputs, recorded[f"{variant}.tokens"], **settings)
     rms, peak = recordings.differences(forced, recorded[f"{variant}.nocache.logits"])
@@ -112,13 +112,13 @@ def test_loss(dtype: str) -> None:
         config,
         recordings.weights(),
         recorded,
-        casts="official",
+        casts="cast",
         pos_freq=recordings.pos_freq(config["hidden_size"]),
         keep=["logits", "loss.*", "text.labels"],
     )
     np.testing.assert_array_equal(got["text.labels"], recorded["text.labels"])
     thresholds = {"none": None, "0.1": 0.1, "mid": 9.571, "huge": 1e9}
-    losses = loss(got["logits"], got["text.labels"], thresholds, casts="official")
+    losses = loss(got["logits"], got["text.labels"], thresholds, casts="cast")
     assert losses["loss.none"] == got["loss.none"]
     for name, value in losses.items():
         assert value.dtype == np.float32
@@ -135,7 +135,7 @@ def test_rounded_runs_err_as_much_as_the_release(dtype: str, round_to: str) -> N
     recordings.load("single.f64")
     low = {k: v.double().numpy() for k, v in load_file(recordings.FOLDER / f"single.{dtype}.safetensors").items()}
     freq = recordings.pos_freq(config["hidden_size"])
-    got = forward(config, recordings.weights(), exact, casts="official", round_to=round_to, pos_freq=freq)
+    got = forward(config, recordings.weights(), exact, casts="cast", round_to=round_to, pos_freq=freq)
     ratios = {}
     for stage in stages_of(exact):
         if exact[stage].dtype.kind == "f" and np.any(low[stage] != exact[stage]):

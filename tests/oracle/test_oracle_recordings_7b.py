@@ -41,7 +41,7 @@ def compare(case: str, dtype: str, least: int, record_property) -> None:
 
 def run(config: dict, inputs: dict[str, np.ndarray], targets: set[str], **settings) -> dict[str, np.ndarray]:
     freq = recordings.pos_freq(config["hidden_size"])
-    settings = {"casts": "official"} | settings
+    settings = {"casts": "cast"} | settings
     return forward(config, recordings.weights(FOLDER_7B), inputs, pos_freq=freq, keep=targets.__contains__, **settings)
 
 
@@ -96,7 +96,7 @@ def test_decoding(name: str, variant: str, record_property) -> None:
     config["sliding_window"] = given["window"]
     inputs = recorded | {"inputs.input_ids": recorded[f"{variant}.prompt_ids"]}
     del inputs["inputs.attention_mask"]
-    settings = {"casts": "official", "pos_freq": recordings.pos_freq(config["hidden_size"])}
+    settings = {"casts": "cast", "pos_freq": recordings.pos_freq(config["hidden_size"])}
 
     forced = teacher_forced(config, recordings.weights(FOLDER_7B), inputs, recorded[f"{variant}.tokens"], **settings)
     rms, peak = recordings.differences(forced, recorded[f"{variant}.nocache.logits"])

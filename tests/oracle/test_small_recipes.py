@@ -70,7 +70,7 @@ def test_all_goldens_fit() -> None:
     """Both regimes of all cases, equal content stored once, under 6 MB compressed; every value finite."""
     stored: dict[str, np.ndarray] = {}
     for recipe in CASES.values():
-        for casts in ("none", "official"):
+        for casts in ("none", "cast"):
             tensors, table = recipes.weights(recipe.config), recipes.pos_freq(recipe.config)
             for stage, value in forward(recipe.config, tensors, recipe.inputs, casts=casts, pos_freq=table).items():
                 assert np.isfinite(value).all(), (recipe.name, stage)
@@ -171,9 +171,7 @@ def test_decoding_stops_one_row_at_107() -> None:
     assert got.tokens_BS[1].tolist() == [81, 68, 42, 107, 0, 0, 0, 0]
     assert 107 not in got.tokens_BS[0]
     assert got.gap_BS.min() > 0.3
-    other = greedy(
-        recipe.config, TENSORS, recipe.inputs, recipe.decode_steps, casts="official", pos_freq=recipes.POS_FREQ
-    )
+    other = greedy(recipe.config, TENSORS, recipe.inputs, recipe.decode_steps, casts="cast", pos_freq=recipes.POS_FREQ)
     np.testing.assert_array_equal(other.tokens_BS, got.tokens_BS)
 
 
@@ -199,7 +197,7 @@ def test_a_row_decodes_as_it_would_alone(b: int) -> None:
 def test_the_odd_case_stops_at_its_own_stop() -> None:
     recipe = CASES["odd"]
     tensors, table = recipes.weights(recipe.config), recipes.pos_freq(recipe.config)
-    for casts in ("none", "official"):
+    for casts in ("none", "cast"):
         got = greedy(recipe.config, tensors, recipe.inputs, recipe.decode_steps, casts=casts, pos_freq=table)
         assert got.lengths_B.tolist() == [7, 3]
         assert got.tokens_BS[1].tolist() == [77, 33, 51, 0, 0, 0, 0]

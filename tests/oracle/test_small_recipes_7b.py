@@ -56,7 +56,7 @@ def test_all_goldens_fit() -> None:
     """Both regimes of all cases, equal content stored once, under 2.5 MB compressed; every value finite."""
     stored: dict[str, np.ndarray] = {}
     for recipe in CASES.values():
-        for casts in ("none", "official"):
+        for casts in ("none", "cast"):
             for stage, value in forward(recipe.config, TENSORS, recipe.inputs, casts=casts, **SETTINGS).items():
                 assert np.isfinite(value).all(), (recipe.name, stage)
                 stored[hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).hexdigest()] = value
@@ -164,7 +164,7 @@ def test_decoding_stops_a_row_at_eos() -> None:
     assert got.tokens_BS[1].tolist() == [66, 22, 74, 27, 2, 0, 0, 0]
     assert (got.tokens_BS != 107).all()
     assert got.gap_BS.min() > 0.3
-    cast = greedy(recipe.config, TENSORS, recipe.inputs, recipe.decode_steps, casts="official", **SETTINGS)
+    cast = greedy(recipe.config, TENSORS, recipe.inputs, recipe.decode_steps, casts="cast", **SETTINGS)
     np.testing.assert_array_equal(cast.tokens_BS, got.tokens_BS)
     forced = teacher_forced(recipe.config, TENSORS, recipe.inputs, got.tokens_BS, **SETTINGS)
     for b in range(3):

@@ -96,7 +96,7 @@ def _bf16_error(path: str) -> tuple[float, float]:
     model, inputs = made(small(), BF16), {"inputs.input_ids": prompt(330)}
     keep = ["rope.cos", "rope.sin", "layer.0.t2t", "layer.1.t2t"]
     truth = oracle.forward(inputs=inputs, keep=keep, **settings(model))
-    naive = oracle.forward(inputs=inputs, keep=keep, casts="official", round_to="bf16", **settings(model))
+    naive = oracle.forward(inputs=inputs, keep=keep, casts="cast", round_to="bf16", **settings(model))
     found = stages(PATHS[path](model), inputs, *keep)
 
     def ratio(stage: str) -> float:

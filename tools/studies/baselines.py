@@ -177,7 +177,7 @@ def _settings(case: Case, dtype: str, seed: int | None) -> dict[str, Any]:
     targets, width = reference(case), case.config["hidden_size"]
     own = targets.get("pos.freq")
     table = own.array if isinstance(own, Whole) else load_file(case.folder.parent / "pos_freq.safetensors")[str(width)]
-    return {"casts": "official", "round_to": DTYPES[dtype], "order_seed": seed, "pos_freq": table}
+    return {"casts": "cast", "round_to": DTYPES[dtype], "order_seed": seed, "pos_freq": table}
 
 
 def _forward(

@@ -82,7 +82,7 @@ class Bench:
     def id(self, template: str, stage_id: str) -> str:
         return self._site(stage_id).id(template)
 
-    def rounded(self, stage_id: str) -> np.ndarray:
+    def rounded(self, stage_id: str) -> Any:
         site, model = self._site(stage_id), self.model
         if site.stage.rounded is None or model.dtype not in HALF or self.targets.variant != "cast":
             raise NotHeld("nothing says where this rounds")

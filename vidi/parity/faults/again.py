@@ -18,7 +18,7 @@ LEFT_OUT = {
     "code that the 7B does not run": (
         *("bridge.pad_*", "bridge.resize_*", "bridge.fold_*", "text.factor_*", "decoder.norm_*", "dtypes.gemma_norm_*"),
         *("dtypes.factor_*", "decoder.post_*_norm_missing", "decoder.ffn_norms_exchanged", "decoding.loss_*"),
-        *("dtypes.loss_in_half", "decoder.branches_normed_apart"),
+        *("dtypes.loss_in_half", "dtypes.*_norm_added_unrounded", "decoder.branches_normed_apart"),
     ),
     "a softcap, which it has not (`seven` gives it one)": (
         *("*softcap*", "caches.embedding_not_scaled_in_steps", "text.visual_factor_omitted", "text.audio_factor_twice"),

@@ -141,6 +141,36 @@ def gemma_norm_weight_in_half(original: Any) -> Any:
     return gemma_norm
 
 
+def _unrounded(norm: Any, x: Any) -> Any:
+    """What a norm of the decoder gives, before it is cast back."""
+    return norm(x.float()).float()
+
+
+@plant("vidi.decoder.layer.DecoderLayer.feed_forward", dtype=HALF)
+def ffn_norm_added_unrounded(original: Any) -> Any:
+    """The norm after the feed-forward in float32 until the residual is added, as a fused kernel would."""
+
+    def feed_forward(self: Any, x: Any) -> Any:
+        return (x.float() + _unrounded(self.post_ffn_norm, self.mlp(self.pre_ffn_norm(x)))).to(x.dtype)
+
+    return feed_forward
+
+
+@plant("vidi.decoder.layer.DecoderLayer.merge[text]", dtype=HALF)
+def attention_norm_added_unrounded(original: Any) -> Any:
+    """The norm after the attentions in float32 until the residual is added, of the text alone."""
+
+    def merge(self: Any, x: Any, branches: Any) -> Any:
+        if len(branches) == 1:
+            return original(self, x, branches)
+        mixed = branches[0]
+        for branch in branches[1:]:
+            mixed = mixed + branch
+        return self.feed_forward((x.float() + _unrounded(self.post_attn_norm, mixed)).to(x.dtype))
+
+    return merge
+
+
 @plant("vidi.bridge.norm.rms", dtype=HALF)
 def bridge_rms_in_half(original: Any) -> Any:
     """The bridge's rms() wholly in bf16."""
@@ -213,6 +243,56 @@ def weights_cast_before_values(original: Any) -> Any:
             torch.einsum = einsum
 
     return attend
+
+
+@plant("vidi.towers.siglip.VisionTower.forward", dtype=HALF)
+def patches_added_unrounded(original: Any) -> Any:
+    """The patch embedding in float32 until the positions are added."""
+
+    def forward(self: Any, images: Any, backend: str = "eager") -> Any:
+        import torch.nn.functional as nnf
+
+        conv = self.patch_embed
+        wide = nnf.conv2d(images.float(), conv.weight.float(), conv.bias.float(), conv.stride)
+        x = (wide.flatten(2).transpose(1, 2) + self.position.weight.float()).to(images.dtype)
+        for layer in self.layers[:-1]:
+            x = layer(x, backend)
+        return x
+
+    return forward
+
+
+@plant("vidi.towers.whisper.AudioTower.forward", dtype=HALF)
+def sound_added_unrounded(original: Any) -> Any:
+    """The second convolution's activation in float32 until the positions are added."""
+
+    def forward(self: Any, mel: Any, backend: str = "eager") -> Any:
+        import torch.nn.functional as nnf
+
+        x = self.conv2(nnf.gelu(self.conv1(mel)))
+        x = (nnf.gelu(x.float()).transpose(1, 2) + self.position.weight.float()).to(mel.dtype)
+        for layer in self.layers:
+            x = layer(x, backend)
+        return self.norm(x)
+
+    return forward
+
+
+@plant("vidi.towers.layer.TowerLayer.forward", dtype=HALF)
+def tower_attention_added_unrounded(original: Any) -> Any:
+    """What a tower's attention gives in float32 until the residual is added."""
+
+    def forward(self: Any, x: Any, backend: str) -> Any:
+        import torch.nn.functional as nnf
+
+        out, heads = self.attention.out, []
+        hook = out.register_forward_pre_hook(lambda module, given: heads.append(given[0]))
+        self.attention(self.norm1(x), backend)
+        hook.remove()
+        x = (x.float() + nnf.linear(heads[0].float(), out.weight.float(), out.bias.float())).to(x.dtype)
+        return x + self.mlp(self.norm2(x))
+
+    return forward
 
 
 @plant("model.audio_tower", "model.vision_tower", needs="cuda", dtype=SINGLE)

@@ -10,8 +10,7 @@ from stageparity.run import Trace
 from stageparity.stage import NotHeld
 from vidi import loss
 from vidi.attention.unpad import Rows
-from vidi.bridge import audio, fold, position
-from vidi.bridge.conv_pool import ConvPool, square
+from vidi.bridge import audio, conv_pool, fold, position
 from vidi.decoder.attention import repeat_heads
 from vidi.inputs import batch as batches
 from vidi.inputs import pixels
@@ -42,8 +41,8 @@ def space_to_depth(s: Site) -> Tensor:
 
 def conv(s: Site) -> Tensor:
     grid = s.model.bridge.image_grid
-    assert isinstance(grid, ConvPool)
-    return grid.conv(square(s["vision.tower"]))
+    assert isinstance(grid, conv_pool.ConvPool)
+    return grid.conv(conv_pool.square(s["vision.tower"]))
 
 
 def image_projector(s: Site) -> Tensor:

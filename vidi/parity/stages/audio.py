@@ -7,7 +7,7 @@ from functools import partial
 from stageparity.code import code, part
 from stageparity.stage import Stage
 from vidi.parity.stages.code import ALONE, AUDIO, PACK, RMS, TOWER, position, position_code
-from vidi.parity.stages.visual import PURE, batches, mask, rounded
+from vidi.parity.stages.visual import FRAMES, PURE, batches, mask, rounded, rounded_towers
 
 __all__ = ["STAGES"]
 
@@ -20,6 +20,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.tower", "Whisper encoder", "§4.1", "P l C",
         inputs=("inputs.audios",), run=ALONE.audio_tower, when=SOUND, tags=PURE,
         code=(code("vidi.towers.whisper"), part("audio_tower"), *TOWER),
+        rounded=rounded_towers.audio, spreads=FRAMES,
     ),
     Stage(
         "audio.trim", "pieces joined, cut to the sound's length, zero-padded", "§4.2", "B · C",
@@ -31,12 +32,14 @@ STAGES: tuple[Stage, ...] = (
         rows=(0, 2), inputs=("audio.trim",), when=SOUND, tags=PURE, wiring=(AUDIO["pool"],),
         run=lambda s: audio.pool(s["audio.trim"], s.model.bridge.audio_pool),
         code=(audio.pool, part("bridge.audio_pool")),
+        rounded=rounded.audio_pool,
     ),
     Stage(
         "audio.projector", "Linear, GELU (erf), Linear", "§4.4", "n D",
         rows=(0,), inputs=("audio.pool", "inputs.audio_sizes"), run=ALONE.audio_projector, when=SOUND, tags=PURE,
         wiring=(AUDIO["projector"],),
         code=(audio.num_tokens, projector, part("bridge.audio_projector")),
+        rounded=partial(rounded.projected, "audio"),
     ),
     Stage(
         "audio.norm", "bridge RMSNorm", "§4.4", "n D",
@@ -56,6 +59,7 @@ STAGES: tuple[Stage, ...] = (
         "audio.pos_t", "+ rms(time)", "§4.4", "n D",
         rows=(0,), inputs=("audio.norm", "audio.pos_t.embed.{b}"), run=ALONE.audio_pos_t, when=SOUND, wiring=(AUDIO["pos_t"],),
         code=(position.add["t_a"], *RMS),
+        rounded=partial(rounded.added_in_turn, "audio.norm"),
     ),
     Stage(
         "audio.packed", "zero-padded at the right", "§4.5", "B A D",
@@ -74,5 +78,6 @@ STAGES: tuple[Stage, ...] = (
         inputs=("audio.packed", "audio.mask"), when=SOUND, wiring=(PACK["norm"],),
         run=lambda s: s.model.bridge.llm_norm(s["audio.packed"]) * s["audio.mask"][..., None],
         code=(*RMS, part("bridge.llm_norm")),
+        rounded=partial(rounded.llm_norm, "audio"),
     ),
 )  # fmt: skip

@@ -41,7 +41,8 @@ SCALED = (decoder.scaled, code("vidi.precision.sqrt_in"))
 QKV = tuple(f"xattn.{{i}}.{{m}}.{x}" for x in "qkv")
 HEADS: dict[str, Any] = {"rows": (0, 2), "heads": 1}  # (B, N, T, H)
 APART = ("modality", "taken")
-WIDE = {"float16": 0.3}  # one bit of a value that rounds apart moves every row that sees it (22 % seen)
+# One bit of a value that rounds apart moves every row that sees it (22 % seen), or the rest of its own (2 %).
+WIDE, ROWS = {"float16": 0.3}, {"float16": 0.05}
 
 
 def _unpadded(name: str, members: tuple[str, ...], what: str, **more: Any) -> Stage:
@@ -97,17 +98,17 @@ STAGES: tuple[Stage, ...] = (
         "xattn.{i}.{m}.q", "queries, not rotated", "§7", "B N T H", **HEADS,
         inputs=("layer.{i}.input",), when=APART, wiring=(TO_STREAM["queries"],),
         run=lambda s: s.layer.attention.queries(s.layer.input_norm(s["layer.{i}.input"])).transpose(1, 2),
-        code=QUERIES,
+        code=QUERIES, rounded=partial(rounded.projections, "q"),
     ),
     Stage(
         "xattn.{i}.{m}.k", "stream keys, not rotated; recorded with heads repeated", "§7", "B N · H", **HEADS,
         inputs=("{stream}",), run=partial(ALONE.stream_key, 0), when=APART, wiring=(CARRY["keys"],),
-        code=(layer.stream_keys_values["keys"], *KEYS_VALUES),
+        code=(layer.stream_keys_values["keys"], *KEYS_VALUES), rounded=partial(rounded.projections, "k"),
     ),
     Stage(
         "xattn.{i}.{m}.v", "stream values; recorded with heads repeated", "§7", "B N · H", **HEADS,
         inputs=("{stream}",), run=partial(ALONE.stream_key, 1), when=APART, wiring=(CARRY["keys"],),
-        code=(layer.stream_keys_values["values"], *KEYS_VALUES),
+        code=(layer.stream_keys_values["values"], *KEYS_VALUES), rounded=partial(rounded.projections, "v"),
     ),
     _unpadded("indices_q", ("Rows.indices",), "flat places of the kept queries", exact=True),
     _unpadded("cu_seqlens_q", ("Rows.cu_seqlens", "Rows.lengths_B"), "cumulative query lengths", exact=True),
@@ -131,6 +132,7 @@ STAGES: tuple[Stage, ...] = (
         when=("modality",), wiring=(LAYER["t2s"],),
         run=lambda s: s.layer.text_to_stream(s.layer.input_norm(s["layer.{i}.input"]), s.text, s.keys, s.places["m"]),
         code=(TO_STREAM, attention.attend_stream, attention.output, UNPAD, *CROSS, *QUERIES, *STREAM_KEYS),
+        rounded=rounded.text_to_stream, spreads=WIDE,
     ),
     Stage(
         "layer.{i}.t2{m}.gate", "does the sample keep a token", "§7", "B",
@@ -140,15 +142,17 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "layer.{i}.image_stream", "visual stream after the layer", "§7", "B V D",
         inputs=("{stream}",), run=ALONE.stream, when=("visual",), code=STREAM, wiring=(CARRY["v"],), places={"m": "v"},
+        rounded=rounded.stream, spreads=ROWS,
     ),
     Stage(
         "layer.{i}.audio_stream", "audio stream after the layer", "§7", "B A D",
         inputs=("{stream}",), run=ALONE.stream, when=("audio",), code=STREAM, wiring=(CARRY["a"],), places={"m": "a"},
+        rounded=rounded.stream, spreads=ROWS,
     ),
     Stage(
         "layer.{i}.output", "text after the layer", "§7", "B T D",
         inputs=("layer.{i}.input", "layer.{i}.t2t", "layer.{i}.t2v", "layer.{i}.t2a"), run=ALONE.layer_output,
         wiring=(LAYER["output"],),
-        code=(layer.merge["text"], *FEED),
+        code=(layer.merge["text"], *FEED), rounded=rounded.layer_output, spreads=ROWS,
     ),
 )  # fmt: skip

@@ -8,16 +8,17 @@ from stageparity.code import code, part
 from stageparity.stage import Stage
 from vidi.parity.stages.code import ALONE, PACK, RMS, TOWER, VISUAL, position, position_code
 
-__all__ = ["PURE", "STAGES"]
+__all__ = ["FRAMES", "PURE", "STAGES"]
 
 conv_pool, fold, mask = (code(f"vidi.bridge.{name}") for name in ("conv_pool", "fold", "mask"))
 batches, pixels = code("vidi.inputs.batch"), code("vidi.inputs.pixels")
-rounded = code("vidi.parity.stages.rounded")
+rounded, rounded_towers = (code(f"vidi.parity.stages.{name}") for name in ("rounded", "rounded_towers"))
 
 VIDEO = ("visual",)
 FOLD, CONV = (*VIDEO, "fold"), (*VIDEO, "conv")  # how a model makes tokens of patches
 TOKENS = (0, 1, 2)  # rows of (F, h, w, D)
 PATCHES = (0, 2, 3)  # rows of (F, C, h, w)
+FRAMES = {"float16": 0.1}  # one bit that rounds apart moves its frame, or piece of sound (2 % seen)
 PURE = frozenset({"no-float32-step"})
 
 
@@ -33,6 +34,7 @@ STAGES: tuple[Stage, ...] = (
         "vision.tower", "SigLIP2 at hidden state -2", "§3.1", "F L C",
         inputs=("inputs.images",), run=ALONE.vision_tower, when=VIDEO, tags=PURE,
         code=(code("vidi.towers.siglip"), pixels, part("vision_tower"), *TOWER),
+        rounded=rounded_towers.vision, spreads=FRAMES,
     ),
     Stage(
         "vision.pad", "patch grid padded to even, right and below", "§3.2", "F C S S",
@@ -45,6 +47,7 @@ STAGES: tuple[Stage, ...] = (
         rows=PATCHES, inputs=("vision.pad",), when=(*FOLD, "resize"), tags=PURE, wiring=(VISUAL["resize"],),
         run=lambda s: fold.resize(s["vision.pad"][s.frames], s.group.side),
         code=(fold.resize, fold.resized_side, fold.groups),
+        rounded=rounded.resized,
     ),
     Stage(
         "vision.space_to_depth{g}", "2×2 patches into channels", "§3.4", "F 4C h w",
@@ -57,6 +60,7 @@ STAGES: tuple[Stage, ...] = (
         rows=PATCHES, inputs=("vision.tower",), when=CONV, tags=PURE, wiring=(conv_pool.ConvPool.forward["conv"],),
         run=ALONE.conv,
         code=(conv_pool.square, part("bridge.image_grid.conv")),
+        rounded=rounded.conv,
     ),
     Stage(
         "vision.pool", "7B: bilinear samples of it, corner to corner", "§3.3", "F C h w",
@@ -66,6 +70,7 @@ STAGES: tuple[Stage, ...] = (
             conv_pool.corner_rows, conv_pool.ConvPool.sample, conv_pool.ConvPool.sampled,
             part("bridge.image_grid.rows"), part("bridge.image_grid.weights_NS"),
         ),
+        rounded=rounded.pooled,
     ),
     Stage(
         "vision.projector{g}", "Linear, GELU (erf), Linear", "§3.5", "F h w D",
@@ -73,6 +78,7 @@ STAGES: tuple[Stage, ...] = (
         wiring=(VISUAL["projector"], conv_pool.ConvPool.forward["projector"]),
         run=ALONE.image_projector,
         code=(code("vidi.bridge.projector"), part("bridge.image_projector")),
+        rounded=partial(rounded.projected, "vision"),
     ),
     Stage(
         "vision.norm{g}", "bridge RMSNorm", "§3.5", "F h w D",
@@ -121,6 +127,7 @@ STAGES: tuple[Stage, ...] = (
         rows=TOKENS, inputs=("vision.pos_w{g}", "vision.pos_t.embed.{b}"), when=VIDEO, wiring=(VISUAL["pos_t"],),
         run=ALONE.vision_pos_t,
         code=(position.add["t"], *RMS),
+        rounded=partial(rounded.added_in_turn, "vision.pos_w{g}"),
     ),
     Stage(
         "vision.packed", "(t, h, w) flattened per video, zero-padded at the right", "§3.7", "B V D",
@@ -139,5 +146,6 @@ STAGES: tuple[Stage, ...] = (
         inputs=("vision.packed", "vision.mask"), when=VIDEO, wiring=(PACK["norm"],),
         run=lambda s: s.model.bridge.llm_norm(s["vision.packed"]) * s["vision.mask"][..., None],
         code=(*RMS, part("bridge.llm_norm")),
+        rounded=partial(rounded.llm_norm, "vision"),
     ),
 )  # fmt: skip
