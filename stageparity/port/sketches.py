@@ -192,7 +192,7 @@ class Table:
             if stage in (*own[:most], *own[-1:]):
                 at[row] = len(numbers)
                 scaled = np.rint(np.asarray(found[fault, stage].numbers) / QUANTUM)
-                numbers.append(np.clip(scaled, -_LARGEST, _LARGEST).astype(np.int32))
+                numbers.append(np.minimum(np.maximum(scaled, -_LARGEST), _LARGEST).astype(np.int32))
         return cls(
             tuple(units),
             np.array(list(units.values())),
