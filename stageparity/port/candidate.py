@@ -135,7 +135,7 @@ def read(folder: Path, golden: str, shapes: Mapping[str, tuple[int, ...]], stage
             f"{folder}: none of its {len(unknown)} keys is a stage of {said['case']}: {unknown[0]}, …; keys are stage ids"
         )
     about: dict[str, Any] = {
-        key: said[key] for key in ("run", "adapter", "python", "chained_seconds", "unused") if key in said
+        key: said[key] for key in ("run", "adapter", "python", "unused") if key in said
     }
     return Candidate(
         folder, said["case"], said["dtype"], passes["chained"], passes["forced"], notes, said.get("fed", {}),

@@ -456,16 +456,15 @@ def main(adapter_path, case_folder, out):
         inputs = {name: _cast(x, case["dtype"]) for name, x in read["inputs"].items()}
         shapes = case["shapes"]
         seen = {}
-        for kind in ("plain", "chained", "forced"):
+        timed = ("warm", "plain") if os.environ.get("STAGETRACE_TIME") else ()
+        for kind in (*timed, "chained", "forced"):
             step, start = kind + " run", time.perf_counter()
-            if kind == "plain" and not case.get("timed"):
-                continue
-            if kind != "plain":
+            if kind not in timed:
                 trace = CURRENT = Trace(case["stages"], shapes, read["goldens"] if kind == "forced" else None)
                 hooks.start(trace)
             adapter.forward(model, {name: x.copy() for name, x in inputs.items()})
             about[kind + "_seconds"] = time.perf_counter() - start
-            if kind == "plain":
+            if kind in timed:
                 continue
             seen[kind] = trace
             hooks.start(None)
