@@ -130,7 +130,6 @@ FAULTS: tuple[Planted, ...] = (
         "self.add(self.add(x, height), width)",
         "self.add(self.add(x, width), height)",
         {"vision.pos_h{g}": WIRING, "vision.pos_w{g}": WIRING, "vision.pos_t{g}": WIRING},
-        "position.width_added_before_height",
         case="official/single",
     ),
     _model(

@@ -30,7 +30,7 @@ def main(name: str, out: Path) -> None:
             case.config,
             case.weights(),
             case.inputs,
-            casts="official",
+            casts="cast",
             round_to="fp32",
             pos_freq=load_file(GOLDENS / "pos_freq.safetensors")[str(case.config["hidden_size"])],
             anchor=goldens,
