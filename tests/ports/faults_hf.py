@@ -243,7 +243,8 @@ FAULTS: tuple[Planted, ...] = (
     _model(
         "pieces_padded",
         "self.fold(self.resize(self.pad(self.see(piece)), len(frames)))",
-        "self.fold(self.resize(self.pad(self.see(functional.pad(piece, (0, 0, 0, 0, 0, 0, 0, 4 - len(piece))))[: len(piece)]), len(frames)))",
+        "self.fold(self.resize(self.pad("
+        "self.see(functional.pad(piece, (0, 0, 0, 0, 0, 0, 0, 4 - len(piece))))[: len(piece)]), len(frames)))",
         {"vision.tower": TRACING},
     ),
     # ---- two at once

@@ -253,5 +253,6 @@ FAULTS: tuple[Planted, ...] = (
     together(CHANNELS_LAST, WINDOW),
 )  # fmt: skip
 
-#: i / L, divided at once, is not what our list has, (i / (L - 1)) · (L - 1) / L: at the end of time an ulp of a position is 6e-4 rad.
+#: i / L, divided at once, is not what our list has, (i / (L - 1)) · (L - 1) / L: at the end of time an ulp of a position is
+#: 6e-4 rad.
 MISSED = frozenset({"length_off_by_one"})
