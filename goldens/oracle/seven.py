@@ -20,7 +20,7 @@ __all__ = ["PARTS", "corner_matrix", "numbers"]
 
 # What config.json must say because no public text does (§1).
 REQUIRED = ("sliding_window", "rms_norm_eps", "rope_theta", "eos_token_id")
-REQUIRED += ("mm_image_pool_size", "mm_audio_pool_size", "mm_time_interval")
+REQUIRED += ("mm_image_pool_size", "mm_audio_pool_size", "mm_time_interval")  # type: ignore[assignment]
 
 
 def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
