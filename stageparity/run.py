@@ -9,7 +9,7 @@ and alone right, its caller is; chained wrong and forced right, the error is inh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from stageparity.store import Case, CaseRef, Targets
 from stageparity.subject import Bench, Subject, fed, reference_of, unfit
 from stageparity.tolerance import Tolerances
 
-__all__ = ["CaseRun", "Row", "Run", "Trace", "promised", "run", "run_case"]
+__all__ = ["CaseRun", "Row", "Run", "Trace", "forced_tensors", "ids", "promised", "run", "run_case"]
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def run_case(
     start = time.perf_counter()
     variant, gate = reference_of(case, subject.dtype)
     targets, stages = case.variant(variant), subject.stages
-    wanted = _promised(targets, stages, globs)
+    wanted = ids(targets, stages, globs)
     judge = _Judge(stages, tolerances, gate, f"{case.set}/{case.name}", targets)
     result = CaseRun(case.name, case.set, variant, (), golden=case.identity)
     try:
@@ -207,7 +207,7 @@ def run_case(
     forced: dict[str, Any] = {}
     if alone and subject.forces:
         own = dict(_alone(bench, stages, wanted))
-        forced = _forced(bench, case, stages, chosen)
+        forced = forced_tensors(bench, case, stages, chosen)
     rows, not_run, notes = [], [], []
     for stage in wanted:
         try:
@@ -224,10 +224,11 @@ def run_case(
 def promised(ref: CaseRef, stages: Stages, dtype: str) -> list[str]:
     """The rows that a run of a case in ``dtype`` has, in pipeline order, from its manifest alone."""
     case = Case(ref.folder, ref.name, manifest.parse(ref.folder / f"{ref.name}.json"))
-    return _promised(case.variant(reference_of(case, dtype)[0]), stages, None)
+    return ids(case.variant(reference_of(case, dtype)[0]), stages, None)
 
 
-def _promised(targets: Targets, stages: Stages, globs: str | None) -> list[str]:
+def ids(targets: Targets, stages: Stages, globs: str | None = None) -> list[str]:
+    """What targets judge, in pipeline order."""
     return stages.matching([*targets, *_judged_by_others(stages, targets)], globs)
 
 
@@ -254,7 +255,7 @@ def _alone(bench: Bench, stages: Stages, stage_ids: Sequence[str]) -> Iterator[t
             continue
 
 
-def _forced(bench: Bench, case: Case, stages: Stages, chosen: set[str]) -> dict[str, Any]:
+def forced_tensors(bench: Bench, case: Case, stages: Stages, chosen: Collection[str]) -> dict[str, Any]:
     """The tensors of a forced run, of those ids that it feeds nothing but goldens."""
 
     def golden(stage_id: str) -> np.ndarray | None:

@@ -1,6 +1,6 @@
 """Measure what is stored beside the goldens, and accept it.
 
-    python tools/study.py baselines|noise|faults|alarms|mutants             measure; how figures would move
+    python tools/study.py baselines|noise|faults|alarms|mutants|sketches    measure; how figures would move
     python tools/study.py NAME --accept --reason "..."                      write them, and enter them in the ledger
     python tools/study.py NAME --stored                                     the stored figures, nothing is measured
     python tools/study.py --check                                           what is stale or missing, in seconds
@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stageparity import evidence, ledger
+from stageparity import atomic, evidence, ledger
 from stageparity.golden import GoldenError
 from stageparity.writer import locked
 from tools import studies
@@ -89,9 +89,10 @@ def _study(args: argparse.Namespace) -> int:
     if args.stored:
         if before is None:
             raise GoldenError(f"no {path}: {again(args.study)}")
-        document, moves, stale = before, list[str](), studies.stale_of(args.study, args.goldens)
+        document, files, moves = before, dict[Path, bytes](), list[str]()
+        stale = studies.stale_of(args.study, args.goldens)
     else:
-        document = _measured(module, args, before)
+        document, files = _measured(module, args, before)
         part, stale = module.part(args), []
         moves = [f"{part} is a part of the study: not compared"] if part else list(module.moves(before, document))
     problems = module.problems(document, args.goldens)
@@ -110,6 +111,8 @@ def _study(args: argparse.Namespace) -> int:
         with locked(args.goldens, wait=True):
             if evidence.read(path) != before:
                 raise GoldenError(f"{path} was changed by another meanwhile: measure again")
+            for name, data in files.items():
+                atomic.write_bytes(args.goldens / name, data)
             evidence.write(path, document)
             more = [f"and {len(moves) - LISTED} more"] * (len(moves) > LISTED)
             ledger.append(args.goldens, args.study, ledger.file_sha256(path), args.reason, moves[:LISTED] + more)
@@ -117,15 +120,18 @@ def _study(args: argparse.Namespace) -> int:
     return int(bool(problems or stale))
 
 
-def _measured(module: studies.Study, args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str, Any]:
-    """The study's document with what it was measured on. Raises GoldenError where that changed meanwhile."""
+def _measured(
+    module: studies.Study, args: argparse.Namespace, before: dict[str, Any] | None
+) -> tuple[dict[str, Any], dict[Path, bytes]]:
+    """The study's document with what it was measured on, and the files that it names. Raises GoldenError where that changed
+    meanwhile."""
     start, basis = time.monotonic(), module.basis(args.goldens)
     found = module.measure(args, before)
     if module.basis(args.goldens) != basis:
         raise GoldenError("code, goldens or budgets changed while they were measured: measure again")
     say(f"{args.study}: {time.monotonic() - start:.0f} s")
-    device = found.pop("device", "")
-    return {"measured_on": evidence.measured_on(basis, ROOT, device), **found}
+    device, files = found.pop("device", ""), found.pop("files", {})
+    return {"measured_on": evidence.measured_on(basis, ROOT, device), **found}, files
 
 
 def _refuse_where_unsafe(part: str, reason: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from stageparity import strict
 from stageparity.faults.plant import Fault, own_stages
+from stageparity.port.explain import Explanation
 from stageparity.run import CaseRun, Row, Run
 from stageparity.stage import Stages, fill
 
@@ -76,7 +77,8 @@ def _inside(found: Any, *keys: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Context:
     """What a report says beside a run's figures. sections: titles of the specification. faults: known ones, by name.
-    command: how a rerun begins; options: how it ends."""
+    command: how a rerun begins; options: how it ends. explained: SET/CASE -> which faults make its tensors
+    (`stageparity.port.explain`), where that was asked."""
 
     stages: Stages
     sections: Mapping[str, str] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Context:
     references: References = field(default_factory=References)
     command: tuple[str, ...] = ("parity",)
     options: tuple[str, ...] = ()
+    explained: Mapping[str, Sequence[Explanation]] = field(default_factory=dict)
 
     def what(self, stage_id: str) -> str:
         """A few words on a stage, with its section; nothing for an id that nobody knows."""
@@ -152,7 +155,9 @@ def conclusion(run: Run, context: Context) -> list[str]:
     noise, weakest = context.references.noise.get(first.name), context.references.faults.get(first.name)
     sure = [f"noise never passed {short(noise)} of this budget"] if noise is not None else []
     sure += [f"the weakest known fault here reaches {short(weakest)}"] if weakest is not None else []
-    if alike := lookalikes(case, row.stage, context):
+    if (explained := _explained(case, row.stage, context)) is not None:
+        sure.append(explained.text())
+    elif alike := lookalikes(case, row.stage, context):
         sure.append(f"known faults of this stage: {some(alike)}")
     return [
         f"WRONG: {first.name} ({where}): {_times(first.ratio)} its budget, {first.whose}.{also}",
@@ -163,7 +168,10 @@ def conclusion(run: Run, context: Context) -> list[str]:
 
 def lookalikes(case: CaseRun, stage: str, context: Context) -> list[str]:
     """Names of known faults that this case reports first at this stage and as this row's kind, the most specific first: those
-    whose code the fewest of its stages run. None for what is inherited."""
+    whose code the fewest of its stages run. None for what is inherited. Where its tensors are those of a fault: that one."""
+    explained = _explained(case, stage, context)
+    if explained is not None and explained.recognised:
+        return list(explained.faults)
     ids = [row.stage for row in case.rows]
     row = next(row for row in case.rows if row.stage == stage)
     if row.kind == "inherited":
@@ -175,6 +183,11 @@ def lookalikes(case: CaseRun, stage: str, context: Context) -> list[str]:
             if own_stages(fault, context.stages, [stage], entry):
                 owned.setdefault(fault.name, own_stages(fault, context.stages, ids, entry))
     return sorted((name for name, own in owned.items() if own[0] == stage), key=lambda name: len(owned[name]))
+
+
+def _explained(case: CaseRun, stage: str, context: Context) -> Explanation | None:
+    """What explains the stages among which this one is."""
+    return next((e for e in context.explained.get(case.name, ()) if stage in e.stages), None)
 
 
 def some(names: Sequence[str]) -> str:

@@ -163,7 +163,7 @@ def harmed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
         }
 
     def go(file: str, text: str) -> set[str]:
-        for name in ("gpu", "baselines", "runs", "faults", "mutants"):
+        for name in ("gpu", "baselines", "runs", "faults", "mutants", "sketches"):
             monkeypatch.setattr(sys.modules[f"tools.studies.{name}"], "ROOT", checkout)
         documents, plain = (
             {name: {"measured_on": asdict(own)} for name, own in bases().items()},
@@ -183,14 +183,14 @@ def harmed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, st
     return go
 
 
-CPU = {"noise", "faults", "alarms", "mutants"}
+CPU = {"noise", "faults", "alarms", "mutants", "sketches"}
 
 
 @pytest.mark.parametrize(
     ("file", "stale"),
     [
         ("vidi/bridge/fold.py", CPU | set(gpu.RESULTS)),
-        ("vidi/parity/faults/masks.py", {"faults"}),
+        ("vidi/parity/faults/masks.py", {"faults", "sketches"}),
         ("vidi/parity/stages/alone.py", CPU | {"gpu_tests.json", "parity-full.json"}),
         ("stageparity/run.py", CPU | {"gpu_tests.json", "kernels.json", "parity-full.json"}),
         ("goldens/oracle/decoder.py", {"baselines", "gpu_tests.json"}),  # at full width the oracle is the reference

@@ -17,6 +17,7 @@ from rich.console import Console
 from stageparity import run as runs
 from stageparity import store
 from stageparity.golden import Whole
+from stageparity.port.explain import Explanation, Match
 from stageparity.report import figures, page, terminal, verdict
 from stageparity.report.verdict import Context, References
 from stageparity.result import EXACT, Rule
@@ -90,6 +91,20 @@ def test_the_planted_fault_is_among_those_that_look_like_it(planted: Run) -> Non
     alike = verdict.lookalikes(planted.cases[0], "layer.0.t2t", CONTEXT)
     assert "attention.window_one_short" in alike
     assert "bridge.pad_replicate" not in alike
+
+
+def test_the_conclusion_names_the_fault_whose_tensors_these_are(planted: Run) -> None:
+    fault, other = "attention.window_one_short", "attention.window_missing"
+    found = [Match(name, "", distance, ("layer.0.t2t",)) for name, distance in ((fault, 0.03), (other, 1270.0))]
+    told = replace(CONTEXT, explained={"small/base": [Explanation(("layer.0.t2t", "logits"), tuple(found), True)]})
+    said = f"the same tensors as known fault `{fault}` within 0.03 of a budget; the next, `{other}`, is 1,270 away"
+    assert said in verdict.conclusion(planted, told)[1]
+    assert verdict.lookalikes(planted.cases[0], "layer.0.t2t", told) == [fault]
+    unknown = [Explanation(("layer.0.t2t",), tuple(found[1:]), False)]
+    text = verdict.conclusion(planted, replace(CONTEXT, explained={"small/base": unknown}))[1]
+    assert f"no known fault fits: the nearest, `{other}`, is 1,270 budgets away" in text
+    assert "known faults of this stage" not in text
+    assert "known faults of this stage" in verdict.conclusion(planted, CONTEXT)[1]
 
 
 def test_the_rerun_command_runs_just_that_stage(planted: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ __all__ = [
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ("baselines", "noise", "faults", "alarms", "mutants")
+NAMES = ("baselines", "noise", "faults", "alarms", "mutants", "sketches")
 GATE = NAMES[:3]  #: measured in minutes: stale ones fail the gate, the others `tox -e evidence`
 LEDGER = {name: f"measured/{name}.json" for name in NAMES}
 LONG = ("official/longvideo", "official/verylong")  #: half a minute a run
@@ -43,7 +43,8 @@ class Study(Protocol):
         """Why the options ask for a part of the study, which nobody may accept; nothing where they do not."""
 
     def measure(self, args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str, Any]:
-        """Measure and tell on stderr how far it is. ``device`` in the result goes into ``measured_on``."""
+        """Measure and tell on stderr how far it is. ``device`` in the result goes into ``measured_on``; ``files`` (place in the
+        golden folder -> bytes) are written beside the document."""
 
     def moves(self, before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterable[str]:
         """How figures move, a line each."""

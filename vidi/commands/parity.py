@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     files = _files([f"{ref.set}/{ref.name}" for ref in refs])
     dump = Dump(Path(args.dump), list(files.values())) if args.dump else None
     subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
-    context = _context(args, judged_by)
+    explained: dict[str, Any] = {}
+    context = _context(args, judged_by, explained)
     waiting = [f"{ref.set}/{ref.name}" for ref in reversed(refs)]
     with _named(waiting), status.status(f"{len(refs)} cases") as line:
 
@@ -82,6 +84,9 @@ def run(args: argparse.Namespace) -> int:
             line.update(escape(terminal.encodable(f"{case.name} done", status)))
             if dump is not None:
                 dump.write(files[case.name], tensors)
+            if case.first_divergence is not None:
+                ref = next(ref for ref in refs if (ref.set, ref.name) == (case.set, case.case))
+                explained[case.name] = _explained(ref, tensors, judged_by, tolerances, args.dtype)
 
         found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
     terminal.print_run(found, console, context, verbose=not args.quiet)
@@ -129,7 +134,25 @@ def _check_stages(globs: str, refs: Any) -> None:
             raise ValueError(f"--stage {glob!r} matches none of the {len(known)} stages of these {len(refs)} cases")
 
 
-def _context(args: argparse.Namespace, judged_by: Path) -> Any:
+def _explained(ref: Any, tensors: Mapping[str, Any], judged_by: Path, tolerances: Any, dtype: str) -> Any:
+    """The known fault whose tensors these are, from what is stored of all."""
+    from stageparity import store
+    from stageparity.port.explain import explain_case
+
+    sketches = _sketches(judged_by)
+    if sketches is None:
+        return []
+    return explain_case(sketches, store.open_case(ref.folder, ref.name), {"chained": tensors}, tolerances, dtype=dtype)
+
+
+@functools.cache
+def _sketches(goldens: Path) -> Any:
+    from stageparity.port.sketches import Sketches
+
+    return Sketches.load(goldens)
+
+
+def _context(args: argparse.Namespace, judged_by: Path, explained: Mapping[str, Any]) -> Any:
     """What the report says beside figures; a rerun of one stage needs these options beside case, stage and dtype."""
     from stageparity.report.verdict import Context, References
     from vidi.parity.faults import FAULTS
@@ -140,7 +163,7 @@ def _context(args: argparse.Namespace, judged_by: Path) -> Any:
     given += [("--path", args.path if args.path != "plain" else None)]
     options = tuple(word for name, value in given if value for word in (name, value))
     references = References.load(judged_by / "measured", args.dtype, STAGES)
-    return Context(STAGES, SECTIONS, FAULTS, references, ("vidi", "parity"), options)
+    return Context(STAGES, SECTIONS, FAULTS, references, ("vidi", "parity"), options, explained=explained)
 
 
 def _full(args: argparse.Namespace, console: Any) -> int:
