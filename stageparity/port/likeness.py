@@ -1,7 +1,7 @@
 """How far a port's tensors are from what each known fault makes of them, stage by stage: sketches held against sketches.
 
 Of a forced run that records fewer stages than the sketches were made with, a fault shows at the next stage that is recorded, and
-as in a chained run, where everything recorded before it is sound there. Behind that nothing is known of it.
+as in a chained run, where everything recorded before it is right there. Behind that nothing is known of it.
 """
 
 from __future__ import annotations
