@@ -6,10 +6,10 @@ A copy of it lies beside every adapter, and is run there: `python stagetrace.py 
     from stagetrace import call, tap
 
     STAGES = {
-        "vision.projector": "bridge.projector",                        # path from what build() returned
+        "embed": "encoder.embed",                                      # path from what build() returned
         "layer.{i}.output": call("layers.{i}", item=0),                # member of a result
         "layer.{i}.t2{m}": call("layers.{i}.attn.cross", order="m"),   # a method; its calls are v, then a
-        "xattn.{i}.{m}.k": call("...", layout="B L G H -> B (G r) L H"),
+        "layer.{i}.keys": call("...", layout="B L G H -> B (G r) L H"),
     }
 
 The case runs twice: *chained*, as it is, and *forced*, where each recorded tensor is replaced by its golden. What this
@@ -456,16 +456,15 @@ def main(adapter_path, case_folder, out):
         inputs = {name: _cast(x, case["dtype"]) for name, x in read["inputs"].items()}
         shapes = case["shapes"]
         seen = {}
-        for kind in ("plain", "chained", "forced"):
+        timed = ("warm", "plain") if os.environ.get("STAGETRACE_TIME") else ()
+        for kind in (*timed, "chained", "forced"):
             step, start = kind + " run", time.perf_counter()
-            if kind == "plain" and not case.get("timed"):
-                continue
-            if kind != "plain":
+            if kind not in timed:
                 trace = CURRENT = Trace(case["stages"], shapes, read["goldens"] if kind == "forced" else None)
                 hooks.start(trace)
             adapter.forward(model, {name: x.copy() for name, x in inputs.items()})
             about[kind + "_seconds"] = time.perf_counter() - start
-            if kind == "plain":
+            if kind in timed:
                 continue
             seen[kind] = trace
             hooks.start(None)

@@ -219,6 +219,9 @@ def test_a_declared_budget_is_wide_and_says_what_it_costs(
         (WIDE.replace("0.05", "-1"), "above 0"),
         (WIDE.replace("0.05", "true"), "above 0"),
         ('[[group]]\nstages = "*"\nreason = "x"\n', "rms or max is needed"),
+        (WIDE + "chained = 0.1\n", "chained = 0.1 must be a table of rms and max"),
+        (WIDE + "chained = {row = 0.1}\n", "must be a table of rms and max"),
+        (WIDE + "chained = {rms = 0}\n", "above 0"),
     ],
 )
 def test_declarations_that_are_refused(text: str, words: str, tmp_path: Path) -> None:
@@ -237,3 +240,22 @@ def test_masks_and_ids_have_no_declared_budget(port: Path, tmp_path: Path) -> No
     declared = load(tmp_path / "budget.toml", tolerance.load(goldens_dir(), load_table().stages))
     assert declared.rule("float32-recorded", "vision.mask").name == "exact"
     assert declared.rule("float32-recorded", "logits").name == "declared"
+
+
+def test_what_a_stage_adds_and_what_it_inherits_are_declared_apart(tmp_path: Path) -> None:
+    from stageparity import tolerance
+    from vidi.parity.goldens import goldens_dir
+    from vidi.parity.port import load_table
+
+    norm = '[[group]]\nstages = "vision.norm"\nchained = {rms = 0.01}\nreason = "no weight of its own in 8 bits"\n'
+    (tmp_path / "budget.toml").write_text(norm + WIDE + "chained = {rms = 0.2, max = 2}\n")
+    declared = load(tmp_path / "budget.toml", tolerance.load(goldens_dir(), load_table().stages))
+
+    def rule(stage: str, kind: str) -> tuple[str, float | None, float | None]:
+        found = declared.rule("float32-recorded", stage, "official/single", kind=kind)
+        return found.name, found.rms, found.max
+
+    assert rule("logits", "isolated") == ("declared", 0.05, 1)
+    assert rule("logits", "chained") == ("declared", 0.2, 2)
+    assert rule("vision.norm", "chained") == ("declared", 0.01, None)
+    assert rule("vision.norm", "isolated")[0] == "float32-recorded"

@@ -118,6 +118,21 @@ def test_a_forced_run_goes_on_with_the_golden(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_file(tmp_path / "chained.safetensors")["layer.1.v"], 12 * x)
 
 
+def test_a_golden_reaches_a_tensor_whose_axes_are_turned() -> None:
+    """MLX hands a transposed array over with strides; a copy of those has no flat view to write into."""
+    golden = np.arange(6, dtype=np.float32).reshape(3, 2)
+    trace = stagetrace.Trace(["out"], {"out": (3, 2)}, {"out": golden})
+    np.testing.assert_array_equal(trace.record("out", np.zeros((2, 3), np.float32).T, stagetrace.call("")), golden)
+
+
+def test_what_lies_inside_a_graph_is_shown_and_not_put_back() -> None:
+    x, golden = np.zeros((3, 2), np.float32), np.ones((3, 2), np.float32)
+    trace = stagetrace.Trace(["out"], {"out": (3, 2)}, {"out": golden})
+    assert trace.record("out", x, stagetrace.call("", back=False)) is x
+    np.testing.assert_array_equal(trace.tensors()["out"], x)
+    assert trace.notes == {"out": stagetrace.SHOWN}
+
+
 def test_what_a_call_was_given_is_remembered(tmp_path: Path) -> None:
     goldens = {"layer.0.v": np.linspace(0, 9, 18, dtype=np.float32).reshape(9, 2)}
     _, said = traced(tmp_path, goldens=goldens)

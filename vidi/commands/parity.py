@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 from collections.abc import Iterator, Mapping
@@ -96,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
                 explained[case.name] = _explained(ref, tensors, judged_by, tolerances, args.dtype)
 
         found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
+    if said := _circumstances(subject, found, refs):
+        context = dataclasses.replace(context, sure=(said,))
     terminal.print_run(found, console, context, verbose=not args.quiet)
     if dump is not None:
         terminal.say(console, f"{dump.bytes / 1e6:,.1f} MB of tensors in {dump.folder}")
@@ -104,6 +107,19 @@ def run(args: argparse.Namespace) -> int:
     outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
     outputs.write(args.html, lambda: page.render(found, context))
     return found.exit_code
+
+
+def _circumstances(subject: Any, found: Any, refs: Any) -> str:
+    """Code or environment, of what is wrong first; nothing where nothing is, or where it cannot be run again alone."""
+    from stageparity import store
+    from stageparity.report.verdict import findings
+    from vidi.parity.again import circumstances
+
+    guilty = [] if subject.fast else findings(found, subject.stages)
+    if not guilty:
+        return ""
+    ref = next(ref for ref in refs if f"{ref.set}/{ref.name}" == guilty[0].first[0].name)
+    return circumstances(subject, guilty[0], store.open_case(ref.folder, ref.name))
 
 
 def _candidate(args: argparse.Namespace) -> int:
