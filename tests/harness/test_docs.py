@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import fnmatch
 import importlib
 import itertools
 import re
@@ -61,7 +62,7 @@ def check_vidi(words: list[str]) -> None:
         values = dict(itertools.pairwise(words))
         if "--case" in values:
             known = {n for ref in store.list_cases(ROOT / "goldens") for n in (ref.name, f"{ref.set}/{ref.name}")}
-            assert values["--case"] in known, f"no case {values['--case']}"
+            assert fnmatch.filter(known, values["--case"]), f"no case {values['--case']}"
 
 
 def check_tool(words: list[str]) -> None:
@@ -73,6 +74,9 @@ def check_tool(words: list[str]) -> None:
 
 
 def check(words: list[str]) -> None:
+    words = list(itertools.dropwhile(lambda word: re.match(r"[A-Z_]+=", word), words))  # variables of the environment
+    if words[0].startswith("env/bin/"):  # an environment that the page makes
+        words[0] = words[0].removeprefix("env/bin/")
     if words[0] == "vidi":
         check_vidi(words)
     elif words[:2] == ["python", "-m"] and words[2] == "pytest":
@@ -94,6 +98,9 @@ def check(words: list[str]) -> None:
     elif words[0] == "pip":
         extras = re.findall(r"\.\[(\w+)\]", " ".join(words))
         assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text("utf-8"), re.M) for extra in extras)
+    elif words[0] == "cp" or (words[0] == "python" and words[1].startswith("tests/")):
+        for word in words[1:]:
+            assert not word.startswith("tests/") or (ROOT / word).exists(), word
     elif words[0] == "hf":
         assert words[1:] == ["download", hub.RELEASE]
     else:

@@ -242,9 +242,8 @@ FAULTS: tuple[Planted, ...] = (
     _adapter("first_piece_alone", 'call("model.see", join=0)', '"model.see"', "vision.tower", case="official/single"),
     _model(
         "pieces_padded",
-        "self.fold(self.resize(self.pad(self.see(piece)), len(frames)))",
-        "self.fold(self.resize(self.pad("
-        "self.see(functional.pad(piece, (0, 0, 0, 0, 0, 0, 0, 4 - len(piece))))[: len(piece)]), len(frames)))",
+        "self.see(piece)",
+        "self.see(functional.pad(piece, (0, 0, 0, 0, 0, 0, 0, FRAMES_AT_ONCE - len(piece))))[: len(piece)]",
         {"vision.tower": TRACING},
     ),
     # ---- two at once

@@ -31,7 +31,8 @@ def _oracle(file: str, name: str, old: str, new: str, guilty: dict[str, str], *k
 
 def _dump(name: str, stage: str, written: str, convicted: str = "") -> Planted:
     new = f"stage: ({written} if stage == {stage!r} else x).copy()"
-    return Planted(name, ((*DUMP, new),), {convicted or stage: TRACING})
+    edits = ((*DUMP, new), ("oracle_dump.py", "import sys\n", "import sys\nimport numpy as np\n"))
+    return Planted(name, edits, {convicted or stage: TRACING})
 
 
 PAD = _oracle(
@@ -253,6 +254,5 @@ FAULTS: tuple[Planted, ...] = (
     together(CHANNELS_LAST, WINDOW),
 )  # fmt: skip
 
-#: i / L, divided at once, is not what our list has, (i / (L - 1)) · (L - 1) / L: at the end of time an ulp of a position is
-#: 6e-4 rad.
+#: i / L, divided at once, is not what our list has, i / (L - 1) · (L - 1) / L: an ulp of the last position is 6e-4 rad.
 MISSED = frozenset({"length_off_by_one"})

@@ -12,7 +12,15 @@ from tests.ports.faults_hf import FAULTS
 from tests.ports.planted import Planted
 
 PORT, PYTHON = Path(__file__).parent / "hf_port", Path(sys.executable)
-CASES = ("official/single", "official/batch", "official/silent", "small/base", "small/absent", "small/holes", "small/budget")
+CASES = (
+    "official/single",
+    "official/batch",
+    "official/silent",
+    "small/base",
+    "small/absent",
+    "small/holes",
+    "small/budget",
+)
 pytestmark = pytest.mark.slow
 
 

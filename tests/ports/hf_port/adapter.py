@@ -13,7 +13,7 @@ def forward(model, inputs):
     samples = range(len(given["input_ids"]))
     videos, sounds = ([given.get(f"{n}.{b}", torch.zeros(0)) for b in samples] for n in ("images", "audios"))
     with torch.inference_mode():
-        return model(given["input_ids"], given.get("attention_mask"), videos, sounds, given.get("audio_sizes"))
+        return model(given["input_ids"], videos, sounds, *map(given.get, ("attention_mask", "audio_sizes", "pos_freq")))
 
 
 def along(*axes):  # calls of `add` whose second argument is longer than 1 along these axes

@@ -138,11 +138,15 @@ class Model(nn.Module):
         self.mm_rand_aud_norm = BridgeNorm(width)
         self.mm_rand_llm_norm = BridgeNorm(width)
 
-    def forward(self, ids, attention_mask, videos, sounds, sizes):
-        """ids, attention_mask: (B, S); videos, sounds: a (frames, 3, S, S) or (pieces, mel bins, mel frames) a sample."""
-        width = self.decoder.hidden_size
-        self.freq = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
-        self.freq = tap("pos.freq", self.freq)
+    def forward(self, ids, videos, sounds, attention_mask=None, sizes=None, freq=None):
+        """ids, attention_mask: (B, S); videos, sounds: for each sample (frames, 3, S, S) and (pieces, mel bins, mel frames).
+
+        freq: the table of position frequencies as it was trained with, where this machine's exp may be another one.
+        """
+        if freq is None:
+            width = self.decoder.hidden_size
+            freq = torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-math.log(10000.0) / width))
+        self.freq = tap("pos.freq", freq)
         image, keep_image = self.visual_tokens(videos)
         audio, keep_audio = self.audio_tokens(sounds, sizes)
         x, keep = self.embed(ids, attention_mask)
@@ -156,7 +160,7 @@ class Model(nn.Module):
             "sliding_attention": create_sliding_window_causal_mask(*arguments),
         }
         x, image, audio = self.scale(x), self.scale(image, "image"), self.scale(audio, "audio")
-        for i, (layer, kind) in enumerate(zip(self.layers, self.decoder.layer_types)):
+        for i, (layer, kind) in enumerate(zip(self.layers, self.decoder.layer_types, strict=True)):
             x = tap(f"layer.{i}.input", x)
             x, image, audio = layer(x, image, audio, rope, masks[kind], keep, keep_image, keep_audio)
         return self.norm(x)
@@ -166,9 +170,11 @@ class Model(nn.Module):
     def embed(self, ids, attention_mask):
         keep = ids != PLACEHOLDER
         keep = keep if attention_mask is None else keep & attention_mask
-        rows = [self.embed_tokens(row[kept]) for row, kept in zip(ids, keep)]
+        rows = [self.embed_tokens(row[kept]) for row, kept in zip(ids, keep, strict=True)]
         x = tap("text.embeds", pad_sequence(rows, batch_first=True))
-        return x, tap("text.mask", pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True))
+        return x, tap(
+            "text.mask", pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
+        )
 
     def scale(self, x, stream=None):
         if x is None:
@@ -182,7 +188,9 @@ class Model(nn.Module):
         if not any(len(video) for video in videos):
             return None, None
         frames = torch.cat(videos)
-        grids = [self.fold(self.resize(self.pad(self.see(piece)), len(frames))) for piece in frames.split(FRAMES_AT_ONCE)]
+        grids = [
+            self.fold(self.resize(self.pad(self.see(piece)), len(frames))) for piece in frames.split(FRAMES_AT_ONCE)
+        ]
         x = self.mm_rand_img_norm(self.mm_rand_img_projector(torch.cat(grids).permute(0, 2, 3, 1)))
         pool = self.config["mm_image_pool_size"]
         height = tap("vision.pos_h.embed", self.mm_rand_pos_h(x.shape[1], pool, self.freq)[None, :, None])
@@ -225,13 +233,16 @@ class Model(nn.Module):
 
     def audio_tokens(self, sounds, sizes):
         pool, positions = self.config["mm_audio_pool_size"], self.mm_aud.encoder.config.max_source_positions
-        lengths = [int(size) * positions // sound.shape[-1] if len(sound) else 0 for sound, size in zip(sounds, sizes)]
+        lengths = [
+            int(size) * positions // sound.shape[-1] if len(sound) else 0
+            for sound, size in zip(sounds, sizes, strict=True)
+        ]
         if max(lengths, default=0) < pool:
             return None, None
         pieces = self.hear(torch.cat(sounds)).split([*map(len, sounds)])
         x = tap("audio.trim", self.trim([piece.flatten(0, 1) for piece in pieces], lengths))
         x = self.mm_rand_aud_pool(x.transpose(1, 2)).transpose(1, 2)
-        x = torch.cat([row[: length // pool] for row, length in zip(x, lengths)])
+        x = torch.cat([row[: length // pool] for row, length in zip(x, lengths, strict=True)])
         x = self.mm_rand_aud_norm(self.mm_rand_aud_projector(x)).split([length // pool for length in lengths])
         rows = [self.add(row, self.time("audio", b, len(row))) for b, row in enumerate(x)]
         return self.to_stream("audio", rows, sounds)
@@ -240,7 +251,7 @@ class Model(nn.Module):
         return self.mm_aud.encoder(pieces).last_hidden_state
 
     def trim(self, sounds, lengths):
-        return pad_sequence([sound[:length] for sound, length in zip(sounds, lengths)], batch_first=True)
+        return pad_sequence([sound[:length] for sound, length in zip(sounds, lengths, strict=True)], batch_first=True)
 
     # ---- both
 
@@ -254,7 +265,11 @@ class Model(nn.Module):
 class Vidi(nn.Module):
     def __init__(self, config):
         super().__init__()
-        known = {key: config["vision_config"][key] for key in SiglipVisionConfig().to_dict() if key in config["vision_config"]}
+        known = {
+            key: config["vision_config"][key]
+            for key in SiglipVisionConfig().to_dict()
+            if key in config["vision_config"]
+        }
         fields = {key: config[key] for key in Gemma2Config().to_dict() if key in config}
         fields["sliding_window"] += 1  # transformers counts the query's own key among the window's
         # No attention but the eager one has the softcap, and masks are made for the one that the config names.
