@@ -134,9 +134,7 @@ def read(folder: Path, golden: str, shapes: Mapping[str, tuple[int, ...]], stage
         raise Unusable(
             f"{folder}: none of its {len(unknown)} keys is a stage of {said['case']}: {unknown[0]}, …; keys are stage ids"
         )
-    about: dict[str, Any] = {
-        key: said[key] for key in ("run", "adapter", "python", "unused") if key in said
-    }
+    about: dict[str, Any] = {key: said[key] for key in ("run", "adapter", "python", "unused") if key in said}
     return Candidate(
         folder, said["case"], said["dtype"], passes["chained"], passes["forced"], notes, said.get("fed", {}),
         said.get("inside", {}), {**about, "unknown": unknown},

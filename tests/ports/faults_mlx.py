@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from tests.ports.planted import Edit, Planted, together
 
-__all__ = ["BY_NAME", "FLOAT32", "QUANTISED", "SAMPLED", "TOGETHER"]
+__all__ = ["BY_NAME", "FLOAT32", "QUANTISED", "RECORDED", "TOGETHER"]
 
 STAGE, WIRING, TRACING = "stage", "wiring", "tracing"
 EMBEDS = ("vision.pos_h.embed{g}", "vision.pos_w.embed{g}", "vision.pos_t.embed.{b}", "audio.pos_t.embed.{b}")
@@ -194,8 +194,12 @@ FLOAT32 = (
     ),
 )  # fmt: skip
 BY_NAME = {fault.name: fault for fault in FLOAT32}
-# Of a projector's input this recording holds rows alone, so no run can be fed it.
-SAMPLED = replace(BY_NAME["projector_gelu_tanh"], name="projector_between_samples", case="official/batch")
+RECORDED = (
+    # Of a projector's input this recording holds rows alone, so no run can be fed it.
+    replace(BY_NAME["projector_gelu_tanh"], name="projector_between_samples", case="official/batch"),
+    # Here queries have the size of the text that they are made of: being given both is no wrong wiring.
+    replace(BY_NAME["window_one_short"], name="window_beside_queries", case="official/single"),
+)
 TOGETHER = tuple(
     together(BY_NAME[first], BY_NAME[second])
     for first, second in (

@@ -43,7 +43,7 @@ def test_every_stage_that_it_has_is_equal(python: Path, tmp_path: Path) -> None:
     assert all(".unpad." in stage for stage in lacking)
 
 
-@pytest.mark.parametrize("fault", [*faults.FLOAT32, faults.SAMPLED, *faults.TOGETHER], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", [*faults.FLOAT32, *faults.RECORDED, *faults.TOGETHER], ids=lambda fault: fault.name)
 def test_a_fault_is_named(fault: Planted, python: Path, tmp_path: Path) -> None:
     seen = examine(PORT, tmp_path / "port", python, [fault.case], fault=fault)
     assert seen.guilty == dict(fault.guilty)
