@@ -179,6 +179,18 @@ class Case:
             raise GoldenError(f"{self.name}: no variant {name}; there are {', '.join(self.variants)}")
         return Targets(self, name)
 
+    def one(self, variant: str, stage: str) -> Golden | None:
+        """One target, if the variant has it, without reading the others."""
+        place, entry = f"{variant}/{stage}", self.manifest["targets"][variant].get(stage)
+        if entry is None or place in self._held:
+            return self._held.get(place)
+        if place not in self._opened and entry["form"] == "whole":
+            path = self.folder / f"{self.name}.h5"
+            with _opened(self.name, path) as file:
+                self._opened[place] = self._take(file, path, place, entry)
+        self._held[place] = self._golden(place, entry)
+        return self._held[place]
+
     def weights(self) -> dict[str, np.ndarray]:
         """The weights by official name, verified."""
         named = self.manifest["weights"]

@@ -77,6 +77,7 @@ class H5File:
 
     def __init__(self, path: Path, file: h5py.File) -> None:
         self.path, self._file = path, file
+        self._groups: dict[str, h5py.Group] = {}  # by path, once looked at
 
     def places(self) -> set[str]:
         """``group/name`` of every dataset. Raises Refused for links to elsewhere and for what is neither group nor dataset."""
@@ -143,10 +144,16 @@ class H5File:
 
     def _dataset(self, place: str) -> h5py.Dataset:
         item: Any = self._file
+        at = ""
         for name in place.split("/"):
-            if not name or not isinstance(item, h5py.Group) or name not in item:
-                raise strict.Missing("is not in the file", file=self.path, field=place)
-            item = self._hard(item, name, place)
+            at = f"{at}/{name}"
+            if at not in self._groups:
+                if not name or not isinstance(item, h5py.Group) or name not in item:
+                    raise strict.Missing("is not in the file", file=self.path, field=place)
+                item = self._hard(item, name, place)
+                if isinstance(item, h5py.Group):
+                    self._groups[at] = item
+            item = self._groups.get(at, item)
         if not isinstance(item, h5py.Dataset):
             raise strict.Missing("is no dataset of the file", file=self.path, field=place)
         return item

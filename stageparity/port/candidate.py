@@ -3,10 +3,10 @@
 A folder is one case, or holds one folder a case. It says what it is, in `trace.json` (the tracer's) or `candidate.toml`:
 
     case = "official/single"        # SET/NAME of the golden case
-    golden = "3f2a…"                # the golden's hash, as `vidi port init` and `vidi parity --json` tell it
+    golden = "3f2a…"                # the golden's hash, as a run's JSON tells it
     dtype = "float32"               # what was computed in
     [layout]                        # where the axes are not the golden's: "here -> there", as einops writes it
-    "xattn.{i}.{m}.k" = "B L G H -> B (G r) L H"
+    "layer.{i}.keys" = "B L G H -> B (G r) L H"
 
 and holds tensors under their stage ids: safetensors files, HDF5 files, or one .npy file a stage (`layer.0.output.npy`). Files and
 folders called `forced` are of a run in which each recorded tensor was replaced by its golden.
@@ -69,7 +69,7 @@ def folders(place: Path) -> list[Path]:
     if not found:
         raise Unusable(
             f"{place}: neither candidate.toml nor trace.json says what this is: write one with case, golden and dtype "
-            "(`vidi port init CASE OUT` makes it)"
+            "(`port init CASE OUT` begins one)"
         )
     return found
 

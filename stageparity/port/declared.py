@@ -1,7 +1,7 @@
 """Budgets that someone declares for a model that is approximate on purpose: 8-bit weights, a bfloat16 cache.
 
     [[group]]
-    stages = "layer.*,xattn.*"      # shell patterns of stage ids, joined by commas; the first group that matches counts
+    stages = "layer.*,mixer.*"      # shell patterns of stage ids, joined by commas; the first group that matches counts
     rms = 0.02                      # of the golden's rms: rms(d); max: max|d|. Fed goldens: its own error alone
     max = 0.2
     chained = {rms = 0.09, max = 1} # from raw inputs on, where what came before adds up; left out: the same

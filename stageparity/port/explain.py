@@ -8,26 +8,15 @@ may reach. Chained tensors are explained by one fault. Forced ones show each fau
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from stageparity.golden import Golden
-from stageparity.port.sketches import (
-    BUCKETS,
-    PASSES,
-    QUANTUM,
-    Difference,
-    Known,
-    Sketches,
-    Table,
-    difference,
-    goldens,
-    held_of,
-    units,
-)
+from stageparity.port.likeness import DIFFERS, Feeds, Likeness, Tensors
+from stageparity.port.sketches import PASSES, Sketches, difference, goldens, held_of, units
 from stageparity.stage import Stages
 from stageparity.store import Case
 from stageparity.subject import reference_of
@@ -35,14 +24,12 @@ from stageparity.tolerance import Tolerances
 
 __all__ = ["LIMIT", "Explanation", "Match", "explain", "explain_case"]
 
-DIFFERS = 1.0  #: budgets from which on a difference wants an explanation
 #: budgets within which a fault fits. Measured over all faults, made again by other libraries in other orders of summation: their
 #: own distance is at most 1.1, that of the nearest other fault at least 6.
 LIMIT = 1.5
 RIVAL = 2 * LIMIT  #: budgets within which another one makes the answer doubtful
 HALF = 0.5  #: of the port's difference: so much at most remains without the fault
 ONCE = 0.25  #: how far from 1 the coefficient may be
-GAIN = 3.0  #: noise of what a fault adds to a tensor, beside that of the tensor
 SHOWN = 5  #: matches that an explanation keeps
 
 
@@ -83,7 +70,9 @@ class Explanation:
             return "no known fault changes these stages"
         best, *others = self.matches
         if not self.recognised:
-            return f"no known fault fits: the nearest, `{best.fault}`, is {_far(best.distance)} budgets away"
+            kind = "fits" if best.distance > LIMIT else "stands out"
+            second = f", then `{others[0].fault}`, {_far(others[0].distance)}" if kind != "fits" and others else ""
+            return f"no known fault {kind}: the nearest, `{best.fault}`, is {_far(best.distance)} budgets away{second}"
         names = f"known fault `{best.fault}`"
         if best.alike:
             listed = " or ".join(f"`{name}`" for name in self.faults[:SHOWN])
@@ -111,23 +100,25 @@ def explain(
     allowed: Mapping[str, float],
     stages: Stages,
     dtype: str = "float32",
+    feeds: Feeds | None = None,
 ) -> list[Explanation]:
     """Explanations of what differs, in pipeline order of their stages; none where nothing does, or where the store knows
-    nothing of the case and pass.
+    nothing of the case.
 
     place: SET/CASE. tensors: stage -> the port's tensor in the golden's layout, of the stages that it traces. passes: chained or
     forced. judging: the golden of each stage (`sketches.goldens`). allowed: the rms that is 1 for each stage
-    (`sketches.units`); stages without one are passed over. for a port that is approximate on purpose what
-    is declared for it. dtype: of the port's run; faults that only another dtype shows are left out.
+    (`sketches.units`), for a port that is approximate on purpose what is declared for it; stages without one are passed over.
+    dtype: of the port's run; faults that only another dtype shows are left out. feeds: what feeds each stage; a
+    forced run that does not trace all stages needs it.
     """
     known = [s for s in stages.sort(tensors) if s in allowed and s in judging]
-    if not known or any((place, p) not in sketches.tables for p in (passes, "chained")):
+    tables = {p: sketches.tables[place, p] for p in PASSES if (place, p) in sketches.tables}
+    if not known or len(tables) < len(PASSES):
         return []
-    tables = [sketches.tables[place, p] for p in (passes, "chained")]
-    port = _port([difference(tensors[s], judging[s], allowed[s]) for s in known])
-    sizes = [(allowed[s], _rms(judging[s])) for s in known]
-    held = _Held(sketches.faults, tables, known, np.array(sizes), dtype)
-    return held.one_fault(port) if passes == "chained" else held.several(port, stages)
+    port = Tensors.of([difference(tensors[s], judging[s], allowed[s]) for s in known])
+    sizes = np.array([(allowed[s], math.sqrt(np.square(held_of(judging[s]), dtype=np.float64).mean())) for s in known])
+    like = Likeness(sketches.faults, tables, passes, known, sizes, dtype, feeds)
+    return _one(like, port) if passes == "chained" else _several(like, port, stages)
 
 
 def explain_case(
@@ -138,187 +129,77 @@ def explain_case(
     *,
     dtype: str = "float32",
     gate: str = "",
+    feeds: Feeds | None = None,
 ) -> list[Explanation]:
     """What explains a case: one fault, if it makes all chained tensors what they are; else those that the forced ones show.
     Nothing where the sketches are of other goldens.
 
-    passes: chained, forced -> stage -> tensor. gate: of the budgets that are 1 (as a run in ``dtype`` is judged; a float64
-    run as in float32, for so the sketches were made).
+    passes: chained, forced -> stage -> tensor. gate: of the budgets that are 1 (as a run in ``dtype`` is judged). Sketches are of
+    float32 runs: a float64 one is allowed what those are, and what the specification's casts move.
     """
-    place = f"{case.set}/{case.name}"
+    place, stages = f"{case.set}/{case.name}", tolerances.stages
     if sketches.goldens.get(place) != case.identity:
         return []
-    known = dtype if dtype != "float64" else "float32"
-    variant, usual = reference_of(case, known)
-    stages = tolerances.stages
-    judging, found = goldens(case.variant(variant), stages), []
+    known, found = dtype if dtype != "float64" else "float32", []
+    judging = goldens(case.variant(reference_of(case, dtype)[0]), stages)
     for name in (name for name in PASSES if passes.get(name)):
-        own = units(judging, tolerances, stages, gate or usual, place, name)
-        how: dict[str, Any] = {"judging": judging, "allowed": own, "stages": stages, "dtype": known}
+        own = units(judging, tolerances, stages, gate or reference_of(case, known)[1], place, name)
+        if dtype != known:
+            cast = goldens(case.variant(reference_of(case, known)[0]), stages)
+            moved = {s: difference(held_of(judging[s]), cast[s], unit).rms for s, unit in own.items()}
+            own = {s: unit * math.hypot(1, moved[s]) if math.isfinite(moved[s]) else unit for s, unit in own.items()}
+        how: dict[str, Any] = {"judging": judging, "allowed": own, "stages": stages, "dtype": known, "feeds": feeds}
         found.append(explain(sketches, place, passes[name], name, **how))
     everything = [e for e in found[0] if e.recognised] if found and passes.get("chained") else []
     return everything or next((e for e in reversed(found) if e), [])
 
 
-def _rms(golden: Golden) -> float:
-    return math.sqrt(np.square(held_of(golden), dtype=np.float64).mean())
+def _one(like: Likeness, port: Tensors) -> list[Explanation]:
+    """All that differs by one fault."""
+    differs = port.rms > DIFFERS
+    return [_explained(like, port, differs, like.candidates)] if differs.any() else []
 
 
-@dataclass(frozen=True)
-class _Tensors:
-    """Differences of all traced stages: rms (S,), numbers (S, BUCKETS), NaN where there are none, content (S,)."""
-
-    rms: np.ndarray
-    numbers: np.ndarray
-    content: np.ndarray
-
-
-def _port(found: Sequence[Difference]) -> _Tensors:
-    none = np.full(BUCKETS, np.nan)
-    numbers = [none if d.numbers is None else d.numbers for d in found]
-    return _Tensors(
-        np.array([d.rms for d in found]), np.array(numbers), np.array([d.content for d in found], np.uint64)
-    )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Rows of a table that are of traced stages, in the units of the port."""
-
-    s: np.ndarray
-    f: np.ndarray
-    rms: np.ndarray
-    content: np.ndarray
-    numbers: np.ndarray  #: NaN where the rms alone is kept
-
-    @classmethod
-    def of(cls, table: Table, place: Mapping[str, int], shown: np.ndarray, units: np.ndarray) -> _Rows:
-        traced = np.array([place.get(stage, -1) for stage in table.stages])
-        rows = np.flatnonzero((traced[table.stage] >= 0) & shown[table.fault])
-        s, at = traced[table.stage[rows]], table.at[rows]
-        times = table.units[table.stage[rows]] / units[s]
-        numbers = np.full((len(rows), BUCKETS), np.nan)
-        numbers[at >= 0] = table.numbers[at[at >= 0]] * (QUANTUM * times[at >= 0, None])
-        return cls(s, table.fault[rows].astype(np.int64), table.rms[rows] * times, table.content[rows], numbers)
-
-    def where(self, chosen: np.ndarray) -> _Rows:
-        return _Rows(*(getattr(self, field.name)[chosen] for field in fields(self)))
-
-    def joined(self, other: _Rows) -> _Rows:
-        parts = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
-        return _Rows(*(np.concatenate(part) for part in parts))
-
-    def spread(self, stages: int, faults: int) -> np.ndarray:
-        """(S, F) rms, 0 where there is no row."""
-        out = np.zeros((stages, faults))
-        out[self.s, self.f] = self.rms
-        return out
+def _several(like: Likeness, port: Tensors, stages: Stages) -> list[Explanation]:
+    """A fault for each group of stages that differ. The one that explains most comes first; what no fault fits is grouped by
+    family."""
+    left, taken, unknown = port.rms > DIFFERS, np.zeros(len(like.stages), bool), np.zeros(len(like.stages), bool)
+    worst, found = np.where(like.own, like.distances(port), 0).max(0), []
+    while True:
+        free = (worst <= LIMIT) & ~(like.own & taken[:, None]).any(0)
+        count = np.where(free, (like.own & left[:, None]).sum(0), 0)
+        if not count.any():
+            break
+        best = int(np.lexsort((worst, -count))[0])
+        found.append(_explained(like, port, like.own[:, best], like.candidates))
+        taken |= like.own[:, best]
+        unknown |= like.unknown[:, best]
+        left &= ~taken
+    left &= ~unknown
+    families = np.array([stages.template_of(s) for s in like.stages.tolist()])
+    for name in dict.fromkeys(families[left].tolist()):
+        differs = left & (families == name)
+        touching: np.ndarray = like.own[differs].any(0)
+        found.append(_explained(like, port, differs, like.candidates[touching[like.candidates]]))
+    return sorted(found, key=lambda e: stages.order(e.stages[0]))
 
 
-class _Held:
-    """Faults (F) held against tensors, over the traced stages (S). Rows of a table are by (stage, fault)."""
-
-    def __init__(
-        self,
-        faults: Sequence[Known],
-        tables: Sequence[Table],
-        stages: Sequence[str],
-        sizes: np.ndarray,
-        dtype: str,
-    ) -> None:
-        """tables: of the pass, then the chained one. sizes: (S, 2) unit and rms of each stage's golden."""
-        self.faults, self.stages, units = faults, stages, sizes[:, 0]
-        place, shown = {stage: s for s, stage in enumerate(stages)}, [f.dtype in ("float32", dtype) for f in faults]
-        rows = [_Rows.of(table, place, np.array(shown), units) for table in tables]
-        self.reach: np.ndarray = rows[-1].spread(len(stages), len(faults)) > DIFFERS
-        own: np.ndarray = rows[0].spread(len(stages), len(faults)) > DIFFERS
-        # A forced run that traces none of a fault's own stages shows it first where a chained one does.
-        unseen = np.asarray(~own.any(0) & self.reach.any(0))
-        first = (self.reach.argmax(0)[rows[-1].f] == rows[-1].s) & unseen[rows[-1].f]
-        self.rows = rows[0].joined(rows[-1].where(first))
-        self.size = self.rows.spread(len(stages), len(faults))
-        self.by_first, self.candidates = unseen, np.unique(self.rows.f)
-        # A fault that changes a tensor by its own size, or more, changes what comes of rounding in it as well.
-        grown = np.where(np.isfinite(self.size), self.size, 0) * units[:, None] / np.maximum(sizes[:, 1:], 1e-30)
-        self.noise = np.hypot(1, GAIN * grown)
-
-    # ---- distances ----------------------------------------------------------------------------------------------------
-
-    def distances(self, port: _Tensors) -> np.ndarray:
-        """(S, F): how far each stage is from what each fault makes of it; where a fault changes nothing, from the golden."""
-        rows, out = self.rows, np.repeat(port.rms[:, None], len(self.faults), axis=1)
-        with np.errstate(invalid="ignore"):
-            apart = np.sqrt(np.square(port.numbers[rows.s] - rows.numbers).mean(1))
-            by_size = np.abs(port.rms[rows.s] - rows.rms)  # no sketch: at least so far
-        apart = np.where(np.isfinite(apart), apart, np.where(np.isnan(by_size), 0.0, by_size))
-        out[rows.s, rows.f] = np.where(port.content[rows.s] == rows.content, apart, np.inf)
-        return out / self.noise
-
-    def worst(self, differs: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(F,) the largest of each fault's distances, and (S, F) over which stages. differs: (S,) those to explain."""
-        over = differs[:, None] | (self.size > DIFFERS)
-        return np.where(over, apart, 0).max(0), over
-
-    def of(self, fault: int) -> _Tensors:
-        """What a fault of the table makes, as if a port had made it."""
-        own, shape = self.rows.where(self.rows.f == fault), len(self.stages)
-        made = _Tensors(np.zeros(shape), np.zeros((shape, BUCKETS)), np.zeros(shape, np.uint64))
-        made.rms[own.s], made.numbers[own.s], made.content[own.s] = own.rms, own.numbers, own.content
-        return made
-
-    # ---- explanations -------------------------------------------------------------------------------------------------
-
-    def one_fault(self, port: _Tensors) -> list[Explanation]:
-        """All that differs by one fault."""
-        differs = port.rms > DIFFERS
-        return [self.explained(port, differs, self.candidates)] if differs.any() else []
-
-    def explained(self, port: _Tensors, differs: np.ndarray, candidates: np.ndarray) -> Explanation:
-        """differs: (S,) the stages to explain."""
-        worst, over = self.worst(differs, self.distances(port))
-        named = tuple(np.array(self.stages)[differs].tolist())
-        order = candidates[np.argsort(worst[candidates], kind="stable")]
-        if not len(order):
-            return Explanation(named, (), False)
-        made = self.of(order[0])
-        alike, _ = self.worst(made.rms > DIFFERS, self.distances(made))
-        same = [f for f in order[1:] if alike[f] <= LIMIT]
-        others = [f for f in order[1:] if alike[f] > LIMIT]
-        matches = [self.match(port, f, worst[f], over[:, f]) for f in (order[0], *others[: SHOWN - 1])]
-        best = replace(matches[0], alike=tuple(self.faults[f].name for f in same))
-        fits = best.distance <= LIMIT and best.left <= HALF and not abs(best.coefficient - 1) > ONCE
-        rivals = [m for m in matches[1:] if m.distance < RIVAL and m.left <= HALF]
-        return Explanation(named, (best, *matches[1:]), fits and not rivals)
-
-    def match(self, port: _Tensors, f: int, worst: float, over: np.ndarray) -> Match:
-        mine, theirs = port.numbers, self.of(f).numbers
-        held = over & np.isfinite(mine).all(1) & np.isfinite(theirs).all(1)
-        mine, theirs = mine[held], theirs[held]
-        power, before = float(np.square(theirs).sum()), float(np.square(mine).sum())
-        left = math.sqrt(np.square(mine - theirs).sum() / before) if before else 0.0
-        fault, stages = self.faults[f], tuple(np.array(self.stages)[over].tolist())
-        coefficient = float((mine * theirs).sum()) / power if power else math.nan
-        return Match(fault.name, fault.what, float(worst), stages, (), coefficient, left)
-
-    def several(self, port: _Tensors, stages: Stages) -> list[Explanation]:
-        """A fault for each group of stages that differ. The one that explains most comes first; what no fault fits is grouped by
-        family."""
-        left, own, taken = port.rms > DIFFERS, self.size > DIFFERS, np.zeros(len(self.stages), bool)
-        family, found = np.array([stages.template_of(s) for s in self.stages]), []
-        worst = np.where(own, self.distances(port), 0).max(0)
-        while True:
-            free = (worst <= LIMIT) & ~(own & taken[:, None]).any(0)
-            count = np.where(free, (own & left[:, None]).sum(0), 0)
-            if not count.any():
-                break
-            best = int(np.lexsort((worst, -count))[0])
-            found.append(self.explained(port, own[:, best], self.candidates))
-            taken |= own[:, best]
-            if self.by_first[best]:  # the same code at other places, whose differences no chained sketch tells
-                taken |= self.reach[:, best] & np.isin(family, family[own[:, best]])
-            left &= ~taken
-        for name in dict.fromkeys(family[left].tolist()):
-            differs = left & (family == name)
-            touching: np.ndarray = own[differs].any(0)
-            found.append(self.explained(port, differs, self.candidates[touching[self.candidates]]))
-        return sorted(found, key=lambda e: stages.order(e.stages[0]))
+def _explained(like: Likeness, port: Tensors, differs: np.ndarray, candidates: np.ndarray) -> Explanation:
+    """differs: (S,) the stages to explain."""
+    over = differs[:, None] | like.own
+    worst, named = np.where(over, like.distances(port), 0).max(0), tuple(like.stages[differs].tolist())
+    order = candidates[np.argsort(worst[candidates], kind="stable")]
+    if not len(order):
+        return Explanation(named, (), False)
+    made = like.of(order[0])
+    apart = np.where((made.rms > DIFFERS)[:, None] | like.own, like.distances(made), 0).max(0)
+    same, others = [f for f in order[1:] if apart[f] <= LIMIT], [f for f in order[1:] if apart[f] > LIMIT]
+    matches = []
+    for f in (order[0], *others[: SHOWN - 1]):
+        fault, stages = like.faults[f], tuple(like.stages[over[:, f]].tolist())
+        coefficient, left = like.contained(port, f, over[:, f])
+        matches.append(Match(fault.name, fault.what, float(worst[f]), stages, (), coefficient, left))
+    best = replace(matches[0], alike=tuple(like.faults[f].name for f in same))
+    fits = best.distance <= LIMIT and best.left <= HALF and not abs(best.coefficient - 1) > ONCE
+    rivals = [m for m in matches[1:] if m.distance < RIVAL and m.left <= HALF]
+    return Explanation(named, (best, *matches[1:]), fits and not rivals)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -192,7 +192,7 @@ class Table:
             if stage in (*own[:most], *own[-1:]):
                 at[row] = len(numbers)
                 scaled = np.rint(np.asarray(found[fault, stage].numbers) / QUANTUM)
-                numbers.append(np.clip(scaled, -_LARGEST, _LARGEST).astype(np.int32))
+                numbers.append(np.minimum(np.maximum(scaled, -_LARGEST), _LARGEST).astype(np.int32))
         return cls(
             tuple(units),
             np.array(list(units.values())),
@@ -237,7 +237,7 @@ class Sketches:
             faults = tuple(Known(name, what, dtype) for name, (what, dtype) in document["faults"].items())
             with open_h5(goldens / NUMBERS) as file:
                 tables = {
-                    (place, passes): _table(file, f"{place}/{passes}", case["stages"], table, len(faults))
+                    (place, passes): _table(file, f"{place}/{passes}", table, len(faults))
                     for place, case in document["cases"].items()
                     for passes, table in case["passes"].items()
                 }
@@ -246,12 +246,12 @@ class Sketches:
             raise GoldenError(f"{goldens / STORE} is not of the form of this version ({error!r}): restore it") from None
 
 
-def _table(file: H5File, place: str, stages: Sequence[str], entry: Mapping[str, Any], num_faults: int) -> Table:
-    rows, sketched = entry["rows"], entry["sketches"]
+def _table(file: H5File, place: str, entry: Mapping[str, Any], num_faults: int) -> Table:
+    rows, sketched, units = entry["rows"], entry["sketches"], entry["units"]
     shapes: dict[str, tuple[int, ...]] = {name: (rows,) for name in COLUMNS} | {"numbers": (sketched, BUCKETS)}
     read = {name: file.read(f"{place}/{name}", dtype=COLUMNS[name], shape=shapes[name]) for name in COLUMNS}
-    found = Table(tuple(stages), np.array(entry["units"]), **read)
-    bounds = ((found.fault, num_faults), (found.stage, len(stages)), (found.at, sketched))
-    if len(found.units) != len(stages) or any((column >= bound).any() for column, bound in bounds):
+    found = Table(tuple(units), np.array(list(units.values()), np.float64), **read)
+    bounds = ((found.fault, num_faults), (found.stage, len(units)), (found.at, sketched))
+    if any((column >= bound).any() for column, bound in bounds):
         raise IndexError(f"{place}: a row of no fault, stage or sketch")
     return found

@@ -6,10 +6,10 @@ A copy of it lies beside every adapter, and is run there: `python stagetrace.py 
     from stagetrace import call, tap
 
     STAGES = {
-        "vision.projector": "bridge.projector",                        # path from what build() returned
+        "embed": "encoder.embed",                                      # path from what build() returned
         "layer.{i}.output": call("layers.{i}", item=0),                # member of a result
         "layer.{i}.t2{m}": call("layers.{i}.attn.cross", order="m"),   # a method; its calls are v, then a
-        "xattn.{i}.{m}.k": call("...", layout="B L G H -> B (G r) L H"),
+        "layer.{i}.keys": call("...", layout="B L G H -> B (G r) L H"),
     }
 
 The case runs twice: *chained*, as it is, and *forced*, where each recorded tensor is replaced by its golden. What this

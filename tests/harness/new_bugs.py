@@ -13,7 +13,7 @@ from stageparity.faults.plant import Fault
 __all__ = ["NEW", "NEW_7B"]
 
 
-def _new(name: str, target: str, make: Any, **options: Any) -> Fault:
+def _new(name: str, target: Any, make: Any, **options: Any) -> Fault:
     return Fault(f"new.{name}", "New.", (target,), make, **options)
 
 

@@ -114,6 +114,7 @@ def test_only_the_writer_and_the_ledger_write_goldens_and_only_tools_call_them()
 WRITERS = {
     "stageparity/atomic.py": "the helper itself",
     "vidi/checkpoint/save.py": "shards inside a draft folder of the helper's",
+    "stageparity/port/stagetrace.py": "runs where nothing of ours can be imported",
     "tools/studies/log.py": "a line is appended for each finished piece, and half a line is passed over",
 }
 OWN_WAYS = {"os": {"replace", "rename", "renames", "link"}, "shutil": {"move"}}
@@ -263,7 +264,8 @@ def test_no_import_runs_from_a_lower_floor_up() -> None:
 def test_no_room_holds_a_quarter_of_the_lines() -> None:
     lines: dict[str, int] = {}
     for path in files("vidi", "stageparity", "tools"):
-        name = room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        inside = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(inside[:2]) if len(inside) > 2 else room(".".join(inside))  # a folder of a package is a room of its own
         lines[name] = lines.get(name, 0) + path.read_text("utf-8").count("\n")
     largest = max(lines, key=lambda name: lines[name])
     assert lines[largest] < 0.25 * sum(lines.values()), (

@@ -153,33 +153,36 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def _bases(checkout: Path) -> dict[str, Basis]:
+    """What each study and result depends on there."""
+    every = {name: studies.study(name) for name in studies.NAMES}
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("gpu", "baselines", "runs", "faults", "mutants", "sketches"):
+            patch.setattr(sys.modules[f"tools.studies.{name}"], "ROOT", checkout)
+        return {name: study.basis(GOLDENS) for name, study in every.items()} | {n: gpu.basis(n) for n in gpu.RESULTS}
+
+
+@pytest.fixture(scope="module")
+def documents(checkout: Path) -> dict[str, Any]:
+    """Results as measured on the code unharmed."""
+    return {name: {"measured_on": asdict(own)} for name, own in _bases(checkout).items()}
+
+
 @pytest.fixture
-def harmed(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], set[str]]:
+def harmed(checkout: Path, documents: dict[str, Any]) -> Callable[[str, str], set[str]]:
     """harmed(FILE, TEXT): which studies and results are stale once TEXT stands at the end of FILE."""
 
-    def bases() -> dict[str, Basis]:
-        return {name: studies.study(name).basis(GOLDENS) for name in studies.NAMES} | {
-            n: gpu.basis(n) for n in gpu.RESULTS
-        }
-
     def go(file: str, text: str) -> set[str]:
-        for name in ("gpu", "baselines", "runs", "faults", "mutants", "sketches"):
-            monkeypatch.setattr(sys.modules[f"tools.studies.{name}"], "ROOT", checkout)
-        documents, plain = (
-            {name: {"measured_on": asdict(own)} for name, own in bases().items()},
-            (checkout / file).read_text(),
-        )
+        plain = (checkout / file).read_text()
         try:
             (checkout / file).write_text(plain + text)
-            stale = {name: evidence.stale(documents[name], basis, "AGAIN") for name, basis in bases().items()}
+            stale = {name: evidence.stale(documents[name], own, "AGAIN") for name, own in _bases(checkout).items()}
         finally:
             (checkout / file).write_text(plain)
         found = {name for name, lines in stale.items() if lines}
         assert all(stale[name] == [f"other code than it was measured on: {file}: AGAIN"] for name in found)
         return found
 
-    for name in studies.NAMES:
-        studies.study(name)
     return go
 
 

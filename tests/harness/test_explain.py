@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -190,6 +191,15 @@ def test_what_is_no_known_fault_fits_none(change: dict[str, np.ndarray], most: i
     assert found.text().startswith("no known fault fits: the nearest, `")
 
 
+def test_of_two_faults_that_are_near_none_stands_out() -> None:
+    near = {"layer.0.a": tensor(500, size=5e-6)}
+    beside = {"layer.0.a": near["layer.0.a"] + tensor(501, size=2.2e-6)}
+    held = sketches(effects={name: {"chained": own, "forced": own} for name, own in (("one", near), ("two", beside))})
+    (found,) = explained(port(near), "chained", held)
+    assert not found.recognised
+    assert re.fullmatch(r"no known fault stands out: .* `one`, is 0\.\d+ budgets away, then `two`, 2\.\d", found.text())
+
+
 def test_noise_alone_needs_no_explanation() -> None:
     assert explained(port(), "chained") == explained(port(), "forced") == []
 
@@ -260,13 +270,26 @@ def test_half_of_a_fault_is_not_the_fault() -> None:
 
 
 def test_a_forced_run_that_traces_none_of_a_faults_own_stages() -> None:
-    """Then it shows where a chained one does first, and in the same way at other layers, as nobody can tell beforehand."""
+    """It shows at the next stage that is traced, as in a chained run; behind that nothing is known of it."""
     later = {"layer.0.b": EFFECTS["layers.all"]["chained"]["layer.0.b"], "layer.1.b": tensor(9, size=0.02)}
     made = port(later | {"out": tensor(8, size=0.1)})
-    traced = {s: made[s] for s in ("layer.0.b", "layer.1.b", "out")}
-    found = explained(traced, "forced")
+    traced = {s: made[s] for s in ("in", "layer.0.b", "layer.1.b", "out")}
+    found = explained(traced, "forced", feeds=feeds)
     assert [e.faults for e in found] == [("layers.all",), ()]
     assert [e.stages for e in found] == [("layer.0.b",), ("out",)]
+    assert [e.faults for e in explained(traced, "forced")] == [(), ()], "as if all were traced"
+    traced["layer.0.b"] = made["layer.0.b"] + tensor(10, size=1e-4)
+    assert not any(e.recognised for e in explained(traced, "forced", feeds=feeds))
+
+
+def feeds(stage: str) -> list[str]:
+    """In a row."""
+    return {
+        "layer.0.a": ["in"],
+        "layer.0.b": ["layer.0.a"],
+        "layer.1.a": ["layer.0.b"],
+        "layer.1.b": ["layer.1.a"],
+    }.get(stage, ["layer.1.b"] if stage == "out" else [])
 
 
 # ---- candidates that err on purpose -----------------------------------------------------------------------------------------

@@ -33,6 +33,14 @@ KNOWN = {name: fault for name, fault in (faults.FAULTS | faults.FAULTS_7B).items
 #: other libraries and other orders of summation than the sketches were made with
 OTHER = runs.Setting("float32", (), mkldnn=False, key_chunk=3)
 
+_ROUNDING = "in float32 it moves no tensor by more than the noise of rounding"
+_CONSTANT = "another machine's libraries give a table that differs by as much"
+#: why a fault is not told in its own case
+UNTOLD = {
+    **dict.fromkeys(("decoder.branches_averaged", "decoder.final_norm_eps", "decoder.final_norm_eps_7b"), _ROUNDING),
+    **{f"position.frequencies_{how}{model}": _CONSTANT for how in ("in_float64", "by_power") for model in ("", "_7b")},
+}
+
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
@@ -75,7 +83,7 @@ def test_the_store_knows_all_faults(sketches: Sketches) -> None:
         assert (fault.place, "chained") in sketches.tables
 
 
-@pytest.mark.parametrize("name", list(KNOWN)[7::30])
+@pytest.mark.parametrize("name", [name for name in list(KNOWN)[7::30] if name not in UNTOLD])
 def test_a_known_fault_is_recognised(name: str, bench: Bench, sketches: Sketches) -> None:
     assert _recognised(KNOWN[name], bench, sketches)
 
@@ -85,10 +93,6 @@ def test_a_known_fault_is_recognised(name: str, bench: Bench, sketches: Sketches
 def test_every_known_fault_is_recognised(part: int, bench: Bench, sketches: Sketches) -> None:
     missed = [name for name in list(KNOWN)[part::10] if not _recognised(KNOWN[name], bench, sketches)]
     assert set(missed) <= set(UNTOLD)
-
-
-#: why a fault is not told from noise, or from the others, in its own case
-UNTOLD: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("bug", [*NEW, *NEW_7B], ids=lambda bug: bug.name)
@@ -135,14 +139,20 @@ def test_a_port_that_traces_few_stages(names: tuple[str, str], bench: Bench, ske
     def traced(stage: str) -> bool:
         return any(fnmatch.fnmatchcase(stage, glob) for glob in MODULES)
 
+    def feeds(stage: str) -> list[str]:
+        entry = bench.tolerances.stages.find(stage)
+        return [on_bench.id(template, stage) for template in entry[0].inputs] if entry else []
+
+    on_bench = bench.subject("float32").bench(case, model, targets)
     chained, forced = Trace(traced), Trace(traced, lambda stage: targets[stage].array)  # type: ignore[union-attr]
     with contextlib.ExitStack() as planting:
         for name in names:
             planting.enter_context(planted(KNOWN[name], model))
         for tap in (chained, forced):
-            bench.subject("float32").bench(case, model, targets).run(tap)
+            on_bench.run(tap)
     made = {"chained": chained.tensors(), "forced": forced.tensors()}
-    found = explain_case(sketches, case, made, bench.tolerances)
+    found = explain_case(sketches, case, made, bench.tolerances, feeds=feeds)
+    assert all(e.recognised for e in found), [e.text() for e in found]
     assert {name for e in found for name in e.faults} >= set(names)
 
 

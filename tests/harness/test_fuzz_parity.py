@@ -290,7 +290,7 @@ def _check(number: int, folder: Path, first: int = 0) -> None:
 
 
 def test_hostile_golden_folders(tmp_path: Path) -> None:
-    _check(30, tmp_path)
+    _check(12, tmp_path)
 
 
 @pytest.mark.slow

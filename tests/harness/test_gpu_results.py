@@ -51,5 +51,6 @@ def test_what_is_not_whole_and_green_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_the_tests_of_a_gpu_are_counted_by_collecting_them() -> None:
     assert gpu.num_tests() > 400

@@ -181,12 +181,14 @@ def test_bfloat16_is_upcast_without_loss(tmp_path: Path) -> None:
     assert hashes["x"] == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.slow
 def test_the_recordings_give_the_goldens_in_the_repository(tmp_path: Path) -> None:
     """The committed set is what the importer makes, content for content; so is nothing edited by hand."""
     import_official.import_recordings(_recordings(), tmp_path / "official", dtypes=["f32"])
     assert set_sha256(tmp_path / "official") == set_sha256(GOLDENS / "official")
 
 
+@pytest.mark.slow
 def test_the_recordings_of_the_7b_give_their_goldens(tmp_path: Path) -> None:
     recorded = {path.name.split(".")[0] for path in _recordings_7b().glob("*.f32.safetensors")}
     # all but one: 2.7 MB of frames that show only that nothing depends on length
@@ -231,6 +233,7 @@ def test_a_table_that_does_not_fit_is_named(foreign: Path, tmp_path: Path) -> No
         import_official.import_recordings(foreign, tmp_path / "set")
 
 
+@pytest.mark.slow
 def test_every_dtype_imports_whole(tmp_path: Path) -> None:
     names = import_official.import_recordings(_recordings(), tmp_path / "all", full=True, cases=["single", "silent"])
     assert names == ["silent", "single.bf16", "single.f16", "single", "single.f64"]

@@ -189,12 +189,15 @@ def test_writer_refuses_what_is_no_golden(tmp_path: Path) -> None:
             write_case(tmp_path, case)
 
 
-def test_the_goldens_in_the_repository_are_whole_and_small() -> None:
+def test_the_goldens_in_the_repository_are_many_and_small() -> None:
     sets = store.list_sets(GOLDENS)
     assert [folder.relative_to(GOLDENS).as_posix() for folder in sets] == [
         *("large/full", "official", "official-7b", "small", "small-7b")
     ]
-    assert all(store.verify(folder) > 50 for folder in sets)
+    # test_regen.py reads them all; here they are counted
+    for folder in sets:
+        manifests = [store.open_case(ref.folder, ref.name).manifest for ref in store.list_cases(folder)]
+        assert sum(len(targets) for manifest in manifests for targets in manifest["targets"].values()) > 50
     for limit, kind in ((32, False), (12, True)):
         files = [path for path in GOLDENS.rglob("*") if path.suffix != ".pyc"]
         size = sum(path.stat().st_size for path in files if path.parent.name.endswith("-7b") == kind)
@@ -205,12 +208,12 @@ def test_every_id_in_the_goldens_is_known_and_classed_by_its_dtype() -> None:
     for ref in store.list_cases(GOLDENS):
         case = store.open_case(ref.folder, ref.name)
         for variant in case.variants:
-            for stage, golden in case.variant(variant).items():
+            for stage, entry in case.manifest["targets"][variant].items():
                 assert STAGES.find(stage) is not None, f"{ref.name}: {stage} has no entry"
-                real = golden.dtype.startswith(("float", "bfloat"))
+                real = entry.get("as", entry["dtype"]).startswith(("float", "bfloat"))
                 assert STAGES.is_exact(stage) == (not real or stage == "pos.freq"), f"{ref.name}: {stage}"
-                _, heads = STAGES.axes(stage).of(len(golden.shape))
-                assert heads is None or golden.shape[heads] == case.config["num_attention_heads"]
+                _, heads = STAGES.axes(stage).of(len(entry["shape"]))
+                assert heads is None or entry["shape"][heads] == case.config["num_attention_heads"]
 
 
 def test_expand_lists_what_the_recordings_hold() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from tests.ports.planted import Planted
 from vidi import cli
 
-__all__ = ["Examined", "examine"]
+__all__ = ["Examined", "examine", "recognised"]
 
 
 class Examined:
@@ -53,3 +53,12 @@ def examine(
     fixed = ["--python", str(python), "--quiet", "--no-environment", "--json", str(report)]
     status = cli.main(["port", "run", str(at / adapter), *fixed, *chosen, *more])
     return Examined(status, json.loads(report.read_text()) if report.exists() else {}, at)
+
+
+def recognised(dump: Path) -> set[str]:
+    """Names of the known faults whose tensors a dump holds, as `vidi port explain` tells them from stored sketches."""
+    report = dump.parent / "explained.json"
+    assert cli.main(["port", "explain", str(dump), "--json", str(report)]) == 1
+    explained = json.loads(report.read_text())
+    assert explained, "no sketches of known faults for this case"
+    return {name for case in explained.values() for one in case if one["recognised"] for name in one["faults"]}

@@ -130,7 +130,6 @@ FAULTS: tuple[Planted, ...] = (
         "self.add(self.add(x, height), width)",
         "self.add(self.add(x, width), height)",
         {"vision.pos_h{g}": WIRING, "vision.pos_w{g}": WIRING, "vision.pos_t{g}": WIRING},
-        "position.width_added_before_height",
         case="official/single",
     ),
     _model(
@@ -244,7 +243,8 @@ FAULTS: tuple[Planted, ...] = (
     _model(
         "pieces_padded",
         "self.fold(self.resize(self.pad(self.see(piece)), len(frames)))",
-        "self.fold(self.resize(self.pad(self.see(functional.pad(piece, (0, 0, 0, 0, 0, 0, 0, 4 - len(piece))))[: len(piece)]), len(frames)))",
+        "self.fold(self.resize(self.pad("
+        "self.see(functional.pad(piece, (0, 0, 0, 0, 0, 0, 0, 4 - len(piece))))[: len(piece)]), len(frames)))",
         {"vision.tower": TRACING},
     ),
     # ---- two at once

@@ -1,7 +1,7 @@
 """The forward pass in NumPy alone as a candidate: `python oracle_dump.py SET/CASE OUT`, then `vidi parity --candidate OUT`.
 
-No adapter and no tracer: the program writes what it computed under the stages' ids, and says in candidate.toml what that is. It runs
-twice, as it is and with each tensor exchanged for its golden, so that an error is told from what only inherits it.
+No adapter and no tracer: the program writes what it computed under the stages' ids, and says in candidate.toml what that is.
+It runs twice, as it is and with each tensor exchanged for its golden, so that an error is told from what only inherits it.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main(name: str, out: Path) -> None:
             case.config,
             case.weights(),
             case.inputs,
-            casts="official",
+            casts="cast",
             round_to="fp32",
             pos_freq=load_file(GOLDENS / "pos_freq.safetensors")[str(case.config["hidden_size"])],
             anchor=goldens,

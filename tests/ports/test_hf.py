@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ports.doctor import examine
+from tests.ports.doctor import examine, recognised
 from tests.ports.faults_hf import FAULTS
 from tests.ports.planted import Planted
 
@@ -33,8 +33,11 @@ def test_a_recording_is_covered_whole_by_forty_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_is_named(fault: Planted, tmp_path: Path) -> None:
+def test_a_fault_is_named_and_recognised_where_it_is_known(fault: Planted, tmp_path: Path) -> None:
     seen = examine(PORT, tmp_path / "port", PYTHON, [fault.case], fault=fault)
     assert seen.guilty == dict(fault.guilty)
     assert seen.kinds <= {*fault.guilty.values(), "inherited", "chained"}
     assert seen.status == (2 if set(fault.guilty.values()) == {"tracing"} else 1)
+    named = recognised(seen.folder / "trace" / fault.case.replace("/", "-"))
+    assert named >= fault.known
+    assert bool(named) == bool(fault.known)

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.limited import ROOT
-from tests.ports.doctor import Examined
-from tests.ports.faults_numpy import FAULTS
+from tests.ports import faults_hf
+from tests.ports.doctor import Examined, recognised
+from tests.ports.faults_numpy import FAULTS, MISSED
 from tests.ports.planted import Planted
 from vidi import cli
+from vidi.parity.faults import FAULTS as KNOWN
 
 #: faults of which one is run at every run of the tests: of the bridge, of the decoder, of the dump
 SHORT = {"pad_top_left", "window_one_short", "keys_not_repeated"}
@@ -48,11 +50,21 @@ def test_every_stage_is_there_and_equal(case: str, tmp_path: Path) -> None:
     "fault",
     [pytest.param(f, id=f.name, marks=() if f.name in SHORT else pytest.mark.slow) for f in FAULTS],
 )
-def test_a_fault_is_named(fault: Planted, tmp_path: Path) -> None:
+def test_a_fault_is_named_and_recognised_where_it_is_known(fault: Planted, tmp_path: Path) -> None:
     seen = judged(dump(tmp_path, fault.case, fault))
     assert seen.guilty == dict(fault.guilty)
     assert seen.kinds <= {*fault.guilty.values(), "inherited", "chained"}
     assert seen.status == (2 if set(fault.guilty.values()) == {"tracing"} else 1)
+    named = recognised(seen.folder)
+    assert (named >= fault.known) == (fault.name not in MISSED)
+    assert bool(named) == bool(fault.known)
+
+
+def test_at_least_nine_in_ten_known_faults_are_recognised() -> None:
+    """Of all ports that are made of torch or NumPy here; each is held to it above."""
+    known = [fault.name for fault in (*FAULTS, *faults_hf.FAULTS) if fault.known]
+    assert len(MISSED & set(known)) <= 0.1 * len(known)
+    assert {name for fault in (*FAULTS, *faults_hf.FAULTS) for name in fault.known} <= set(KNOWN)
 
 
 def test_a_dump_of_another_golden_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

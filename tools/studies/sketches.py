@@ -79,9 +79,9 @@ def measure(args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str
     machine = fingerprint.fingerprint()
     cases: dict[str, Any] = {}
     for (place, passes), table in found.tables.items():
-        own = {"golden": found.goldens[place], "stages": table.stages, "refused": refused.get(place, {}), "passes": {}}
+        own = {"golden": found.goldens[place], "refused": refused.get(place, {}), "passes": {}}
         case = cases.setdefault(place, own)
-        units = [float(f"{unit:.12g}") for unit in table.units]
+        units = {stage: float(f"{unit:.12g}") for stage, unit in zip(table.stages, table.units, strict=True)}
         case["passes"][passes] = {"rows": len(table.fault), "sketches": len(table.numbers), "units": units}
     return {
         "device": f"{machine['device']} {machine['cpu_capability']}",

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from vidi.commands import arguments
 
 __all__ = ["add_arguments", "run"]
 
+LOG_BYTES = 1 << 16  # of what a failing port printed last
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "VECLIB", "XLA")}
 PLAIN = {
     "STAGETRACE_PLAIN": "1",
@@ -187,10 +189,11 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _circumstances(args: argparse.Namespace, adapter: Path, found: Any) -> list[str]:
     """Code or environment, for the first wrong stage: the same case under other circumstances."""
-    from safetensors.numpy import load_file
+    from safetensors.numpy import load
 
     from stageparity import environment
     from stageparity.compare import compare
+    from stageparity.port.candidate import MAX_BYTES
     from vidi.parity import port
 
     guilty = found.first()
@@ -209,7 +212,7 @@ def _circumstances(args: argparse.Namespace, adapter: Path, found: Any) -> list[
             said = str(error)
         ratios[name] = None
         if said is None:
-            array = load_file(folder / f"{kind}.safetensors").get(row.stage)
+            array = load(strict.read_bytes(folder / f"{kind}.safetensors", limit=MAX_BYTES)).get(row.stage)
             ratios[name] = compare(row.stage, array, golden, row.failed.rule, stages.axes(row.stage)).ratio
     return [environment.sentence(row.failed.ratio, ratios)]
 
@@ -237,6 +240,7 @@ def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mappi
     adapter is at fault."""
     import os
 
+    from stageparity import atomic
     from vidi.parity import port
 
     for old in ("trace.json", "chained.safetensors", "forced.safetensors"):
@@ -244,22 +248,25 @@ def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mappi
     foreign = () if args.python == sys.executable else ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
     environment = {name: value for name, value in os.environ.items() if name not in foreign} | dict(more)
     command = [args.python, str(adapter.parent / "stagetrace.py"), str(adapter), str(folder / "case"), str(folder)]
-    with open(folder / "port.log", "wb") as log:
+    with tempfile.TemporaryFile() as log:
         try:
             status = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=args.timeout).returncode
         except subprocess.TimeoutExpired:
-            return f"the port did not end within {args.timeout} seconds (--timeout); see {folder / 'port.log'}"
+            return f"the port did not end within {args.timeout} seconds (--timeout)"
         except OSError as error:
             raise ValueError(f"{args.python}: {error.strerror}; --python names the port's interpreter") from None
+        log.seek(max(0, log.tell() - LOG_BYTES))
+        said_last = log.read().decode("utf-8", "replace")
     if status == 0:
         return None
-    said: dict[str, Any] = {}
-    if (folder / "trace.json").exists():
-        said = json.loads((folder / "trace.json").read_text("utf-8"))
-    if "failed" not in said:
-        tail = (folder / "port.log").read_text("utf-8", "replace").strip().splitlines()[-1:]
+    atomic.write_text(folder / "port.log", said_last)
+    try:
+        said = strict.read_json(folder / "trace.json", inside=folder)
+    except strict.Refused:
+        said = {}
+    if not isinstance(said.get("failed"), dict):
         ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        return strict.one_line(f"the port's interpreter {ended}: {' '.join(tail)}")
+        return strict.one_line(f"the port's interpreter {ended}: {' '.join(said_last.strip().splitlines()[-1:])}")
     if said["failed"].get("adapter"):
         raise ValueError(strict.one_line(f"{adapter}: {said['failed']['step']}: {said['failed']['error']}"))
     return strict.one_line(f"{port.failure(said)} ({folder / 'trace.json'} holds the traceback)")

@@ -101,7 +101,7 @@ def table_of(case: Case) -> np.ndarray | None:
 
 
 def _own_table(case: Case) -> np.ndarray | None:
-    found = (case.variant(variant).get("pos.freq") for variant in case.variants)
+    found = (case.one(variant, "pos.freq") for variant in case.variants)
     table = next((golden.array for golden in found if isinstance(golden, Whole)), None)
     if table is not None and (table.shape, table.dtype) != ((case.config["hidden_size"] // 2,), np.float32):
         raise ValueError(
