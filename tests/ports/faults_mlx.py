@@ -58,8 +58,8 @@ FLOAT32 = (
     _plant(
         "position_off_by_one", STAGE, EMBEDS,
         ("model.py", "max(length - 1, 1) * (self.span - 1)", "length * (self.span - 1)"),
-        # In other words `position.length_off_by_one`; but where that rounds at p = 9999 this does not, and the embedding of the time
-        # is 34 budgets away. Of the sound the two cannot be told apart.
+        # In other words `position.length_off_by_one`; but that rounds elsewhere, and at p = 9999 the embedding of the time is
+        # 34 budgets from its own. Of the sound the two cannot be told apart.
         known=["position.audio_time_in_visual_steps"],
     ),
     _plant(
