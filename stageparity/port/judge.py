@@ -158,12 +158,22 @@ class _Held:
             return f"{wanted} with its entries in another order"
         for name in self.targets:
             if name != wanted and self._print(name) is not None and _same(x, self._print(name)):
-                return name
+                # What was made of the wanted one may well stand beside it: queries beside the text that they are of.
+                return "" if wanted in self._before(name) else name
         if moments[2] and x[1][2] and not _close(x[1], moments):
             factor = x[1][2] / moments[2]
             if _close([m / factor for m in x[1]], moments) and _close([x[2][0] / factor], order[:1], moments[2]):
                 return f"{wanted} × {factor:.6g}"
         return ""
+
+    def _before(self, name: str) -> set[str]:
+        """Everything that a stage is made of."""
+        found, todo = set[str](), [name]
+        while todo:
+            new = [feed for feed in self.inputs(todo.pop()) if feed not in found]
+            found.update(new)
+            todo += new
+        return found
 
     def _print(self, name: str) -> Any:
         """Fingerprint of a golden that can be told from others; None where it cannot."""

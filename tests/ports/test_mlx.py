@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.ports import faults_mlx as faults
-from tests.ports.doctor import examine
+from tests.ports.doctor import examine, recognised
 from tests.ports.environment import interpreter
 from tests.ports.planted import Planted
 from vidi.parity.faults import FAULTS
@@ -43,12 +43,13 @@ def test_every_stage_that_it_has_is_equal(python: Path, tmp_path: Path) -> None:
     assert all(".unpad." in stage for stage in lacking)
 
 
-@pytest.mark.parametrize("fault", [*faults.FLOAT32, faults.SAMPLED, *faults.TOGETHER], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", [*faults.FLOAT32, *faults.RECORDED, *faults.TOGETHER], ids=lambda fault: fault.name)
 def test_a_fault_is_named(fault: Planted, python: Path, tmp_path: Path) -> None:
     seen = examine(PORT, tmp_path / "port", python, [fault.case], fault=fault)
     assert seen.guilty == dict(fault.guilty)
     assert seen.kinds <= {*fault.guilty.values(), "inherited", "chained"}
     assert seen.status == (2 if set(fault.guilty.values()) == {"tracing"} else 1)
+    assert recognised(tmp_path / "port" / "trace") == fault.known
 
 
 def test_eight_bits_are_within_what_their_steps_allow(python: Path, tmp_path: Path) -> None:
