@@ -195,6 +195,7 @@ TOOLS = {
 }
 
 
+@pytest.mark.slow
 def test_reports_under_an_ascii_locale(tmp_path: Path) -> None:
     """Goldens, budgets and ledger hold letters that such a terminal has not."""
     html, result = tmp_path / "página.html", tmp_path / "página.json"

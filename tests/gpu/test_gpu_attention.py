@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,15 +82,9 @@ def outcomes(attend: Callable[..., Tensor], tensors: tuple[Tensor, ...], weight:
     return [out, *torch.autograd.grad((out * weight).sum(), inputs, allow_unused=True, materialize_grads=True)]
 
 
-def hold(
-    case: Case,
-    backend: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    record: Callable[[str, object], None] = lambda name, value: None,
-    faulty: Callable[..., Tensor] | None = None,
-) -> None:
-    """Forward without a gradient, then forward and backward, against float64. ``faulty`` replaces the kernel."""
+@functools.lru_cache(maxsize=6)  # the faults planted into two cases share it
+def reference(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any], Tensor, Any, Any]:
+    """What a kernel is given, the weight of its output in a gradient, what float64 makes of it, and several naive runs."""
     tensors, options = cases.make(case, dtype=dtype, device=device, seed=case.queries + case.keys)
     keep_BTS = keep_of(case, options, device)
     plain = {"scale": case.scale, "softcap": case.softcap}
@@ -103,14 +98,27 @@ def hold(
         keep = None if keep_BTS is None else keep_BTS[:, :, order]
         return lambda q, k, v: naive.rounded(q, k[:, order], v[:, order], **plain, keep_BTS=keep)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return dispatch.attend(AttentionCall(q, k, v, **options), backend)
-
     truth = outcomes(exact, tuple(x.double() for x in tensors), weight.double())
     runs = [outcomes(simple(seed), tensors, weight) for seed in range(4)]
     if dtype == torch.float32:  # in half precision the rounding of what is stored hides the difference
         runs.append(naive.fused(*tensors, weight, **plain, keep_BTS=keep_BTS))
-    base = list(zip(*runs, strict=True))
+    return tensors, options, weight, truth, list(zip(*runs, strict=True))
+
+
+def hold(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    record: Callable[[str, object], None] = lambda name, value: None,
+    faulty: Callable[..., Tensor] | None = None,
+) -> None:
+    """Forward without a gradient, then forward and backward, against float64. ``faulty`` replaces the kernel."""
+    tensors, options, weight, truth, base = reference(case, dtype, device)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return dispatch.attend(AttentionCall(q, k, v, **options), backend)
+
     with torch.no_grad():
         found = {"out": (faulty or kernel)(*tensors)}
     # flash has no gradient through cached keys, flex none on a CPU. A query that sees one key alone has gradients of 0 by

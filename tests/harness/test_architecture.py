@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -24,7 +25,13 @@ def files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def imports(path: Path) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(path: Path) -> tuple[tuple[str, bool], ...]:
     """(module, whether it is imported at load time rather than in a function or for types only) of a file."""
     package = ".".join(path.relative_to(ROOT).with_suffix("").parts[:-1])
 
@@ -45,7 +52,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
             else:
                 yield from walk(child, here)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
+    return tuple(walk(parsed(path), True))
 
 
 def test_the_model_never_imports_the_harness():
@@ -123,7 +130,7 @@ OWN_WAYS = {"os": {"replace", "rename", "renames", "link"}, "shutil": {"move"}}
 def own_writes(path: Path) -> list[str]:
     """What a file calls that creates, renames or replaces a file, past `atomic`."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if not isinstance(node, ast.Call):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -165,8 +172,9 @@ def test_the_check_of_writing_sees_each_way(tmp_path: Path, monkeypatch: pytest.
         planted = tmp_path / f"planted_{number}.py"
         planted.write_text(text, "utf-8")
         assert own_writes(planted), text
-    planted.write_text("atomic.write_text(p, t); t.replace('a', 'b'); open(p); dataclasses.replace(a, b=1)", "utf-8")
-    assert own_writes(planted) == []
+    honest = tmp_path / "honest.py"
+    honest.write_text("atomic.write_text(p, t); t.replace('a', 'b'); open(p); dataclasses.replace(a, b=1)", "utf-8")
+    assert own_writes(honest) == []
 
 
 # ---- rooms and floors ------------------------------------------------------------------------------------------------------
@@ -218,7 +226,7 @@ def graph(*folders: str) -> dict[str, set[str]]:
 
 def exports(path: Path, known: set[str]) -> set[str]:
     """Packages from which a file imports a name that is no module."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     return {
         n.module
         for n in ast.walk(tree)
@@ -285,7 +293,7 @@ def test_official_names_stand_in_one_place():
         place = str(path.relative_to(ROOT))
         if place.startswith(MAY_NAME):
             continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         docs = {
             id(node.value)
             for node in ast.walk(tree)
@@ -302,7 +310,7 @@ def test_every_module_says_what_it_exports():
     """`__all__` in every module with code, and every name in it exists."""
     missing, wrong = [], []
     for path in files("vidi", "stageparity", "goldens"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree = parsed(path)
         defines = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
         names = [
             n

@@ -131,7 +131,13 @@ def _alike(a: judges.Verdict, b: judges.Verdict) -> bool:
     return not a.killed or (a.tensor is not None and b.tensor is not None and _same(a.tensor, b.tensor))
 
 
-@pytest.mark.parametrize(("case", "dtype"), [("base", "float64"), ("novideo", "float64"), ("base", "float32")])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        ("base", "float64"),
+        *(pytest.param(*way, marks=pytest.mark.slow) for way in (("novideo", "float64"), ("base", "float32"))),
+    ],
+)
 def test_twins_are_found_in_any_setting(case: str, dtype: str, bench: judges.Bench) -> None:
     eps = faults.FAULTS["norms.rms_eps"]
     moved = dataclasses.replace(eps, name="t.twin", case=case, dtype=dtype)

@@ -133,9 +133,9 @@ def _outcome(inside: Path) -> str:
     return "run"
 
 
-@pytest.mark.parametrize("number", [12, pytest.param(1500, marks=pytest.mark.slow)])
-def test_hostile_configs(number: int, tmp_path: Path) -> None:
-    outcomes = run_cases("tests.harness.test_fuzz_config", number, tmp_path)
-    assert outcomes["refused"] > number // 3
-    assert outcomes["does not fit"] + outcomes["run"] > number // 20
-    assert number < 100 or min(outcomes["does not fit"], outcomes["run"]) > number // 30
+@pytest.mark.slow
+def test_hostile_configs(tmp_path: Path) -> None:
+    outcomes = run_cases("tests.harness.test_fuzz_config", 1500, tmp_path)
+    assert outcomes["refused"] > 500
+    assert outcomes["does not fit"] + outcomes["run"] > 75
+    assert min(outcomes["does not fit"], outcomes["run"]) > 50

@@ -19,6 +19,7 @@ PURE = {
     *("audio.tower", "audio.trim", "audio.pool", "audio.projector", "text.embeds"),
 }
 # Hundreds of frames: up to half a minute each.
+DTYPES = ["f64", pytest.param("f32", marks=pytest.mark.slow)]
 CASES = [
     "single",
     "batch",
@@ -83,7 +84,7 @@ def test_silent_samples_keep_no_key(case: str, modality: str, kept: list[int]) -
 
 
 @pytest.mark.parametrize("variant", GREEDY)
-@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_decoding(variant: str, dtype: str, record_property) -> None:
     config, recorded = recordings.load(f"generate.{dtype}")
     config["sliding_window"] = 64 if variant == "generate_wide" else config["sliding_window"]
@@ -105,7 +106,7 @@ def test_decoding(variant: str, dtype: str, record_property) -> None:
     assert free.gap_BS.min() > 0.01, "a gap this small would make the tokens a matter of noise"
 
 
-@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_loss(dtype: str) -> None:
     config, recorded = recordings.load(f"loss.{dtype}")
     got = forward(

@@ -84,7 +84,7 @@ def test_silent_samples_keep_no_key(modality: str, kept: list[int]) -> None:
 @pytest.mark.parametrize(
     ("name", "variant"),
     [
-        (f"{case}.{dtype}", variant)
+        pytest.param(f"{case}.{dtype}", variant, marks=pytest.mark.slow if (case, dtype) == ("generate", "f32") else ())
         for case, variants in GENERATED.items()
         for dtype in (("f64", "f32") if case == "generate" else ("f32",))
         for variant in variants
@@ -112,7 +112,7 @@ def test_decoding(name: str, variant: str, record_property) -> None:
     assert free.gap_BS.min() > 0.01, "a gap this small would make the tokens a matter of noise"
 
 
-@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize("dtype", ["f64", pytest.param("f32", marks=pytest.mark.slow)])
 def test_loss(dtype: str, record_property) -> None:
     """Losses to 1e-5; the labelled places, their labels and logits, which alone reach the head."""
     config, recorded = recordings.load(f"loss.{dtype}", FOLDER_7B)

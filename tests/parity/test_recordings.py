@@ -32,8 +32,7 @@ PURE = {
     *("vision.tower", "vision.pad", "vision.resize", "vision.space_to_depth", "vision.projector"),
     *("audio.tower", "audio.trim", "audio.pool", "audio.projector", "text.embeds"),
 }
-CASES = ("single", "batch", "silent", "generate", "loss")
-LONG = [pytest.param(name, marks=pytest.mark.slow) for name in ("longvideo", "verylong")]
+CASES = ("single", "batch", "silent", "generate", "loss", "longvideo", "verylong")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,8 @@ def opened(imported: Path, name: str) -> store.Case:
     return store.open_case(imported, name)
 
 
-@pytest.mark.parametrize("name", [*CASES, *LONG])
+# test_stages.py holds what is embedded of each; here all of a recording is read. One does in the fast tier.
+@pytest.mark.parametrize("name", [CASES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in CASES[1:])])
 def test_float32_chained_from_raw_inputs(imported: Path, name: str, record_property) -> None:
     case = opened(imported, name)
     model = feed.load_model(case, torch.float32)

@@ -46,7 +46,10 @@ def precision() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", [*CASES, pytest.param("longvideo", marks=pytest.mark.slow)])
+# test_stages.py holds what is embedded of each; here all of a recording is read. One does in the fast tier.
+@pytest.mark.parametrize(
+    "name", [CASES[0], *(pytest.param(x, marks=pytest.mark.slow) for x in (*CASES[1:], "longvideo"))]
+)
 def test_float32_chained_from_raw_inputs(imported: Path, name: str, record_property) -> None:
     case = store.open_case(imported, name)
     model = feed.load_model(case, torch.float32)

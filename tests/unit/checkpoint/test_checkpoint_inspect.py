@@ -424,8 +424,8 @@ def _only_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02.")
 
 
-def _million_entries(folder: Path) -> None:
-    weight_map = {f"model.layers.{i}.weight": "model-00001-of-00005.safetensors" for i in range(1_000_000)}
+def _many_entries(folder: Path) -> None:
+    weight_map = {f"model.layers.{i}.weight": "model-00001-of-00005.safetensors" for i in range(100_000)}
     (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -466,7 +466,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "index-empty": (lambda f: (f / INDEX_NAME).write_text("{}"), "has no weight_map"),
     "index-number": (lambda f: edit_index(f, lambda m: m.update({UP: 3})), "the index gives no file name for it"),
-    "index-million": (_million_entries, "bytes; at most 4,194,304 are read"),
+    "index-of-many": (_many_entries, "bytes; at most 4,194,304 are read"),
     "pickles-only": (_only_pickles, "holds pickle files .pytorch_model.bin. and no safetensors; a pickle can run code"),
     "no-shards": (lambda f: [path.unlink() for path in f.glob("*.safetensors")], "none of its shards is there"),
     "nothing": (

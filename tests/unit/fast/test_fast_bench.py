@@ -12,6 +12,7 @@ from vidi.commands import bench
 from vidi.fast import measure
 
 
+@pytest.mark.slow
 def test_bench_on_a_cpu(tmp_path, capsys):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
