@@ -273,7 +273,9 @@ def test_no_room_holds_a_quarter_of_the_lines() -> None:
     lines: dict[str, int] = {}
     for path in files("vidi", "stageparity", "tools"):
         inside = path.relative_to(ROOT).with_suffix("").parts
-        name = ".".join(inside[:2]) if len(inside) > 2 else room(".".join(inside))  # a folder of a package is a room of its own
+        name = (
+            ".".join(inside[:2]) if len(inside) > 2 else room(".".join(inside))
+        )  # a folder of a package is a room of its own
         lines[name] = lines.get(name, 0) + path.read_text("utf-8").count("\n")
     largest = max(lines, key=lambda name: lines[name])
     assert lines[largest] < 0.25 * sum(lines.values()), (

@@ -13,10 +13,22 @@ from vidi.bridge import norm
 @pytest.mark.parametrize(
     ("ratio", "under", "words"),
     [
-        (50.0, {"float64": 50.1, "one thread": 50.0, "plain": 49.9}, "code: it stays whatever it runs on; in float64 50"),
-        (3.0, {"float64": 0.001, "one thread": 3.0, "plain": 3.0}, "rounding: it falls with the precision; in float64 0.001"),
+        (
+            50.0,
+            {"float64": 50.1, "one thread": 50.0, "plain": 49.9},
+            "code: it stays whatever it runs on; in float64 50",
+        ),
+        (
+            3.0,
+            {"float64": 0.001, "one thread": 3.0, "plain": 3.0},
+            "rounding: it falls with the precision; in float64 0.001",
+        ),
         (9.0, {"float64": 9.0, "one thread": 0.2, "plain": 9.0}, "environment: with one thread it is right"),
-        (9.0, {"float64": 0.1, "one thread": 9.0, "plain": 0.2}, "environment: with reduced precision and fused kernels off"),
+        (
+            9.0,
+            {"float64": 0.1, "one thread": 9.0, "plain": 0.2},
+            "environment: with reduced precision and fused kernels off",
+        ),
         (1.2, {"float64": 0.9, "one thread": 1.1, "plain": 0.95}, "code: it stays"),  # within noise of its budget
         (9.0, {"float64": None, "one thread": 9.0, "plain": 9.0}, "with one thread 9 of budget, with reduced"),
         (9.0, {}, "not told: nothing else ran"),
