@@ -22,6 +22,7 @@ COMMANDS = {
     "retrieve": "find time ranges in a video: vidi retrieve VIDEO QUERY --checkpoint DIR",
     "parity": "hold every stage of the model against stored goldens",
     "faults": "plant known faults one by one: does the harness see each, and where",
+    "budget": "what a stage may err by, and what that is made of",
     "inspect": "tell what a checkpoint folder holds, without loading it, and what a run of it needs",
     "synth": "write a synthetic checkpoint of any size",
     "bench": "time and memory of encoding, prefill and decoding",

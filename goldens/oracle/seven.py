@@ -19,8 +19,10 @@ from .text import IGNORED_LABEL
 __all__ = ["PARTS", "corner_matrix", "numbers"]
 
 # What config.json must say because no public text does (§1).
-REQUIRED = ("sliding_window", "rms_norm_eps", "rope_theta", "eos_token_id")
-REQUIRED += ("mm_image_pool_size", "mm_audio_pool_size", "mm_time_interval")
+REQUIRED = (
+    *("sliding_window", "rms_norm_eps", "rope_theta", "eos_token_id"),
+    *("mm_image_pool_size", "mm_audio_pool_size", "mm_time_interval"),
+)
 
 
 def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
