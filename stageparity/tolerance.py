@@ -92,6 +92,13 @@ class Tolerances:
         ulps: dict[str, Any] = {key: float(fields.get(key, 0.0)) for key in ("bias_ulp", "floor_ulp", "eps")}
         return replace(Rule(gate, fields["why"]), **budgets, **ulps)
 
+    def parts(self, gate: str, stage: str, case: str, *, kind: str) -> dict[str, tuple[float, float]]:
+        """Of a rule's budgets those that are multiples of a baseline: metric -> (factor, the baseline's error)."""
+        fields = self._fields(gate, stage, kind)
+        factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
+        measured = self._baseline(gate, fields.get("like", stage), case, kind) if factors else {}
+        return {m: (c, measured[m]) for m, c in factors.items() if m in measured}
+
     def _fields(self, gate: str, stage: str, kind: str) -> dict[str, Any]:
         table = self.gates[gate]
         common = {key: value for key, value in table.items() if key not in _TABLES}

@@ -23,6 +23,7 @@ COMMANDS = {
     "parity": "hold every stage of the model against stored goldens",
     "port": "hold someone else's port against the goldens: vidi port init CASE OUT, then vidi port run OUT/adapter.py",
     "faults": "plant known faults one by one: does the harness see each, and where",
+    "budget": "what a stage may err by, and what that is made of",
     "inspect": "tell what a checkpoint folder holds, without loading it, and what a run of it needs",
     "synth": "write a synthetic checkpoint of any size",
     "bench": "time and memory of encoding, prefill and decoding",

@@ -21,6 +21,7 @@ from stageparity.faults import stored
 from stageparity.store import list_cases
 from tools.studies import LONG, runs, say
 from tools.studies.runs import Server, Setting
+from vidi.parity.budgets import Weakest, weakest
 from vidi.parity.stages import STAGES
 
 __all__ = ["blind", "moves", "overlaps", "settings", "table", "weakest"]
@@ -35,7 +36,6 @@ ALONE = (
 )  # no shared token budget: neighbours may not matter
 BLIND = 0.1  # of rms
 COLUMNS = ("max", "rms", "ratio", "at", "noise", "tolerance")
-Weakest = Mapping[tuple[str, str], tuple[float, str]]
 
 
 def settings(cases: Iterable[str]) -> Iterator[Setting]:
@@ -190,33 +190,6 @@ def figures(noise: Mapping[str, Any]) -> Iterator[tuple[str, str, str, dict[str,
                     template,
                     named | {"tolerance": math.inf if named["tolerance"] is None else named["tolerance"]},
                 )
-
-
-def weakest(document: Mapping[str, Any] | None) -> Weakest | None:
-    """(gate, template) -> (margin, name) of the weakest fault that the gate must catch there, from what `faults` stored: each
-    fault in its own dtype, and those of wrong mathematics in every lower one too. None without a document."""
-    if document is None:
-        return None
-    found: dict[tuple[str, str], tuple[float, str]] = {}
-
-    def enter(gate: str, stage: str, margin: float | None, name: str) -> None:
-        key = gate, STAGES.template_of(stage)
-        found[key] = min(found.get(key, (math.inf, name)), (math.inf if margin is None else margin, name))
-
-    home = {}
-    for fault in document["faults"]:
-        stage = fault.get("expected_stage")
-        if stage is None or fault.get("crashed") or fault.get("loud") or fault.get("not_run"):
-            continue
-        home[fault["name"]] = stage
-        dtype, recorded = fault.get("dtype", "float64"), str(fault.get("case", "")).startswith("official/")
-        reference = "recorded" if recorded else "none" if dtype == "float64" else "cast"
-        enter(f"{dtype}-{reference}", stage, fault.get("margin"), fault["name"])
-    for dtype, own in document.get("dtypes", {}).items():
-        for name, margin in own["margins"].items():
-            if name in home:
-                enter(f"{dtype}-cast", own.get("elsewhere", {}).get(name, home[name]), margin, name)
-    return found
 
 
 def table(noise: Mapping[str, Any], faults: Weakest | None) -> Iterator[str]:
