@@ -51,7 +51,9 @@ class Judged:
         for name in (run.name for run in self.run.cases if run.first_divergence is not None):
             one = self.candidates[name]
             passes = {"chained": one.chained, "forced": one.forced}
-            found[name] = explain_case(sketches, self.cases[name], passes, self.tolerances, dtype=self.run.dtype)
+            case, stages = self.cases[name], self.tolerances.stages
+            feeds = partial(port.feeds, case, stages)
+            found[name] = explain_case(sketches, case, passes, self.tolerances, dtype=self.run.dtype, feeds=feeds)
         return found
 
     def first(self) -> tuple[CaseRun, Row] | None:
