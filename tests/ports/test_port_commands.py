@@ -116,12 +116,14 @@ def _check_capsule(folder: Path) -> None:
         assert words in done.stdout + done.stderr
 
 
-def test_a_stage_fed_by_what_is_traced_is_its_own_error(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_lies_between_traced_stages_convicts_the_next(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The streams are scaled by the same function as the text, and the adapter does not trace them: what reads them is named."""
     plant(port, "    scaled = model.decoder.scaled\n    model.decoder.scaled = lambda x: scaled(x) / 8\n")
     assert run(port, "--quiet") == 1
     out = capsys.readouterr().out
     assert "WRONG: layer.0.input (layer.0.input of official/single)" in out
-    assert "Also wrong by themselves" not in out
+    assert "Also wrong by themselves: layer.{i}.t2{m}." in out
+    assert "the same tensors as known fault `text.factor_omitted`" in out
 
 
 def test_a_crash_is_the_ports(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
