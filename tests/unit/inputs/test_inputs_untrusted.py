@@ -19,7 +19,7 @@ import av
 import pytest
 
 from tests.media import Film, Sound, make_film, make_picture, make_sound, make_video
-from vidi.inputs import boxes, container, video
+from vidi.inputs import audio, boxes, container, video
 
 HANG_SEC = 10.0
 MEMORY_MIB = 1024
@@ -202,6 +202,20 @@ def test_sound_without_end_is_refused(tmp_path):
         assert len(list(reader.pictures())) == 5
         with pytest.raises(video.MediaError, match="--max-frames"):
             reader.sound()
+
+
+def test_sound_that_fails_behind_its_last_packet_keeps_nobody_waiting(tmp_path):
+    """Its last piece is made when the end has been heard: whoever then waits for another end waits for ever."""
+    path = make_video(tmp_path / "a.mp4", num_frames=5, fps=1, sound=Sound(2.5, 16000, 1))
+    sound = audio.Sound(path, 16, 100, max_sec=2.1)
+    with container.open_media(path) as opened:
+        assert len(list(container.decoded(opened, container.first_stream(opened, "video"), path, sound))) == 5
+        waiting = threading.Thread(target=sound.close, daemon=True)
+        waiting.start()
+        waiting.join(HANG_SEC)
+        assert not waiting.is_alive()
+        with pytest.raises(video.MediaError, match="more than 2 s of sound"):
+            sound.features()
 
 
 def test_boxes_that_promise_more_than_the_file_holds(tmp_path):
