@@ -22,6 +22,7 @@ from stageparity import ledger, store
 from stageparity.evidence import commit
 from stageparity.golden import Golden, GoldenError, Sketched, Whole
 from stageparity.manifest import set_sha256
+from stageparity.strict import printable
 from stageparity.writer import NewCase, replaced, write_case
 from vidi.cli import guarded
 from vidi.config import VidiConfig
@@ -108,7 +109,7 @@ def _run(arguments: list[str]) -> int:
     else:
         new = full.make(getattr(VidiConfig, args.size)(), device=args.device, commit=commit(ROOT))
     lines = changes(old, new)
-    print("\n".join(lines) or "nothing would change")
+    print(printable("\n".join(lines), keep="\n") or "nothing would change")
     if args.accept and (lines or ledger.stale(args.goldens, full.FOLDER.as_posix(), set_sha256(folder))):
         write(args.goldens, new, args.reason, lines)
     return 0

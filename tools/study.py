@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stageparity import evidence, ledger
+from stageparity import evidence, ledger, strict
 from stageparity.golden import GoldenError
 from stageparity.writer import locked
 from tools import studies
@@ -77,7 +77,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
     else:
-        print("\n".join(f"STALE {name}: {line}" for name, lines in found.items() for line in lines) or "all is current")
+        lines = [f"STALE {name}: {line}" for name, lines in found.items() for line in lines]
+        print(strict.printable("\n".join(lines), keep="\n") or "all is current")
     return int(bool(found))
 
 
@@ -93,17 +94,17 @@ def _study(args: argparse.Namespace) -> int:
     else:
         document = _measured(module, args, before)
         part, stale = module.part(args), []
-        moves = [f"{part} is a part of the study: not compared"] if part else list(module.moves(before, document))
-    problems = module.problems(document, args.goldens)
+        with strict.shaped(path):
+            moves = [f"{part} is a part of the study: not compared"] if part else list(module.moves(before, document))
+    with strict.shaped(path):
+        problems, shown = module.problems(document, args.goldens), list(module.show(document, args.goldens))
     if args.json:
         told = {"study": args.study, "moves": moves, "problems": problems, "stale": stale}
-        print(json.dumps(told | {"document": document}, allow_nan=False, ensure_ascii=False))
+        print(json.dumps(told | {"document": document}, allow_nan=False))
     else:
-        print(
-            "\n".join([*module.show(document, args.goldens), "", *(moves or ["no figure moved"] * (not args.stored))])
-        )
-        for kind, lines in (("PROBLEM", problems), ("STALE", stale)):
-            print("".join(f"{kind}: {line}\n" for line in lines), end="")
+        lines = [*shown, "", *(moves or ["no figure moved"] * (not args.stored))]
+        lines += [f"{kind}: {line}" for kind, found in (("PROBLEM", problems), ("STALE", stale)) for line in found]
+        print(strict.printable("\n".join(lines), keep="\n"))
     if args.accept:
         if problems:
             raise GoldenError(f"not accepted: {problems[0]}")
