@@ -83,14 +83,15 @@ def list_sets(goldens: Path) -> list[Path]:
 
 
 def select(goldens: Path, globs: Iterable[str] = ()) -> list[CaseRef]:
-    """Cases of a golden folder whose name, set or SET/NAME matches one of the shell patterns; without any, all.
+    """Cases of a golden folder whose name, set or SET/NAME is or matches one of the shell patterns; without any, all.
 
     Raises GoldenError naming the choices where one of them matches nothing.
     """
     refs = list_cases(goldens)
     chosen: dict[CaseRef, None] = {}
     for glob in globs:
-        found = [r for r in refs if any(fnmatch.fnmatchcase(n, glob) for n in (r.name, r.set, f"{r.set}/{r.name}"))]
+        names = {ref: (ref.name, ref.set, f"{ref.set}/{ref.name}") for ref in refs}
+        found = [r for r in refs if glob in names[r] or any(fnmatch.fnmatchcase(name, glob) for name in names[r])]
         if not found:
             raise GoldenError(
                 f"no case {glob!r} in {goldens}: there are {', '.join(f'{r.set}/{r.name}' for r in refs)}"

@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
                 dump.write(files[case.name], tensors)
 
         found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
-    terminal.print_run(found, console, context, verbose=not args.quiet)
-    if dump is not None:
+    if dump is not None:  # the last lines are the verdict's
         terminal.say(console, f"{dump.bytes / 1e6:,.1f} MB of tensors in {dump.folder}")
+    terminal.print_run(found, console, context, verbose=not args.quiet)
     if to_stdout:
         print(terminal.to_text(found, context), end="")
     outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
