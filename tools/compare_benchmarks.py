@@ -18,7 +18,7 @@ from typing import Any
 
 from stageparity import strict
 from stageparity.strict import printable
-from vidi.cli import guarded
+from vidi import cli
 
 __all__ = ["Change", "compare", "main", "read"]
 
@@ -82,11 +82,11 @@ def devices(figures: Figures) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is described above."""
-    return guarded(_run, arguments, name="compare_benchmarks.py")
+    return cli.guarded(_run, arguments, name="compare_benchmarks.py")
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--slack", type=float, default=0.05, help="how much a ratio may grow: 0.05 is 5 %% (default)")

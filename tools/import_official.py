@@ -31,7 +31,7 @@ from stageparity.golden import Golden, GoldenError, Sampled, Whole, stats_of, wh
 from stageparity.manifest import parse, set_sha256
 from stageparity.store import verify
 from stageparity.writer import NewCase, replaced, write_case, write_weights
-from vidi.cli import guarded
+from vidi import cli
 from vidi.parity.goldens import position_table
 from vidi.parity.stages import STAGES
 
@@ -408,11 +408,11 @@ def _spread(rows: int, count: int) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exits 0, or 2 with the reason on stderr."""
-    return guarded(_run, arguments, name="import_official.py")
+    return cli.guarded(_run, arguments, name="import_official.py")
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", type=Path, nargs="?", help="folder of recordings")
     parser.add_argument("dst", type=Path, nargs="?", help="golden set to write")
     parser.add_argument("--full", action="store_true", help="keep every recorded row, uncompressed")

@@ -21,7 +21,7 @@ from stageparity.manifest import FORMAT, PARTS, parse, set_sha256
 from stageparity.store import Case, open_case
 from stageparity.strict import printable
 from stageparity.writer import NewCase, replaced, write_case
-from vidi.cli import guarded
+from vidi import cli
 
 __all__ = ["main", "migrate"]
 
@@ -70,11 +70,11 @@ def migrate(folder: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exits 0, or 2 for what is refused."""
-    return guarded(_run, arguments, name="migrate_goldens.py")
+    return cli.guarded(_run, arguments, name="migrate_goldens.py")
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="+", type=Path, metavar="SET", help="folder of CASE.json and CASE.h5 files")
     parser.add_argument("--accept", action="store_true", help="write")
     parser.add_argument("--ledger", type=Path, metavar="GOLDENS", help="golden folder whose ledger holds the sets")

@@ -30,7 +30,7 @@ from stageparity.strict_safetensors import read_safetensors
 from stageparity.writer import NewCase, locked, replaced, write_case, write_weights
 from tools import studies
 from tools.regen_plan import RECIPES, Change, plan
-from vidi.cli import guarded
+from vidi import cli
 
 __all__ = ["check", "main"]
 
@@ -97,11 +97,11 @@ def _refuse_where_unsafe() -> None:
 
 def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda point: None) -> int:
     """Command line. Exits 0; 1 when --check finds something; 2 for what is refused. at: see `writer.replaced`."""
-    return guarded(partial(_run, at=at), arguments, name="regen_goldens.py")
+    return cli.guarded(partial(_run, at=at), arguments, name="regen_goldens.py")
 
 
 def _run(arguments: list[str], at: Callable[[str], None]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--goldens", type=Path, default=ROOT / "goldens", help="golden folder (default: the repository's)"
     )

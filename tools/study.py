@@ -24,7 +24,7 @@ from stageparity.golden import GoldenError
 from stageparity.writer import locked
 from tools import studies
 from tools.studies import LEDGER, NAMES, ROOT, again, gpu, say, study
-from vidi.cli import guarded
+from vidi import cli
 
 __all__ = ["main", "stale"]
 
@@ -33,7 +33,7 @@ LISTED = 40  # moves written out in one ledger entry
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    return guarded(_run, arguments, name="study.py")
+    return cli.guarded(_run, arguments, name="study.py")
 
 
 def _run(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--json", action="store_true", help="print JSON")
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="tools/study.py", description=__doc__, parents=[common], **shape)
+    parser = cli.parser(prog="tools/study.py", description=__doc__, parents=[common], **shape)
     parser.add_argument("--check", action="store_true", help="name what is stale or missing, in seconds")
     named = parser.add_subparsers(dest="study", metavar="NAME")
     for name in NAMES:

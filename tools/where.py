@@ -19,7 +19,7 @@ from stageparity.code import Code, code
 from stageparity.manifest import parse
 from stageparity.stage import Stage
 from stageparity.store import CaseRef, list_cases
-from vidi.cli import guarded
+from vidi import cli
 from vidi.parity.faults import FAULTS
 from vidi.parity.stages import STAGES
 
@@ -52,11 +52,11 @@ def at(place: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    return guarded(_run, arguments, name="where.py")
+    return cli.guarded(_run, arguments, name="where.py")
 
 
 def _run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("place", metavar="FILE[:LINE] | NAME | STAGE")
     try:
         lines = list(told(parser.parse_args(arguments).place))
