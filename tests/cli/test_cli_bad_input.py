@@ -50,6 +50,33 @@ def test_a_wrong_output_path_ends_a_command_at_its_start(command: str, tmp_path:
     assert torch.get_num_threads() == before
 
 
+def test_no_output_takes_the_place_of_an_input_or_of_another_output(tmp_path: Path, capsys) -> None:
+    goldens, film = tmp_path / "goldens", make_video(tmp_path / "film.mp4")
+    goldens.mkdir()
+    for suffix in ("json", "h5"):
+        (goldens / f"a.{suffix}").touch()
+    read, twice = "nothing is written into", "is named twice"
+    for words, said in (
+        (["parity", "--goldens", goldens, "--json", goldens / "a.json"], read),
+        (["parity", "--goldens", goldens, "--html", goldens / "new.html"], read),
+        (["parity", "--goldens", goldens, "--dump", goldens], read),
+        (["parity", "--goldens", goldens, "--json", tmp_path / "x", "--html", tmp_path / "goldens/../x"], twice),
+        (["faults", "--goldens", goldens, "--json", goldens / "a.json"], read),
+        (["faults", "--json", "-"], "- is no file"),
+        (["bench", "--video", film, "--json", film], read),
+        (["bench", "--json", "-"], "- is no file"),
+        (["parity", "--stage", ""], "matches none of"),
+        (["parity", "--stage", "logits,"], "matches none of"),
+        (["faults", "--fault", ""], "no fault matches"),
+    ):
+        before = film.read_bytes()
+        assert main(list(map(str, words))) == 2, words
+        assert said in capsys.readouterr().err
+        assert film.read_bytes() == before
+    assert sorted(path.name for path in goldens.iterdir()) == ["a.h5", "a.json"]
+    outputs.apart(goldens, "/dev/null", "/dev/null", None)
+
+
 @pytest.mark.parametrize("command", ["parity", "bench"])
 def test_a_wrong_device_ends_a_command_at_its_start(command: str, capsys) -> None:
     assert main([command, "--device", "nonsense"]) == 2

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     dispatch.check(args.plain_backend)
     if args.video is not None:
         container.open_regular(args.video).close()  # before weights are made
+        outputs.apart(args.video, args.json)
     size = args.size or ("full" if device.type == "cuda" else "tiny")
     frames = args.frames or (FULL_FRAMES if size == "full" else TINY_FRAMES)
     config = VidiConfig.full() if size == "full" else VidiConfig.tiny()

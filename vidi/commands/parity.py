@@ -64,11 +64,12 @@ def run(args: argparse.Namespace) -> int:
         return _full(args, console)
     device.check(args.device)
     goldens = goldens_dir(args.goldens)
+    outputs.apart(goldens, None if to_stdout else args.json, args.html, args.dump)
     refs = of_model(store.select(goldens, args.case), args.model)
     # Imported recordings bring no tolerances of their own: the embedded ones judge them.
     judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
     tolerances = tolerance.load(judged_by, STAGES)
-    if args.stage:
+    if args.stage is not None:
         _check_stages(args.stage, refs)
     files = _files([f"{ref.set}/{ref.name}" for ref in refs])
     dump = Dump(Path(args.dump), list(files.values())) if args.dump else None
@@ -124,7 +125,7 @@ def _check_stages(globs: str, refs: Any) -> None:
     bodies = (manifest.parse(ref.folder / f"{ref.name}.json") for ref in refs)
     known = {stage for body in bodies for stages in body["targets"].values() for stage in stages}
     known |= {stage.replace(".nocache.", ".cached.") for stage in known}
-    for glob in filter(None, (part.strip() for part in globs.split(","))):
+    for glob in (part.strip() for part in globs.split(",")):
         if not any(fnmatch.fnmatchcase(stage, glob) for stage in known):
             raise ValueError(f"--stage {glob!r} matches none of the {len(known)} stages of these {len(refs)} cases")
 
