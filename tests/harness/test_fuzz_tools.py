@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from stageparity import evidence, strict
+from stageparity import evidence, ledger, strict
 from tests.harness.test_fuzz_parity import CASES, GOLDENS, HARM, VALUES, _folder
 from tests.limited import run_cases, watched
 from tools import compare_benchmarks, import_official, migrate_goldens, regen_goldens, study
@@ -163,3 +163,10 @@ def test_a_document_of_another_form_is_refused_by_name(tmp_path: Path) -> None:
     refused = pytest.raises(strict.Refused, match=r"a.json: is not of the form that is read here \(KeyError: 'rows'\)")
     with refused, strict.shaped(tmp_path / "a.json"):
         document["rows"]
+
+
+@pytest.mark.parametrize("text", ["entry = 1", "[[entry]]\nsubject = 1", "[entry]\nsubject = 'a'"])
+def test_a_ledger_of_another_form_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ledger.toml").write_text(text, "utf-8")
+    with pytest.raises(strict.Refused, match=r"ledger.toml: entry: tables of texts are needed"):
+        ledger.entries(tmp_path)
