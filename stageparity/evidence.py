@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,7 @@ __all__ = [
 
 ASIDE = ("stageparity/evidence.py", "stageparity/atomic.py")  #: writes a result down, and computes none of it
 LINE = 500  #: characters up to which a value stays on one line of a stored file
+MAX_BYTES = 64 << 20  #: of a stored result
 NAMED = 8  #: changed files that a line names
 LIBRARIES = ("torch", "numpy", "h5py", "safetensors", "triton", "flash_attn")
 
@@ -225,15 +226,14 @@ def commit(root: Path) -> str:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A stored result; None where there is no file. Raises ValueError naming a file that is no JSON object."""
-    if not path.exists():
-        return None
+    """A stored result; None where there is no file. Raises Refused naming a file that is none, or cannot be read."""
     try:
-        document = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: no JSON object")
+        document = strict.read_json(path, limit=MAX_BYTES)
+    except strict.Missing:
+        return None
+    on = document.get("measured_on", {})
+    if not isinstance(on, dict) or not all(isinstance(on.get(part.name, {}), dict) for part in fields(Basis)):
+        raise strict.Refused("tables are needed", file=path, field="measured_on")
     return document
 
 

@@ -15,20 +15,28 @@ from stageparity import atomic, strict
 
 __all__ = ["append", "entries", "file_sha256", "latest", "stale"]
 
+MAX_BYTES = 64 << 20  # of a file whose hash is entered
+_KEYS = ("subject", "sha256", "why")
 _HEAD = "# What changed, why, and the errors against the oracle before and after. Written by tools/, appended only.\n"
 
 
 def file_sha256(path: Path) -> str:
     """sha256 of a text file's content."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(strict.read_bytes(path, limit=MAX_BYTES)).hexdigest()
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    """All entries of a golden folder's ledger, oldest first."""
+    """All entries of a golden folder's ledger, oldest first. Raises Refused for a file of another form."""
+    path = folder / "ledger.toml"
     try:
-        return strict.read_toml(folder / "ledger.toml").get("entry", [])
+        found = strict.read_toml(path).get("entry", [])
     except strict.Missing:
         return []
+    if not isinstance(found, list) or not all(
+        isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in _KEYS) for entry in found
+    ):
+        raise strict.Refused(f"tables of texts are needed: {', '.join(_KEYS)}", file=path, field="entry")
+    return found
 
 
 def latest(folder: Path, subject: str) -> dict[str, Any] | None:
@@ -56,7 +64,7 @@ def append(folder: Path, subject: str, sha256: str, reason: str, changes: list[s
     if not reason.strip():
         raise ValueError('a ledger entry needs a reason: --reason "..."')
     path = folder / "ledger.toml"
-    text = path.read_text(encoding="utf-8") if path.exists() else _HEAD
+    text = strict.read_bytes(path, limit=MAX_BYTES).decode("utf-8") if path.exists() else _HEAD
     lines = ["", "[[entry]]", *(f"{k} = {json.dumps(v)}" for k, v in (("subject", subject), ("sha256", sha256)))]
     lines.append(f"why = {json.dumps(reason.strip())}")
     if changes:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load
 
 from stageparity import strict
 from stageparity.golden import Golden, GoldenError, Sampled, Sketched, Whole
@@ -26,6 +25,7 @@ from stageparity.manifest import PARTS, content_sha256, parse, restore_hint, wei
 from stageparity.sketch import Sketch, SketchSpec
 from stageparity.strict import Missing, Refused
 from stageparity.strict_hdf5 import H5File, open_h5
+from stageparity.strict_safetensors import read_safetensors
 
 __all__ = [
     "Case", "CaseRef", "GoldenError", "Targets", "goldens_dir", "list_cases", "list_sets", "open_case", "select", "verify",
@@ -33,7 +33,6 @@ __all__ = [
 
 ORIGINS = ("official", "oracle", "self")
 MEASURED = "measured"  # the folder of a golden folder that holds what was measured, no goldens
-MAX_WEIGHTS = 8 << 30  # bytes of a weights file
 PROVENANCE = ("origin", "dtype", "libraries", "device", "seed", "commit")
 
 
@@ -84,14 +83,15 @@ def list_sets(goldens: Path) -> list[Path]:
 
 
 def select(goldens: Path, globs: Iterable[str] = ()) -> list[CaseRef]:
-    """Cases of a golden folder whose name, set or SET/NAME matches one of the shell patterns; without any, all.
+    """Cases of a golden folder whose name, set or SET/NAME is or matches one of the shell patterns; without any, all.
 
     Raises GoldenError naming the choices where one of them matches nothing.
     """
     refs = list_cases(goldens)
     chosen: dict[CaseRef, None] = {}
     for glob in globs:
-        found = [r for r in refs if any(fnmatch.fnmatchcase(n, glob) for n in (r.name, r.set, f"{r.set}/{r.name}"))]
+        names = {ref: (ref.name, ref.set, f"{ref.set}/{ref.name}") for ref in refs}
+        found = [r for r in refs if glob in names[r] or any(fnmatch.fnmatchcase(name, glob) for name in names[r])]
         if not found:
             raise GoldenError(
                 f"no case {glob!r} in {goldens}: there are {', '.join(f'{r.set}/{r.name}' for r in refs)}"
@@ -200,13 +200,12 @@ class Case:
         if path.parent != self.folder or not path.name:
             raise GoldenError(f"{self.name}: weights file {named.get('file')} is missing: {restore_hint(path)}")
         try:
-            tensors = load(strict.read_bytes(path, limit=MAX_WEIGHTS))
+            tensors = read_safetensors(path)
         except Missing:
             raise GoldenError(f"{self.name}: weights file {path.name} is missing: {restore_hint(path)}") from None
-        except Exception as error:  # the reader's errors share no base class
-            reason = strict.reason(error)
+        except Refused as error:
             raise GoldenError(
-                f"{self.name}: weights file {path.name} is unreadable ({reason}): {restore_hint(path)}"
+                f"{self.name}: weights file {path.name} is unreadable ({error.problem}): {restore_hint(path)}"
             ) from None
         if weights_sha256(tensors) != named.get("sha256"):
             raise GoldenError(f"{self.name}: weights file {path.name} is altered: {restore_hint(path)}")

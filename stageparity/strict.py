@@ -12,11 +12,12 @@ import os
 import stat
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = ["MAX_INTEGER", "MAX_JSON_BYTES", "Missing", "Refused", "locate", "open_file", "parse_json", "parse_toml"]
-__all__ += ["one_line", "printable", "read_bytes", "read_json", "read_toml", "reason"]
+__all__ += ["one_line", "printable", "read_bytes", "read_json", "read_toml", "reason", "shaped"]
 
 MAX_JSON_BYTES, MAX_TOML_BYTES = 4 << 20, 1 << 20
 MAX_DEPTH, MAX_VALUES = 64, 1_000_000
@@ -34,6 +35,16 @@ class Refused(ValueError):
 
 class Missing(Refused):
     """There is no such file."""
+
+
+@contextmanager
+def shaped(file: str | Path) -> Iterator[None]:
+    """In the block a document is used as what it should be; where it is of another form, Refused names its file."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        problem = f"is not of the form that is read here ({type(error).__name__}: {reason(error)})"
+        raise Refused(problem, file=file) from error
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -10,17 +10,19 @@ where one grew by more than the slack or a benchmark is gone, 2 where the files 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vidi.cli import guarded
+from stageparity import strict
+from stageparity.strict import printable
+from vidi import cli
 
 __all__ = ["Change", "compare", "main", "read"]
 
+MAX_BYTES = 64 << 20
 RATIOS = ("to_floor", "to_plain")
 
 Figures = Mapping[str, Mapping[str, Any]]
@@ -49,12 +51,13 @@ class Change:
 
 def read(path: Path) -> Figures:
     """Benchmark name -> its extra_info. Raises ValueError where the file holds no comparable benchmark."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        found = {entry["name"]: entry["extra_info"] for entry in raw["benchmarks"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: no benchmark file ({error})") from None
-    found = {name: info for name, info in found.items() if any(ratio in info for ratio in RATIOS)}
+    raw = strict.read_json(path, limit=MAX_BYTES)
+    with strict.shaped(path):
+        found = {str(entry["name"]): entry["extra_info"] for entry in raw["benchmarks"]}
+        found = {name: info for name, info in found.items() if any(ratio in info for ratio in RATIOS)}
+        wrong = [n for n, i in found.items() if not all(isinstance(i.get(r, 0.0), int | float) for r in RATIOS)]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]}: a ratio is no number")
     if not found:
         raise ValueError(f"{path}: no benchmark with a ratio in it; write it with pytest -m bench --benchmark-json")
     return found
@@ -79,11 +82,11 @@ def devices(figures: Figures) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; the exit status is described above."""
-    return guarded(_run, arguments, name="compare_benchmarks.py")
+    return cli.guarded(_run, arguments, name="compare_benchmarks.py")
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--slack", type=float, default=0.05, help="how much a ratio may grow: 0.05 is 5 %% (default)")
@@ -93,8 +96,8 @@ def _run(arguments: list[str]) -> int:
     if devices(before) != devices(after) and not options.across_devices:
         raise ValueError(f"measured on {devices(before)} and on {devices(after)}; --across-devices compares them")
     changes = compare(before, after)
-    print(f"{devices(before)} -> {devices(after)}; a ratio may grow by {options.slack:.0%}")
-    print("\n".join(change.line(options.slack) for change in changes))
+    print(f"{printable(devices(before))} -> {printable(devices(after))}; a ratio may grow by {options.slack:.0%}")
+    print("\n".join(printable(change.line(options.slack)) for change in changes))
     worse = [change for change in changes if change.worse(options.slack)]
     gone = sum(change.after is None for change in worse)
     print(f"{len(changes)} ratios, {len(worse) - gone} worse, {gone} gone")

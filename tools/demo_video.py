@@ -15,7 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from vidi.cli import guarded
+from vidi import cli
 
 __all__ = ["main", "make"]
 
@@ -55,11 +55,11 @@ def make(path: Path, seconds: float = 8.0) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    return guarded(_run, arguments, name="demo_video.py")
+    return cli.guarded(_run, arguments, name="demo_video.py")
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT.mp4")
     parser.add_argument("--seconds", type=float, default=8.0)
     args = parser.parse_args(arguments)

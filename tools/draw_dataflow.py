@@ -10,7 +10,6 @@ which a test holds against the goldens.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +19,7 @@ from xml.sax.saxutils import escape
 
 from stageparity import atomic
 from stageparity.stage import Stage
-from vidi.cli import guarded
+from vidi import cli
 from vidi.parity.stages import STAGES
 
 __all__ = ["DRAWN", "dataflow_svg", "main", "stage_table"]
@@ -268,11 +267,11 @@ def contributing(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    return guarded(_run, argv, name="draw_dataflow.py")
+    return cli.guarded(_run, argv, name="draw_dataflow.py")
 
 
 def _run(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = cli.parser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is out of date")
     args = parser.parse_args(argv)
     stale = 0

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import math
 import struct
 import sys
@@ -26,14 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
-from stageparity import ledger
+from stageparity import ledger, strict, strict_safetensors
 from stageparity.golden import Golden, GoldenError, Sampled, Whole, stats_of, whole
 from stageparity.manifest import parse, set_sha256
 from stageparity.store import verify
 from stageparity.writer import NewCase, replaced, write_case, write_weights
-from vidi.cli import guarded
+from vidi import cli
 from vidi.parity.goldens import position_table
 from vidi.parity.stages import STAGES
 
@@ -70,17 +68,16 @@ TIED = "equals model.embed_tokens.weight (tied); released files omit it"
 # case. The sums of all rows stay, so a wrong row is seen whether or not it is among those kept.
 THIN_SAMPLE = 4_000
 THIN_WHOLE = 12_000
+MAX_JSON_BYTES = 64 << 20  # of what describes a recorded case
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors, bfloat16 upcast to float32 (lossless), and the sha256 of each one's raw bytes."""
-    raw = path.read_bytes()
+    raw = strict.read_bytes(path, limit=strict_safetensors.MAX_BYTES)
     try:
         return _parsed(path, raw)
     except (
         struct.error,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
         KeyError,
         TypeError,
         AttributeError,
@@ -91,7 +88,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 def _parsed(path: Path, raw: bytes) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(raw[8 : 8 + length])
+    header = strict.parse_json(raw[8 : 8 + length])
     tensors, hashes = {}, {}
     for name, entry in header.items():
         if name == "__metadata__":
@@ -112,7 +109,7 @@ def pos_freq(width: int, stored: Path | None = None) -> np.ndarray | None:
     None without any.
     """
     if stored is not None and stored.exists():
-        tables = load_file(stored)
+        tables = strict_safetensors.read_safetensors(stored)
         if str(width) in tables:
             return tables[str(width)]
     if (embedded := position_table(width)) is not None:
@@ -127,7 +124,7 @@ def pos_freq(width: int, stored: Path | None = None) -> np.ndarray | None:
 def store_pos_freq(goldens: Path, widths: Iterable[int]) -> None:
     """Add tables for widths to GOLDENS/pos_freq.safetensors; a width that is already there stays as it is."""
     path = goldens / "pos_freq.safetensors"
-    tables = load_file(path) if path.exists() else {}
+    tables = strict_safetensors.read_safetensors(path) if path.exists() else {}
     for width in widths:
         table = pos_freq(width, path)
         if table is None:
@@ -186,7 +183,8 @@ def import_recordings(
         named = write_weights(draft, "weights.safetensors", weights)
         kind = "dattn_mistral" if CONV in weights else "dattn_gemma2"
         for name, short in found:
-            case = _Recording(src, name, short, full, dst.parent / "pos_freq.safetensors").case(named, tied, kind)
+            with strict.shaped(src / f"{name}.{short}.json"):
+                case = _Recording(src, name, short, full, dst.parent / "pos_freq.safetensors").case(named, tied, kind)
             write_case(draft, case, compress=not full)
         verify(draft)
     return [name if short == "f32" else f"{name}.{short}" for name, short in found]
@@ -213,7 +211,7 @@ class _Recording:
 
     def __init__(self, src: Path, name: str, short: str, full: bool, table: Path) -> None:
         self.name, self.short, self.full, self.table = name, short, full, table
-        self.json = json.loads((src / f"{name}.{short}.json").read_text("utf-8"))
+        self.json = strict.read_json(src / f"{name}.{short}.json", limit=MAX_JSON_BYTES)
         self.tables = read_safetensors(src / TABLES)[0] if (src / TABLES).exists() else {}
         self.tensors, hashes = read_safetensors(src / f"{name}.{short}.safetensors")
         self.left_out: dict[str, str] = {}
@@ -410,11 +408,11 @@ def _spread(rows: int, count: int) -> np.ndarray:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exits 0, or 2 with the reason on stderr."""
-    return guarded(_run, arguments, name="import_official.py")
+    return cli.guarded(_run, arguments, name="import_official.py")
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("src", type=Path, nargs="?", help="folder of recordings")
     parser.add_argument("dst", type=Path, nargs="?", help="golden set to write")
     parser.add_argument("--full", action="store_true", help="keep every recorded row, uncompressed")
@@ -438,7 +436,7 @@ def _run(arguments: list[str]) -> int:
         dtypes=args.dtype or DTYPES,
         reason=args.reason if in_ledger else None,
     )
-    print(f"{args.dst}: {', '.join(names)}")
+    print(strict.printable(f"{args.dst}: {', '.join(names)}"))
     return 0
 
 

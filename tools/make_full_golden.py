@@ -22,8 +22,9 @@ from stageparity import ledger, store
 from stageparity.evidence import commit
 from stageparity.golden import Golden, GoldenError, Sketched, Whole
 from stageparity.manifest import set_sha256
+from stageparity.strict import printable
 from stageparity.writer import NewCase, replaced, write_case
-from vidi.cli import guarded
+from vidi import cli
 from vidi.config import VidiConfig
 from vidi.parity import full
 from vidi.parity.stages import STAGES
@@ -83,11 +84,11 @@ def _moved(old: Golden, new: Golden) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exits 0, or 2 for what is refused."""
-    return guarded(_run, arguments, name="make_full_golden.py")
+    return cli.guarded(_run, arguments, name="make_full_golden.py")
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--goldens", type=Path, default=ROOT / "goldens")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", default="cuda")
@@ -108,7 +109,7 @@ def _run(arguments: list[str]) -> int:
     else:
         new = full.make(getattr(VidiConfig, args.size)(), device=args.device, commit=commit(ROOT))
     lines = changes(old, new)
-    print("\n".join(lines) or "nothing would change")
+    print(printable("\n".join(lines), keep="\n") or "nothing would change")
     if args.accept and (lines or ledger.stale(args.goldens, full.FOLDER.as_posix(), set_sha256(folder))):
         write(args.goldens, new, args.reason, lines)
     return 0

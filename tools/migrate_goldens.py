@@ -19,8 +19,9 @@ from stageparity import ledger
 from stageparity.golden import GoldenError
 from stageparity.manifest import FORMAT, PARTS, parse, set_sha256
 from stageparity.store import Case, open_case
+from stageparity.strict import printable
 from stageparity.writer import NewCase, replaced, write_case
-from vidi.cli import guarded
+from vidi import cli
 
 __all__ = ["main", "migrate"]
 
@@ -69,11 +70,11 @@ def migrate(folder: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exits 0, or 2 for what is refused."""
-    return guarded(_run, arguments, name="migrate_goldens.py")
+    return cli.guarded(_run, arguments, name="migrate_goldens.py")
 
 
 def _run(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="+", type=Path, metavar="SET", help="folder of CASE.json and CASE.h5 files")
     parser.add_argument("--accept", action="store_true", help="write")
     parser.add_argument("--ledger", type=Path, metavar="GOLDENS", help="golden folder whose ledger holds the sets")
@@ -83,7 +84,7 @@ def _run(arguments: list[str]) -> int:
         if not any(folder.glob("*.json")):
             raise GoldenError(f"{folder}: holds no CASE.json")
         old = [path.stem for path in sorted(folder.glob("*.json")) if parse(path, (FORMAT, OLD))["format"] == OLD]
-        print(f"{folder}: {', '.join(old) or 'no case'} of format {OLD}")
+        print(printable(f"{folder}: {', '.join(old) or 'no case'} of format {OLD}"))
         if args.accept and old:
             _write(folder, args.ledger, args.reason)
     return 0
@@ -96,7 +97,7 @@ def _write(folder: Path, goldens: Path | None, reason: str) -> None:
             ledger.append(goldens, subject, set_sha256(folder), reason)
 
     with replaced(folder, goldens=goldens, record=record) as draft:
-        print(f"{folder}: {migrate(draft)} cases migrated")
+        print(printable(f"{folder}: {migrate(draft)} cases migrated"))
 
 
 if __name__ == "__main__":

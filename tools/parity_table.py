@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from stageparity import run as runs
 from stageparity import store, tolerance
-from vidi.cli import guarded
+from vidi import cli
 from vidi.parity.goldens import goldens_dir
 from vidi.parity.stages import STAGES
 from vidi.parity.subject import VidiSubject
@@ -16,11 +15,11 @@ from vidi.parity.subject import VidiSubject
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    return guarded(_run, arguments, name="parity_table.py")
+    return cli.guarded(_run, arguments, name="parity_table.py")
 
 
 def _run(arguments: list[str]) -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    cli.parser(description=__doc__).parse_args(arguments)
     goldens = goldens_dir()
     tolerances = tolerance.load(goldens, STAGES)
     print("| goldens | dtype | cases | stages | different | worst max\\|d\\| / rms | at |")

@@ -21,16 +21,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from safetensors.numpy import load_file
-
 from stageparity import atomic, ledger
 from stageparity.golden import GoldenError
 from stageparity.manifest import set_sha256
 from stageparity.store import list_cases, list_sets, verify
+from stageparity.strict import printable
+from stageparity.strict_safetensors import read_safetensors
 from stageparity.writer import NewCase, locked, replaced, write_case, write_weights
 from tools import studies
 from tools.regen_plan import RECIPES, Change, plan
-from vidi.cli import guarded
+from vidi import cli
 
 __all__ = ["check", "main"]
 
@@ -97,11 +97,11 @@ def _refuse_where_unsafe() -> None:
 
 def main(arguments: list[str] | None = None, at: Callable[[str], None] = lambda point: None) -> int:
     """Command line. Exits 0; 1 when --check finds something; 2 for what is refused. at: see `writer.replaced`."""
-    return guarded(partial(_run, at=at), arguments, name="regen_goldens.py")
+    return cli.guarded(partial(_run, at=at), arguments, name="regen_goldens.py")
 
 
 def _run(arguments: list[str], at: Callable[[str], None]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--goldens", type=Path, default=ROOT / "goldens", help="golden folder (default: the repository's)"
     )
@@ -122,16 +122,19 @@ def _run(arguments: list[str], at: Callable[[str], None]) -> int:
         _refuse_recording(args.goldens, args.set, name)
     if args.check:
         problems = check(args.goldens)
-        print("\n".join(problems) or "goldens are as the oracle makes them, and the ledger covers them")
+        print(
+            printable("\n".join(problems), keep="\n")
+            or "goldens are as the oracle makes them, and the ledger covers them"
+        )
         return 1 if problems else 0
     if args.accept_tolerances:
         _accept_tolerances(args.goldens, args.reason)
         return 0
     if args.candidate and len(args.case or ()) != 1:
         raise GoldenError("--candidate holds the tensors of one case: name it with --case")
-    candidate = load_file(args.candidate) if args.candidate else None
+    candidate = read_safetensors(args.candidate) if args.candidate else None
     changes, cases = plan(args.goldens / args.set, args.case, args.stage, candidate)
-    print("\n".join(change.line() for change in changes) or "nothing would change")
+    print("\n".join(printable(change.line()) for change in changes) or "nothing would change")
     if args.accept:
         missing = not changes and ledger.stale(args.goldens, args.set, set_sha256(args.goldens / args.set))
         if changes:

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stageparity import atomic, evidence, ledger
+from stageparity import atomic, evidence, ledger, strict
 from stageparity.golden import GoldenError
 from stageparity.writer import locked
 from tools import studies
 from tools.studies import LEDGER, NAMES, ROOT, again, gpu, say, study
-from vidi.cli import guarded
+from vidi import cli
 
 __all__ = ["main", "stale"]
 
@@ -33,7 +33,7 @@ LISTED = 40  # moves written out in one ledger entry
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
-    return guarded(_run, arguments, name="study.py")
+    return cli.guarded(_run, arguments, name="study.py")
 
 
 def _run(arguments: list[str]) -> int:
@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     common.add_argument("--json", action="store_true", help="print JSON")
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(prog="tools/study.py", description=__doc__, parents=[common], **shape)
+    parser = cli.parser(prog="tools/study.py", description=__doc__, parents=[common], **shape)
     parser.add_argument("--check", action="store_true", help="name what is stale or missing, in seconds")
     named = parser.add_subparsers(dest="study", metavar="NAME")
     for name in NAMES:
@@ -77,7 +77,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
     else:
-        print("\n".join(f"STALE {name}: {line}" for name, lines in found.items() for line in lines) or "all is current")
+        lines = [f"STALE {name}: {line}" for name, lines in found.items() for line in lines]
+        print(strict.printable("\n".join(lines), keep="\n") or "all is current")
     return int(bool(found))
 
 
@@ -94,17 +95,17 @@ def _study(args: argparse.Namespace) -> int:
     else:
         document, files = _measured(module, args, before)
         part, stale = module.part(args), []
-        moves = [f"{part} is a part of the study: not compared"] if part else list(module.moves(before, document))
-    problems = module.problems(document, args.goldens)
+        with strict.shaped(path):
+            moves = [f"{part} is a part of the study: not compared"] if part else list(module.moves(before, document))
+    with strict.shaped(path):
+        problems, shown = module.problems(document, args.goldens), list(module.show(document, args.goldens))
     if args.json:
         told = {"study": args.study, "moves": moves, "problems": problems, "stale": stale}
-        print(json.dumps(told | {"document": document}, allow_nan=False, ensure_ascii=False))
+        print(json.dumps(told | {"document": document}, allow_nan=False))
     else:
-        print(
-            "\n".join([*module.show(document, args.goldens), "", *(moves or ["no figure moved"] * (not args.stored))])
-        )
-        for kind, lines in (("PROBLEM", problems), ("STALE", stale)):
-            print("".join(f"{kind}: {line}\n" for line in lines), end="")
+        lines = [*shown, "", *(moves or ["no figure moved"] * (not args.stored))]
+        lines += [f"{kind}: {line}" for kind, found in (("PROBLEM", problems), ("STALE", stale)) for line in found]
+        print(strict.printable("\n".join(lines), keep="\n"))
     if args.accept:
         if problems:
             raise GoldenError(f"not accepted: {problems[0]}")

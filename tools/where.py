@@ -19,6 +19,7 @@ from stageparity.code import Code, code
 from stageparity.manifest import parse
 from stageparity.stage import Stage
 from stageparity.store import CaseRef, list_cases
+from vidi import cli
 from vidi.parity.faults import FAULTS
 from vidi.parity.stages import STAGES
 
@@ -31,8 +32,8 @@ def at(place: str) -> str:
     """The dotted name of the innermost function or method at FILE:LINE; of the module where no line is given."""
     file, _, line = place.partition(":")
     path, module = ROOT / file, file.removesuffix(".py").replace("/", ".")
-    if not path.is_file():
-        raise ValueError(f"{file}: no such file of this repository")
+    if not path.is_file() or path.suffix != ".py" or not re.fullmatch(r"[0-9]{0,9}", line):
+        raise ValueError(f"{place}: FILE.py[:LINE] of this repository is needed")
     node: ast.AST = ast.parse(path.read_text("utf-8"))
     names = [module]
     while line:
@@ -50,16 +51,18 @@ def at(place: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line."""
+    return cli.guarded(_run, arguments, name="where.py")
+
+
+def _run(arguments: list[str]) -> None:
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("place", metavar="FILE[:LINE] | NAME | STAGE")
-    place = parser.parse_args(arguments).place
     try:
-        lines = list(told(place))
-    except (ValueError, LookupError) as error:
-        print(f"where: {error}", file=sys.stderr)
-        return 2
+        lines = list(told(parser.parse_args(arguments).place))
+    except LookupError as error:
+        raise ValueError(error.args[0]) from None
     print("\n".join(lines))
-    return 0
 
 
 def told(place: str) -> Iterator[str]:
@@ -126,4 +129,4 @@ def ids_of(ref: CaseRef) -> set[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -10,10 +10,11 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from argparse import ArgumentParser
     from collections.abc import Callable, Sequence
-    from typing import Any
+    from typing import Any, NoReturn
 
-__all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "UNUSABLE", "guarded", "main"]
+__all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "UNUSABLE", "guarded", "main", "parser"]
 
 UNUSABLE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 #: Seconds after which Ctrl-C is raised again where it was lost: in a destructor, or in a library's `except:`.
@@ -78,8 +79,24 @@ def guarded(
     return status
 
 
-def _run(given: list[str]) -> int:
+def parser(**options: Any) -> ArgumentParser:
+    """An argparse parser for a command or a tool; what it says of an argument, a terminal can show."""
     import argparse
+
+    from stageparity.strict import printable
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(printable(message))
+
+        # argparse's own swallows what a full disk says.
+        def _print_message(self, message: str, file: Any = None) -> None:
+            (file or sys.stderr).write(message)
+
+    return Parser(**options)
+
+
+def _run(given: list[str]) -> int:
     import functools
     import importlib
     import warnings
@@ -89,25 +106,20 @@ def _run(given: list[str]) -> int:
     def module(command: str) -> Any:
         return importlib.import_module(f"vidi.commands.{command}")
 
-    class Parser(argparse.ArgumentParser):
-        # argparse's own swallows what a full disk says.
-        def _print_message(self, message: str, file: Any = None) -> None:
-            (file or sys.stderr).write(message)
-
-    parser = Parser(
+    words = parser(
         prog="vidi",
         description="Vidi 1.5 9B and its golden-tensor parity harness",
         epilog="Exit status: 2 for input that cannot be used and for errors, 130 for Ctrl-C, 141 where the reader of the "
         "output has gone; 0, 1 and 3 as each command says.",
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error; before or after COMMAND")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    words.add_argument("--version", action="version", version=__version__)
+    words.add_argument("--debug", action="store_true", help="show the traceback of an error; before or after COMMAND")
+    commands = words.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         if name in given[:1]:
             module(name).add_arguments(command)
-    args = parser.parse_args(given)
+    args = words.parse_args(given)
     with warnings.catch_warnings():
         warnings.showwarning = functools.partial(_show, warnings.showwarning)
         return int(module(args.command).run(args))
@@ -130,7 +142,8 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE, ""
     text = one_line(" ".join(str(error).split("\n")[:3]))
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    # torch says so on a GPU by the type, on a CPU in the text alone.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         text = f"not enough memory{f' ({text})' if text else ''}; use a smaller input or a larger machine"
     elif isinstance(error, OSError) and error.strerror:
         text = one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror)

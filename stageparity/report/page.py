@@ -15,6 +15,7 @@ import markupsafe
 from stageparity.report import figures, verdict
 from stageparity.report.verdict import Context
 from stageparity.run import CaseRun, Row, Run
+from stageparity.strict import printable
 
 __all__ = ["render", "worst_case"]
 
@@ -22,7 +23,7 @@ _TEXTS = 12  # failure texts shown per case; the rest is one command away
 
 
 def render(run: Run, context: Context) -> str:
-    """The page as text."""
+    """The page as text. Names out of files are escaped for HTML, and what a terminal or a browser would obey is shown as text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stageparity.report", "."),
         autoescape=True,
@@ -34,7 +35,7 @@ def render(run: Run, context: Context) -> str:
     environment.filters["parted"] = _parted
     guilty = verdict.findings(run, context.stages)
     worst = guilty[0].first[0] if guilty else worst_case(run)
-    return environment.get_template("page.html.j2").render(
+    page = environment.get_template("page.html.j2").render(
         run=run,
         verdict=verdict.WORDS[run.exit_code],
         headline=verdict.headline(run, context),
@@ -54,6 +55,7 @@ def render(run: Run, context: Context) -> str:
         fingerprint=_flat(run.fingerprint),
         sections=_sections(context),
     )
+    return printable(page, keep="\n")
 
 
 def worst_case(run: Run) -> CaseRun | None:

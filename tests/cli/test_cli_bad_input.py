@@ -50,10 +50,74 @@ def test_a_wrong_output_path_ends_a_command_at_its_start(command: str, tmp_path:
     assert torch.get_num_threads() == before
 
 
+def test_no_output_takes_the_place_of_an_input_or_of_another_output(tmp_path: Path, capsys) -> None:
+    goldens, film = tmp_path / "goldens", make_video(tmp_path / "film.mp4")
+    goldens.mkdir()
+    for suffix in ("json", "h5"):
+        (goldens / f"a.{suffix}").touch()
+    read, twice = "nothing is written into", "is named twice"
+    for words, said in (
+        (["parity", "--goldens", goldens, "--json", goldens / "a.json"], read),
+        (["parity", "--goldens", goldens, "--html", goldens / "new.html"], read),
+        (["parity", "--goldens", goldens, "--dump", goldens], read),
+        (["parity", "--goldens", goldens, "--json", tmp_path / "x", "--html", tmp_path / "goldens/../x"], twice),
+        (["faults", "--goldens", goldens, "--json", goldens / "a.json"], read),
+        (["faults", "--json", "-"], "- is no file"),
+        (["bench", "--video", film, "--json", film], read),
+        (["bench", "--json", "-"], "- is no file"),
+        (["parity", "--stage", ""], "matches none of"),
+        (["parity", "--stage", "logits,"], "matches none of"),
+        (["faults", "--fault", ""], "no fault matches"),
+    ):
+        before = film.read_bytes()
+        assert main(list(map(str, words))) == 2, words
+        assert said in capsys.readouterr().err
+        assert film.read_bytes() == before
+    assert sorted(path.name for path in goldens.iterdir()) == ["a.h5", "a.json"]
+    outputs.apart(goldens, "/dev/null", "/dev/null", None)
+
+
 @pytest.mark.parametrize("command", ["parity", "bench"])
 def test_a_wrong_device_ends_a_command_at_its_start(command: str, capsys) -> None:
     assert main([command, "--device", "nonsense"]) == 2
     assert "is no device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--video", "nowhere\x1b[2J.mp4"], "nowhere\\x1b[2J.mp4: no such file"),
+        (["--video", "/dev/zero"], "no regular file"),
+        (["--plain-backend", "nonsense"], "unknown attention backend"),
+        (["--frames", "5,999999999999999999"], "from 1 to 10,000,000"),
+        (["--frames", "5,,6"], "from 1 to 10,000,000"),
+        (["--plain", "9" * 5000], "from 1 to 10,000,000"),
+        (["--max-new-tokens", "0"], "from 1 to 10,000,000"),
+        (["--frame-batch", "-1"], "from 1 to 10,000,000"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bench_names_it_before_it_makes_weights(
+    change: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def made(*_args: object, **_options: object) -> None:
+        raise AssertionError("weights were made first")
+
+    monkeypatch.setattr(synthetic, "create", made)
+    with pytest.raises(SystemExit) as ended:
+        raise SystemExit(main(["bench", *change]))
+    err = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said in err
+    assert all(line.isprintable() for line in err.split("\n"))
+
+
+def test_more_memory_than_there_is_is_no_fault_of_the_program(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(runs, "run", lambda *_args, **_options: torch.empty(1 << 60))
+    assert main(["parity", "--case", "small/base"]) == 2
+    err = capsys.readouterr().err
+    assert "not enough memory" in err
+    assert "unexpected" not in err
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,9 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_different_is_1_and_names_the_first_stage(capsys, spoiled, tmp_path):
     arguments = "--case", "small/base", "--dtype", "float64", "--json", str(tmp_path / "run.json")
-    code, out, _ = run(capsys, *arguments)
+    code, out, _ = run(capsys, *arguments, "--dump", str(tmp_path))
     assert code == 1
+    assert [line.split(":")[0] for line in out.splitlines()[-3:]] == ["WRONG", "how sure", "next"]
     assert "WRONG: vision.norm{g} (vision.norm of small/base" in out
     assert out.splitlines()[-1].startswith("next: vidi parity --case small/base --stage vision.norm")
     told = json.loads((tmp_path / "run.json").read_text())

@@ -19,6 +19,7 @@ from tests.cli import talking
 from tests.limited import one_line
 from tests.media import make_video
 from tests.unit.checkpoint.breaking import write_shard
+from tools import study
 from vidi import cli
 from vidi.checkpoint import synthetic
 from vidi.commands import arguments, inspect
@@ -265,6 +266,17 @@ def test_hostile_names_reach_no_terminal(folder: Path, tmp_path: Path, capsys: p
     assert any(shown)
     assert cli.main(["bench", "--json", str(path / "missing" / "x.json")]) == 2
     assert capsys.readouterr().err.removesuffix("\n").isprintable()
+
+
+@pytest.mark.parametrize("main", [cli.main, study.main])
+@pytest.mark.parametrize("words", [[], ["--check"], ["inspect", "a"], ["synth", "a", "--size"], ["noise", "--accept"]])
+def test_hostile_arguments_reach_no_terminal(main: Any, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for word in ("\x1b]0;owned\x07\x9b2J\u202e\udcff", "--\x1b[2J"):
+        with pytest.raises(SystemExit) as ended:
+            main([*words, word])
+        assert ended.value.code == 2
+        err = capsys.readouterr().err
+        assert all(line.isprintable() for line in err.split("\n")), ascii(err)
 
 
 def test_an_answer_is_shown_without_its_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,6 +249,7 @@ def test_names_out_of_files_reach_a_terminal_and_a_page_as_text() -> None:
     text = page.render(run, CONTEXT)
     assert "script" not in Tags(text).seen
     assert "&lt;script&gt;" in text
+    assert all(line.isprintable() for line in text.split("\n"))
 
 
 def test_a_dash_has_a_reason() -> None:

@@ -32,6 +32,14 @@ def _refused(folder: Path, text: str) -> None:
     assert str(caught.value) == text
 
 
+def test_a_case_is_found_by_its_own_name_whatever_patterns_it_holds(tmp_path: Path) -> None:
+    for name in ("a[b]", "ab", "b"):
+        for suffix in ("json", "h5"):
+            (tmp_path / f"{name}.{suffix}").touch()
+    assert [ref.name for ref in store.select(tmp_path, ["a[b]"])] == ["a[b]", "ab"]
+    assert [ref.name for ref in store.select(tmp_path, ["a*"])] == ["a[b]", "ab"]
+
+
 def test_every_form_comes_back(folder: Path) -> None:
     case = store.open_case(folder, "tiny")
     assert set(case.targets) == {

@@ -42,7 +42,11 @@ def test_a_stage_by_its_id_finds_its_own_code() -> None:
     assert any(line.startswith("fault   attention.no_softcap_cross") for line in told)
 
 
-@pytest.mark.parametrize("place", ["vidi/device.py:3", "vidi/none.py:3", "bridge.fold.pat", "tools/where.py"])
+@pytest.mark.parametrize("place", ["vidi/device.py:3", "vidi/none.py:3", "bridge.fold.pat", "tools/where.py",
+                                   "docs/video.md:1", "vidi/cli.py:x", "vidi/../x.py:\x1b", "/", "."])  # fmt: skip
 def test_what_belongs_to_no_stage_is_said(place: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert where.main([place]) == 2
-    assert capsys.readouterr().err.startswith("where: ")
+    err = capsys.readouterr().err
+    assert err.startswith("where.py: ")
+    assert "unexpected" not in err
+    assert err.removesuffix("\n").isprintable()

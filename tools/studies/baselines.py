@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from goldens.oracle import forward, teacher_forced
 from stageparity import evidence
@@ -26,6 +25,7 @@ from stageparity.evidence import Basis
 from stageparity.golden import Golden, GoldenError, Whole
 from stageparity.manifest import parse
 from stageparity.store import Case, Targets, list_cases, open_case
+from stageparity.strict_safetensors import read_safetensors
 from stageparity.tolerance import BASELINES, KINDS, METRICS, baseline_of, read_baselines
 from tools.studies import LONG, ROOT, chosen, say
 from vidi.parity.goldens import inputs_of
@@ -176,7 +176,11 @@ def errors_of(
 def _settings(case: Case, dtype: str, seed: int | None) -> dict[str, Any]:
     targets, width = reference(case), case.config["hidden_size"]
     own = targets.get("pos.freq")
-    table = own.array if isinstance(own, Whole) else load_file(case.folder.parent / "pos_freq.safetensors")[str(width)]
+    table = (
+        own.array
+        if isinstance(own, Whole)
+        else read_safetensors(case.folder.parent / "pos_freq.safetensors")[str(width)]
+    )
     return {"casts": "cast", "round_to": DTYPES[dtype], "order_seed": seed, "pos_freq": table}
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from stageparity import evidence
+from stageparity import evidence, strict
 from stageparity.evidence import Basis
 from stageparity.golden import GoldenError
 from stageparity.store import list_cases
 from tools.studies import FRAME, ROOT, say
+from vidi import cli
 
 __all__ = ["FOLDER", "RESULTS", "Result", "basis", "main", "measured_on", "stale", "tests_of"]
 
@@ -110,7 +111,11 @@ def stale(folder: Path = FOLDER) -> dict[str, list[str]]:
 def tests_of(junit: Path) -> dict[str, dict[str, Any]]:
     """Test file -> what passed, failed and was not run, the last two by name, and the worst error over its budget."""
     found: dict[str, dict[str, Any]] = {}
-    for test in ElementTree.parse(junit).iter("testcase"):
+    try:
+        root = ElementTree.fromstring(strict.read_bytes(junit, limit=evidence.MAX_BYTES))
+    except ElementTree.ParseError as error:
+        raise GoldenError(f"{junit}: damaged XML ({error})") from None
+    for test in root.iter("testcase"):
         file = found.setdefault(test.get("classname", "?"), {"passed": 0, "failed": [], "not_run": []})
         kinds, name = {child.tag for child in test}, test.get("name", "?")
         if kinds & {"failure", "error"}:
@@ -133,27 +138,27 @@ def num_tests() -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line."""
+    return cli.guarded(_run, arguments, name="gpu.py")
+
+
+def _run(arguments: list[str]) -> None:
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("junit", type=Path, help="what pytest --junitxml wrote")
     parser.add_argument("out", type=Path, nargs="?", default=FOLDER / "gpu_tests.json")
     args = parser.parse_args(arguments)
-    try:
-        files = tests_of(args.junit)
-        if failed := [f"{file}::{name}" for file, tests in files.items() for name in tests["failed"]]:
-            raise GoldenError(f"{len(failed)} tests failed, the first is {failed[0]}")
-        ran = sum(tests["passed"] + len(tests["not_run"]) for tests in files.values())
-        if ran != (wanted := num_tests()):
-            raise GoldenError(f"{args.junit} holds {ran} tests and there are {wanted}: only a run of all is stored")
-        import torch
+    files = tests_of(args.junit)
+    if failed := [f"{file}::{name}" for file, tests in files.items() for name in tests["failed"]]:
+        raise GoldenError(f"{len(failed)} tests failed, the first is {failed[0]}")
+    ran = sum(tests["passed"] + len(tests["not_run"]) for tests in files.values())
+    if ran != (wanted := num_tests()):
+        raise GoldenError(f"{args.junit} holds {ran} tests and there are {wanted}: only a run of all is stored")
+    import torch
 
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        evidence.write(args.out, {"measured_on": measured_on("gpu_tests.json", device), "files": files})
-    except (GoldenError, OSError, ElementTree.ParseError) as error:
-        say(f"refused: {error}")
-        return 2
-    say(f"{args.out}: {ran} tests")
-    return 0
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    evidence.write(args.out, {"measured_on": measured_on("gpu_tests.json", device), "files": files})
+    say(strict.printable(f"{args.out}: {ran} tests"))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -6,10 +6,11 @@ Synthetic weights straight in device memory; on a CPU the tiny model, which show
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from vidi.commands import arguments
 
 __all__ = ["add_arguments", "run"]
 
@@ -17,25 +18,23 @@ FULL_FRAMES, TINY_FRAMES = (60, 150, 300, 1800, 3600), (5, 10, 20, 40, 80)
 
 
 def lengths(text: str) -> tuple[int, ...]:
-    """Numbers of frames: "60,300" -> (60, 300). Raises ArgumentTypeError for anything but numbers from 1 on."""
-    try:
-        found = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        found = ()
-    if not found or min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: numbers of frames are needed, as in 60,300")
-    return found
+    """Numbers of frames: "60,300" -> (60, 300). Raises ArgumentTypeError as `arguments.positive` does."""
+    return tuple(map(arguments.positive, text.split(",")))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=lengths, help="video lengths at one frame a second (default: five lengths)")
     parser.add_argument("--size", choices=("full", "tiny"), help="model size (default: full on a GPU, tiny on a CPU)")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="decoding steps to time (default: 64)")
+    parser.add_argument(
+        "--max-new-tokens", type=arguments.positive, default=64, help="decoding steps to time (default: 64)"
+    )
     parser.add_argument("--plain", type=lengths, default=(), help="lengths at which the plain path is timed as well")
     parser.add_argument("--plain-backend", default="eager", help="attention of the plain path (default: eager)")
     parser.add_argument("--profile", type=lengths, default=(), help="lengths at which kernels are profiled")
     parser.add_argument(
-        "--frame-batch", type=int, help="frames that pass through the tower together (default: FastModel's)"
+        "--frame-batch",
+        type=arguments.positive,
+        help="frames that pass through the tower together (default: FastModel's)",
     )
     parser.add_argument("--device", help="torch device (default: cuda where there is one)")
     parser.add_argument(
@@ -49,22 +48,21 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vidi import device as devices
+    from vidi.attention import dispatch
     from vidi.checkpoint import synthetic
     from vidi.commands import outputs
     from vidi.config import VidiConfig
     from vidi.fast import accelerate, measure
+    from vidi.inputs import container
 
-    try:
-        outputs.check(args.json)
-        device = devices.check(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except ValueError as error:
-        print(f"vidi bench: {error}", file=sys.stderr)
-        return 2
+    outputs.check(args.json)
+    device = devices.check(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dispatch.check(args.plain_backend)
+    if args.video is not None:
+        container.open_regular(args.video).close()  # before weights are made
+        outputs.apart(args.video, args.json)
     size = args.size or ("full" if device.type == "cuda" else "tiny")
     frames = args.frames or (FULL_FRAMES if size == "full" else TINY_FRAMES)
-    if args.max_new_tokens < 1:
-        print(f"--max-new-tokens is {args.max_new_tokens}; at least 1", file=sys.stderr)
-        return 2
     config = VidiConfig.full() if size == "full" else VidiConfig.tiny()
     made_s, model = measure.timed(device, lambda: synthetic.create(config, 0, device=device, dtype=torch.bfloat16))
     options = {} if args.frame_batch is None else {"frame_batch": args.frame_batch}
@@ -139,12 +137,8 @@ def _video(args: argparse.Namespace, fast: Any, loading_s: float) -> int:
     costs, second = Costs(), Costs()
     costs.seconds["loading"] = loading_s
     started = time.perf_counter()
-    try:
-        with Reader(args.video, fast.config) as reader:
-            film = retrieval.encode(fast, reader, costs)
-    except ValueError as error:
-        print(f"vidi bench: {error}", file=sys.stderr)
-        return 2
+    with Reader(args.video, fast.config) as reader:
+        film = retrieval.encode(fast, reader, costs)
     tokens = retrieval.decode(fast, film, ids, max_new_tokens=args.max_new_tokens, costs=costs)
     whole_s = time.perf_counter() - started
     retrieval.decode(fast, film, ids, max_new_tokens=args.max_new_tokens, costs=second)

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if sys.stderr.isatty():
             print(f"\r{done} of {len(chosen)} {verdict.fault.name:50}", end="", file=sys.stderr, flush=True)
 
+    outputs.apart(goldens_dir(args.goldens), args.json)
     torch.set_num_threads(1)  # tensors are small: threads would only wait for each other
     try:
         bench = faults.bench(goldens_dir(args.goldens))
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _chosen(known: dict[str, Any], globs: str | None) -> list[Any]:
-    parts = [part.strip() for part in (globs or "*").split(",")]
+    parts = [part.strip() for part in ("*" if globs is None else globs).split(",")]
     return [fault for name, fault in known.items() if any(fnmatch.fnmatchcase(name, part) for part in parts)]
 
 

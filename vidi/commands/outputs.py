@@ -9,7 +9,7 @@ from pathlib import Path
 from stageparity import atomic
 from stageparity.strict import one_line
 
-__all__ = ["check", "write"]
+__all__ = ["apart", "check", "write"]
 
 
 def check(*names: str | Path | None) -> None:
@@ -18,12 +18,24 @@ def check(*names: str | Path | None) -> None:
         if name is None:
             continue
         path = Path(name)
+        if str(path) == "-":
+            raise ValueError("- is no file; give a name, or /dev/stdout")
         if path.is_dir():
             raise ValueError(one_line(f"{path} is a folder; a file name is needed"))
         if not path.parent.is_dir():
             raise ValueError(one_line(f"{path}: there is no folder {path.parent}; make it first"))
         if not os.access(path.parent, os.W_OK):
             raise ValueError(one_line(f"{path}: the folder {path.parent} cannot be written to"))
+
+
+def apart(read: str | Path, *names: str | Path | None) -> None:
+    """Raises ValueError for an output that is what is ``read`` or lies in that folder, and for two in one place."""
+    places = [Path(name).resolve() for name in names if name is not None]
+    for number, place in enumerate(places):
+        if place.is_relative_to(Path(read).resolve()):
+            raise ValueError(one_line(f"{place}: nothing is written into {read}, which is read; choose another place"))
+        if place in places[:number] and not place.is_char_device():
+            raise ValueError(one_line(f"{place} is named twice; one output would replace the other"))
 
 
 def write(name: str | Path | None, text: Callable[[], str]) -> None:

@@ -73,11 +73,12 @@ def run(args: argparse.Namespace) -> int:
         return _full(args, console)
     device.check(args.device)
     goldens = goldens_dir(args.goldens)
+    outputs.apart(goldens, None if to_stdout else args.json, args.html, args.dump)
     refs = of_model(store.select(goldens, args.case), args.model)
     # Imported recordings bring no tolerances of their own: the embedded ones judge them.
     judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
     tolerances = tolerance.load(judged_by, STAGES)
-    if args.stage:
+    if args.stage is not None:
         _check_stages(args.stage, refs)
     files = _files([f"{ref.set}/{ref.name}" for ref in refs])
     dump = Dump(Path(args.dump), list(files.values())) if args.dump else None
@@ -99,9 +100,9 @@ def run(args: argparse.Namespace) -> int:
         found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
     if said := _circumstances(subject, found, refs):
         context = dataclasses.replace(context, sure=(said,))
-    terminal.print_run(found, console, context, verbose=not args.quiet)
-    if dump is not None:
+    if dump is not None:  # the last lines are the verdict's
         terminal.say(console, f"{dump.bytes / 1e6:,.1f} MB of tensors in {dump.folder}")
+    terminal.print_run(found, console, context, verbose=not args.quiet)
     if to_stdout:
         print(terminal.to_text(found, context), end="")
     outputs.write(None if to_stdout else args.json, lambda: terminal.to_text(found, context))
@@ -127,8 +128,10 @@ def _candidate(args: argparse.Namespace) -> int:
     from vidi.commands import candidate, outputs
     from vidi.parity.goldens import goldens_dir
 
-    outputs.check(None if args.json == "-" else args.json, args.html)
-    goldens = goldens_dir(args.goldens)
+    written, goldens = (None if args.json == "-" else args.json, args.html), goldens_dir(args.goldens)
+    outputs.check(*written)
+    for read in (goldens, args.candidate):
+        outputs.apart(read, *written, args.capsule)
     dumps = folders(Path(args.candidate))
     found = candidate.judged(dumps, goldens, globs=args.stage, only=args.case, budget=args.budget)
     options = ("--goldens", args.goldens) if args.goldens else ()
@@ -165,7 +168,7 @@ def _check_stages(globs: str, refs: Any) -> None:
     bodies = (manifest.parse(ref.folder / f"{ref.name}.json") for ref in refs)
     known = {stage for body in bodies for stages in body["targets"].values() for stage in stages}
     known |= {stage.replace(".nocache.", ".cached.") for stage in known}
-    for glob in filter(None, (part.strip() for part in globs.split(","))):
+    for glob in (part.strip() for part in globs.split(",")):
         if not any(fnmatch.fnmatchcase(stage, glob) for stage in known):
             raise ValueError(f"--stage {glob!r} matches none of the {len(known)} stages of these {len(refs)} cases")
 

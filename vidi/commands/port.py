@@ -157,7 +157,9 @@ def _trace(args: argparse.Namespace) -> int:
     adapter, goldens = Path(args.adapter), goldens_dir(args.goldens)
     if not adapter.is_file():
         raise ValueError(f"{adapter}: there is no such file; `vidi port init CASE OUT` begins one")
-    outputs.check(None if args.json == "-" else args.json, args.html)
+    written = (None if args.json == "-" else args.json, args.html)
+    outputs.check(*written)
+    outputs.apart(goldens, *written, args.capsule, args.out)
     globs = args.case or [_own_case(adapter.parent)]
     refs, stages = store.select(goldens, globs), port.load_table().stages
     out = Path(args.out) if args.out else adapter.parent / "trace"

@@ -5,6 +5,7 @@ Letters: P pieces, M mel bins. A piece is the audio tower's input, 30 s at full 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -98,20 +99,19 @@ class Sound:
             self._thread = None
 
     def _work(self, container: Any, stream: Any) -> None:
+        packets = iter(self._packets.get, None)
         try:
-            self._listen(container, stream)
+            self._listen(container, stream, packets)
         except Exception as error:  # handed to the thread that asks for the features
             self._error = error
-            while self._packets.get() is not None:
-                pass
+        for _ in packets:  # whoever gives more must not wait; nothing is waited for behind the end
+            pass
 
-    def _listen(self, container: Any, stream: Any) -> None:
+    def _listen(self, container: Any, stream: Any, packets: Iterator[Any]) -> None:
         track, held = _Track(container, stream, self.path), bytearray()
         piece_bytes = 2 * HOP * self.mel_frames
-        ends, count, ended = media.Ends(), 0, False
-        while not ended:
-            packet = self._packets.get()
-            ended = packet is None
+        ends, count = media.Ends(), 0
+        for packet in chain(packets, [None]):
             try:
                 frames = [None] if packet is None else packet.decode()
             except (av.FFmpegError, OSError) as error:
@@ -121,7 +121,7 @@ class Sound:
             if packet is not None:
                 ends.note(packet)
                 count += len(frames)
-            while len(held) >= piece_bytes or (ended and held):
+            while len(held) >= piece_bytes or (packet is None and held):
                 self._add(_floats(held[:piece_bytes]))
                 del held[:piece_bytes]
 

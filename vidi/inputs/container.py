@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Any, BinaryIO, NoReturn, Protocol, cast
 
 import av
 from av.container import InputContainer
@@ -46,6 +46,9 @@ MAX_PIXELS = 8192 * 4352
 DECODER_OPTIONS = {"max_pixels": str(MAX_PIXELS)}
 #: Of all pictures that decoders hold at once, beyond a first decoder's.
 MAX_DECODED_BYTES = 1 << 30
+#: What a demuxer may look through for packets: bytes at first, more where headers hold an index or fonts; and so many times
+#: those of each packet that it finds.
+BARREN_BYTES, HEADER_BYTES, BARREN_RATIO = 32 << 20, 256 << 20, 16
 #: FFmpeg asks for 32 KiB at a time otherwise, a call into Python each.
 _BUFFER_BYTES = 1 << 20
 
@@ -71,7 +74,7 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
                 f"{kinds}); it is damaged or of another kind. Download it again, or convert it: "
                 f"ffmpeg -i {path} converted.mp4"
             )
-        source = _Source(file)
+        source = _Source(file, path, HEADER_BYTES if name in ("mov", "matroska") else BARREN_BYTES)
         options = dict(DECODER_OPTIONS)
         if name == "mov":
             options["enable_drefs"] = "0"
@@ -90,8 +93,9 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
                 io_open=_refuse_another_file,
             )
         except (av.FFmpegError, OSError, ValueError) as error:
+            problem = source.barren or _reason(error)
             raise MediaError(
-                f"{path}: no readable media file ({_reason(error)}); it is damaged, cut short, or of another kind. "
+                f"{path}: no readable media file ({problem}); it is damaged, cut short, or of another kind. "
                 f"Download it again, or see what ffprobe says of it"
             ) from None
         with container:
@@ -121,14 +125,30 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 class _Source:
-    """What FFmpeg reads through. A place that does not exist is an error it knows, not an exception in its callback."""
+    """What FFmpeg reads through. A place that does not exist is an error it knows, not an exception in its callback; a file
+    that gives hardly a packet ends early, however many empty bytes it claims to have. barren: what is then wrong."""
 
-    def __init__(self, file: Any) -> None:
-        self.name, self.read, self.tell, self._seek = file.name, file.read, file.tell, file.seek
+    def __init__(self, file: Any, path: Path, barren_bytes: int) -> None:
+        self.path, self.name, self.tell, self._file = path, file.name, file.tell, file
+        self._left, self._furthest, self.barren = barren_bytes, 0, ""
+
+    def read(self, size: int) -> bytes:
+        if self._left <= 0:
+            self.barren = f"hardly a packet in its first {self._furthest / 1e6:,.0f} MB"
+            return b""
+        data: bytes = self._file.read(size)
+        end = self._file.tell()
+        # What is read again, as of files whose sound lies far from its pictures, counts once.
+        self._left -= max(0, end - max(self._furthest, end - len(data)))
+        self._furthest = max(self._furthest, end)
+        return data
+
+    def found(self, packet: Any) -> None:
+        self._left += BARREN_RATIO * packet.size
 
     def seek(self, offset: int, whence: int) -> int:
         try:
-            return int(self._seek(offset, whence))
+            return int(self._file.seek(offset, whence))
         except (OSError, OverflowError):
             return -errno.EINVAL
 
@@ -224,14 +244,22 @@ class Ends:
 
 
 def packets(container: InputContainer) -> Iterator[Any]:
-    """All packets in the order of the file, and one of size 0 a stream at its end.
+    """All packets in the order of the file, and one of size 0 a stream at its end. Raises MediaError where hardly any come.
 
     PyAV 18 raises IndexError behind the last of them where streams have appeared midway; nobody asks for those here.
     """
+    source = cast(Any, container).file.file
     try:
-        yield from container.demux()
+        for packet in container.demux():
+            source.found(packet)
+            yield packet
     except IndexError:
-        return
+        pass
+    except (av.FFmpegError, OSError):
+        if not source.barren:
+            raise
+    if source.barren:
+        raise MediaError(f"{source.path}: damaged: {source.barren}; copy or download the file again")
 
 
 def check_decodable(stream: Any, path: str | Path) -> None:

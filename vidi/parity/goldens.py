@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from stageparity import manifest, store
 from stageparity.store import Case, CaseRef
+from stageparity.strict_safetensors import read_safetensors
 
 __all__ = ["MODELS", "goldens_dir", "inputs_of", "of_model", "position_table", "synthetic_tower"]
 
@@ -41,7 +41,7 @@ def position_table(width: int, goldens: Path | None = None) -> np.ndarray | None
     with the stored one (spec §5).
     """
     path = (goldens or goldens_dir()) / "pos_freq.safetensors"
-    return load_file(path).get(str(width)) if path.is_file() else None
+    return read_safetensors(path).get(str(width)) if path.is_file() else None
 
 
 def synthetic_tower(inputs: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -5,6 +5,7 @@ What must not be opened is a pipe without a writer: whoever opens it waits until
 
 from __future__ import annotations
 
+import io
 import os
 import queue
 import random
@@ -14,12 +15,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
 
 from tests.media import Film, Sound, make_film, make_picture, make_sound, make_video
-from vidi.inputs import boxes, container, video
+from vidi.inputs import audio, boxes, container, video
 
 HANG_SEC = 10.0
 MEMORY_MIB = 1024
@@ -204,6 +206,20 @@ def test_sound_without_end_is_refused(tmp_path):
             reader.sound()
 
 
+def test_sound_that_fails_behind_its_last_packet_keeps_nobody_waiting(tmp_path):
+    """Its last piece is made when the end has been heard: whoever then waits for another end waits for ever."""
+    path = make_video(tmp_path / "a.mp4", num_frames=5, fps=1, sound=Sound(2.5, 16000, 1))
+    sound = audio.Sound(path, 16, 100, max_sec=2.1)
+    with container.open_media(path) as opened:
+        assert len(list(container.decoded(opened, container.first_stream(opened, "video"), path, sound))) == 5
+        waiting = threading.Thread(target=sound.close, daemon=True)
+        waiting.start()
+        waiting.join(HANG_SEC)
+        assert not waiting.is_alive()
+        with pytest.raises(video.MediaError, match="more than 2 s of sound"):
+            sound.features()
+
+
 def test_boxes_that_promise_more_than_the_file_holds(tmp_path):
     path = tmp_path / "sound.mov"
     with av.open(str(path), "w") as out:
@@ -239,6 +255,45 @@ def test_boxes_that_promise_more_than_the_file_holds(tmp_path):
         (tmp_path / name).write_bytes(spoiled)
         with pytest.raises(video.MediaError, match=r"it states (40,000,000 samples|more than 1,000,000 boxes)"):
             video.read_frames(tmp_path / name)
+
+
+ENDLESS = {
+    "a.ts": (b"\x47" + bytes(187)) * 5,
+    "a.mpg": b"\x00\x00\x01\xba" + bytes(2000),
+    "a.flv": b"FLV\x01\x05\0\0\0\x09" + bytes(2000),
+    "a.avi": b"RIFF\xff\xff\xff\xffAVI ",
+    "a.mkv": None,
+    "a.mp4": None,
+}
+
+
+def test_files_of_nothing_end_early(tmp_path):
+    """8 GiB that take no place on a disk: a demuxer would look through them for a packet, for minutes."""
+    paths = []
+    for name, data in ENDLESS.items():
+        path = tmp_path / name
+        if data is None:
+            make_video(path, num_frames=5)
+        else:
+            path.write_bytes(data)
+        os.truncate(path, 8 << 30)
+        paths.append(path)
+    said = read_in_child(paths)
+    assert said.pop("a.mp4").startswith("same")  # whose index says where the pictures end
+    for name, text in said.items():
+        assert text.startswith("refused"), name
+        assert "hardly a packet in its first" in text, name
+
+
+def test_what_is_read_again_counts_once(tmp_path):
+    """Sound that lies far from its pictures makes FFmpeg jump to and fro, a buffer at a time."""
+    data = io.BytesIO(bytes(100))
+    data.name = "x"
+    source = container._Source(data, tmp_path / "a.ts", 150)
+    for _ in range(20):
+        source.seek(0, 0)
+        assert len(source.read(100)) == 100
+    assert source.barren == ""
 
 
 # ---- spoiled files --------------------------------------------------------------------------------------------------
@@ -316,9 +371,10 @@ def test_spoiled_files(tmp_path, seed, count):
 def test_streams_that_appear_midway_end_no_reading():
     """PyAV then raises IndexError behind the last packet; a spoiled file in some thousands does it."""
 
-    class Appearing:
-        def demux(self):
-            yield from ("packet", "end")
-            raise IndexError
+    def demux():
+        yield from (packet, packet)
+        raise IndexError
 
-    assert list(container.packets(Appearing())) == ["packet", "end"]
+    packet, source = SimpleNamespace(size=1), container._Source(SimpleNamespace(name="x", tell=None), Path("a.ts"), 9)
+    appearing = SimpleNamespace(demux=demux, file=SimpleNamespace(file=source))
+    assert list(container.packets(appearing)) == [packet, packet]
