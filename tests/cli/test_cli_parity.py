@@ -140,12 +140,13 @@ def test_json_to_a_pipe(capsys):
 
 
 def test_a_dump_of_two_cases_of_one_name_names_their_sets(capsys, tmp_path):
+    goldens = tmp_path / "goldens"
     for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
+        (goldens / folder).mkdir(parents=True)
         for name in ("oneframe.h5", "oneframe.json", "weights.safetensors"):
-            (tmp_path / folder / name).write_bytes((GOLDENS / "small" / name).read_bytes())
-    assert run(capsys, "--goldens", str(tmp_path), "--dump", str(tmp_path / "dump"))[0] == 0
-    assert run(capsys, "--goldens", str(tmp_path), "--case", "two/oneframe", "--dump", str(tmp_path / "dump"))[0] == 0
+            (goldens / folder / name).write_bytes((GOLDENS / "small" / name).read_bytes())
+    assert run(capsys, "--goldens", str(goldens), "--dump", str(tmp_path / "dump"))[0] == 0
+    assert run(capsys, "--goldens", str(goldens), "--case", "two/oneframe", "--dump", str(tmp_path / "dump"))[0] == 0
     written = sorted(path.name for path in (tmp_path / "dump").iterdir())
     assert written == ["one-oneframe.safetensors", "oneframe.safetensors", "two-oneframe.safetensors"]
 
