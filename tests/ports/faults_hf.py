@@ -129,7 +129,7 @@ FAULTS: tuple[Planted, ...] = (
         "width_before_height",
         "self.add(self.add(x, height), width)",
         "self.add(self.add(x, width), height)",
-        {"vision.pos_h{g}": WIRING, "vision.pos_w{g}": WIRING, "vision.pos_t{g}": WIRING},
+        {"vision.pos_h{g}": STAGE, "vision.pos_w{g}": WIRING, "vision.pos_t{g}": WIRING},
         case="official/single",
     ),
     _model(

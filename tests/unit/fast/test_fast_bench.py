@@ -44,8 +44,8 @@ def test_bench_of_a_file(tmp_path, capsys):
     assert (report["video_sec"], report["reading"]) == (3.0, "parallel")
     assert all(seconds > 0 for seconds in report["seconds"].values())
     assert report["second"]["reading"] == report["second"]["encoding"] == 0
-    assert bench.run(parser.parse_args([*arguments, str(tmp_path / "absent.mp4")])) == 2
-    assert "absent.mp4: no such file" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"absent\.mp4: no such file"):
+        bench.run(parser.parse_args([*arguments, str(tmp_path / "absent.mp4")]))
 
 
 def test_the_fit_finds_a_line():

@@ -12,7 +12,7 @@ __all__ = ["FRAMES", "PURE", "STAGES"]
 
 conv_pool, fold, mask = (code(f"vidi.bridge.{name}") for name in ("conv_pool", "fold", "mask"))
 batches, pixels = code("vidi.inputs.batch"), code("vidi.inputs.pixels")
-rounded, rounded_towers = (code(f"vidi.parity.stages.{name}") for name in ("rounded", "rounded_towers"))
+rounded, rounded_towers = code("vidi.parity.stages.rounded"), code("vidi.parity.stages.rounded_towers")
 
 VIDEO = ("visual",)
 FOLD, CONV = (*VIDEO, "fold"), (*VIDEO, "conv")  # how a model makes tokens of patches
