@@ -64,9 +64,8 @@ def test_a_missing_piece() -> None:
 
 
 @pytest.mark.parametrize(
-    "candidate", [GOLDEN * 1.01, GOLDEN[..., ::-1], np.zeros((2, 4, 5, 4)), GOLDEN[:, :3], GOLDEN.reshape(120) + 1]
+    "candidate",
+    [GOLDEN * 1.01, GOLDEN[..., ::-1], np.zeros((2, 4, 5, 4)), GOLDEN[:, :3] * 1.01, GOLDEN.reshape(120) + 1],
 )
 def test_what_is_another_tensor_gets_none(candidate: np.ndarray) -> None:
-    found = propose(candidate, GOLDEN, agrees(GOLDEN))
-    assert found == ("" if candidate.shape != (2, 3, 5, 3) else found)
-    assert "layout" not in found
+    assert propose(candidate, GOLDEN, agrees(GOLDEN)) == ""

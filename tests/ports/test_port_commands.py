@@ -179,9 +179,10 @@ def test_the_environment_and_not_the_code(port: Path, capsys: pytest.CaptureFixt
         port,
         "    norm = model.bridge.image_norm.forward\n"
         "    reduced = lambda: torch.get_float32_matmul_precision() != 'highest'\n"
-        "    model.bridge.image_norm.forward = lambda x: norm(x).bfloat16().to(x.dtype) if reduced() else norm(x)\n"
-        "    torch.set_float32_matmul_precision('medium') if not __import__('os').environ.get('STAGETRACE_PLAIN') else None\n",
+        "    model.bridge.image_norm.forward = lambda x: norm(x).bfloat16().to(x.dtype) if reduced() else norm(x)\n",
     )
+    with open(port / "adapter.py", "a") as adapter:
+        adapter.write("\ntorch.set_float32_matmul_precision('medium')\n")  # what the tracer has to switch off
     assert cli.main(["port", "run", str(port / "adapter.py"), "--quiet"]) == 1
     out = capsys.readouterr().out
     assert "how sure: environment: with reduced precision and fused kernels off it is right" in out

@@ -129,8 +129,8 @@ def tell(
     found: Judged, args: Any, command: tuple[str, ...], options: tuple[str, ...], goldens: Path, *, failed: Sequence[str] = (),
     lines: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Report in terminal, JSON and page; the exit status. failed: on cases that the port could
-    not run. lines: more on what is wrong first."""
+    """Report in terminal, JSON and page; the exit status. failed: on cases that the port could not run. lines: more on what is
+    wrong first."""
     from stageparity.report import console as consoles
     from stageparity.report import terminal
 
@@ -142,7 +142,11 @@ def tell(
     references = References.load(
         (goldens if (goldens / "measured").is_dir() else goldens_dir()) / "measured", found.run.dtype, table.stages
     )
-    explained = found.explained(goldens)
+    try:
+        explained = found.explained(goldens)
+    except ValueError as error:  # damaged sketches cost the likeness, not the verdict
+        explained = {}
+        terminal.say(console, f"NOTE known faults were not asked: {error}")
     context = Context(table.stages, table.sections, {}, references, command, options, seen, tuple(lines), explained)
     terminal.print_run(found.run, console, context, verbose=not args.quiet)
     if args.budget:
