@@ -195,7 +195,8 @@ def run_case(
     start = time.perf_counter()
     variant, gate = reference_of(case, subject.dtype)
     targets, stages = case.variant(variant), subject.stages
-    wanted = ids(targets, stages, globs)
+    alone = alone and subject.forces
+    wanted = ids(targets, stages, globs, alone=alone)
     judge = _Judge(stages, tolerances, gate, f"{case.set}/{case.name}", targets)
     result = CaseRun(case.name, case.set, variant, (), golden=case.identity)
     try:
@@ -211,7 +212,7 @@ def run_case(
     found = chained.tensors()
     own: dict[str, Any] = {}
     forced: dict[str, Any] = {}
-    if alone and subject.forces:
+    if alone:
         own = dict(_alone(bench, stages, wanted))
         forced = forced_tensors(bench, case, stages, chosen)
     rows, not_run, notes = [], [], []
@@ -230,21 +231,23 @@ def run_case(
 def promised(ref: CaseRef, stages: Stages, dtype: str) -> list[str]:
     """The rows that a run of a case in ``dtype`` has, in pipeline order, from its manifest alone."""
     case = Case(ref.folder, ref.name, manifest.parse(ref.folder / f"{ref.name}.json"))
-    return ids(case.variant(reference_of(case, dtype)[0]), stages, None)
+    return ids(case.variant(reference_of(case, dtype)[0]), stages, None, alone=True)
 
 
-def ids(targets: Targets, stages: Stages, globs: str | None = None) -> list[str]:
-    """What targets judge, in pipeline order."""
-    return stages.matching([*targets, *_judged_by_others(stages, targets)], globs)
+def ids(targets: Targets, stages: Stages, globs: str | None = None, *, alone: bool = False) -> list[str]:
+    """What targets judge, in pipeline order. alone: with what can only be judged alone."""
+    return stages.matching([*targets, *_judged_by_others(stages, targets, alone)], globs)
 
 
-def _judged_by_others(stages: Stages, targets: Targets) -> Iterator[str]:
+def _judged_by_others(stages: Stages, targets: Targets, alone: bool) -> Iterator[str]:
     """Ids without a golden of their own, judged by that of another."""
-    borrowers = [entry for entry in stages if entry.golden]
+    borrowers = [e for e in stages if e.golden and (e.alone_only is None or (alone and e.alone_only(targets)))]
     for stage_id in targets:
         found = stages.find(stage_id)
         for entry in borrowers:
-            if found is not None and found[0].template == entry.golden:
+            if found is None or found[0].template != entry.golden:
+                continue
+            if entry.alone_only is None or targets.is_whole(stage_id):
                 yield fill(entry.template, found[1])
 
 
@@ -293,7 +296,7 @@ class _Judge:
         """The row of a stage, and a note where the machine explains what differs. Raises NoBudget."""
         found = self.stages.find(stage)
         entry, places = found or (Stage(stage, ""), {})
-        judged_as = fill(entry.golden, places) if entry.golden else stage
+        judged_as = self.stages.judged_as(stage)
         golden = self.targets[judged_as]
 
         def result(tensors: Mapping[str, Any], kind: str) -> Result:
@@ -304,7 +307,7 @@ class _Judge:
         alone = result(own, isolated) if stage in own else None
         row = Row(
             stage,
-            result(chained, chain),
+            None if entry.alone_only else result(chained, chain),
             result(forced, isolated) if stage in forced else None,
             alone if alone is not None or not entry.reads_raw else result(chained, chain),
             next((c.file for c in entry.wiring if c.file), ""),

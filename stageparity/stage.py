@@ -85,6 +85,8 @@ class Stage:
     golden: the template whose golden judges it, where it has none of its own. ties: what decides whether other tokens than the
     golden's are a tie. machine: what this machine's libraries give in place of a stored constant.
     places: values of places that derived ones need and the template does not show.
+    alone_only: no run hands it over; it is another way to compute what its golden holds, judged alone in every case whose
+    targets this is true of.
     derived: told from other stages after the run; its shape follows from theirs. own_chain: reached from raw inputs whatever
     a forced run puts in the place of other tensors. tags: groups that tolerances may name.
     when: what a case must have for the stage to exist.
@@ -105,6 +107,7 @@ class Stage:
     rounded: Callable[[Any, Callable[[Any], Any]], Any] | None = None
     spreads: Mapping[str, float] = field(default_factory=dict)
     golden: str = ""
+    alone_only: Callable[[Any], bool] | None = None
     ties: Ties | None = None
     machine: Callable[[Any], Any] | None = None
     places: Mapping[str, str] = field(default_factory=dict)
@@ -176,6 +179,11 @@ class Stages:
             return re.escape(part)
         name, _, value = part[1:-1].partition("=")
         return f"(?P<{name}>{re.escape(value) if value else self.places[name].pattern})"
+
+    def judged_as(self, stage_id: str) -> str:
+        """The id whose golden judges it: its own, or the one that it borrows from."""
+        found = self.find(stage_id)
+        return fill(found[0].golden, found[1]) if found and found[0].golden else stage_id
 
     def template_of(self, stage_id: str) -> str:
         """The family that an id belongs to; for what is no entry, its numbers as places."""

@@ -115,6 +115,10 @@ class Targets(Mapping[str, Golden]):
             held[place] = self._case._golden(place, self._entries[stage])
         return held[place]
 
+    def is_whole(self, stage: str) -> bool:
+        """Is a tensor held in full? Told by the manifest; nothing is read."""
+        return stage in self._entries and self._entries[stage]["form"] == "whole"
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

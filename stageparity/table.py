@@ -1,6 +1,7 @@
 """A table of stages as plain data, for where the model's own code cannot be imported: another interpreter, another language.
 
-What is code in an entry (how a stage is run, whose code it is, rounding, machines) stays behind.
+What is code in an entry (how a stage is run, whose code it is, rounding, machines) stays behind, and so do stages that no
+run hands over.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from stageparity.stage import Place, Stage, Stages, Ties
 
 __all__ = ["Table", "load", "to_data"]
 
-_CODE = ("run", "code", "wiring", "rounded", "spreads", "machine")
+_CODE = ("run", "code", "wiring", "rounded", "spreads", "machine", "alone_only")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def to_data(stages: Stages, sections: Mapping[str, str], weights: Mapping[str, I
         "weights": {template: list(names) for template, names in weights.items()},
         "places": {name: asdict(place) for name, place in stages.places.items()},
         "sections": dict(sections),
-        "stages": [_entry(stage) for stage in stages],
+        "stages": [_entry(stage) for stage in stages if stage.alone_only is None],
     }
 
 

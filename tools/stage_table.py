@@ -15,7 +15,7 @@ from vidi.parity.stages import SECTIONS, STAGES
 
 
 def text() -> str:
-    weights = {stage.template: found for stage in STAGES if (found := _weights(stage))}
+    weights = {stage.template: found for stage in STAGES if stage.alone_only is None and (found := _weights(stage))}
     return json.dumps(table.to_data(STAGES, SECTIONS, weights), indent=1, ensure_ascii=False) + "\n"
 
 

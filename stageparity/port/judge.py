@@ -22,7 +22,7 @@ from stageparity.port.candidate import Candidate
 from stageparity.port.stagetrace import SHOWN, fingerprint
 from stageparity.result import Result
 from stageparity.run import CaseRun, Row, ids
-from stageparity.stage import Stage, Stages, fill
+from stageparity.stage import Stage, Stages
 from stageparity.store import Case, Targets
 from stageparity.subject import reference_of, unfit
 from stageparity.tolerance import Tolerances
@@ -81,8 +81,8 @@ class _Held:
         self._prints: dict[str, Any] = {}
 
     def row(self, stage: str) -> Row:
-        entry, places = self.stages.find(stage) or (Stage(stage, ""), {})
-        judged_as = fill(entry.golden, places) if entry.golden else stage
+        entry, _ = self.stages.find(stage) or (Stage(stage, ""), {})
+        judged_as = self.stages.judged_as(stage)
         golden = self.targets[judged_as]
 
         def result(array: np.ndarray, kind: str) -> Result:

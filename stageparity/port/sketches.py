@@ -25,7 +25,7 @@ from stageparity.golden import Golden, GoldenError, Sampled, Sketched, whole
 from stageparity.result import EXACT
 from stageparity.run import ids
 from stageparity.sketch import words
-from stageparity.stage import Stages, fill
+from stageparity.stage import Stages
 from stageparity.store import Targets
 from stageparity.strict_hdf5 import H5File, open_h5
 from stageparity.tolerance import KINDS, NoBudget, Tolerances
@@ -123,7 +123,7 @@ def units(
             continue
         values = held_of(golden)
         try:
-            rule = tolerances.rule(gate, _judged_as(stages, stage), place, kind=PASSES[passes])
+            rule = tolerances.rule(gate, stages.judged_as(stage), place, kind=PASSES[passes])
         except NoBudget:
             continue
         if values.dtype.kind != "f":
@@ -141,12 +141,7 @@ def units(
 
 def goldens(targets: Targets, stages: Stages) -> dict[str, Golden]:
     """What judges each stage of a case, those without a golden of their own included."""
-    return {stage: targets[_judged_as(stages, stage)] for stage in ids(targets, stages)}
-
-
-def _judged_as(stages: Stages, stage: str) -> str:
-    found = stages.find(stage)
-    return fill(found[0].golden, found[1]) if found is not None and found[0].golden else stage
+    return {stage: targets[stages.judged_as(stage)] for stage in ids(targets, stages)}
 
 
 # ---- the store ----------------------------------------------------------------------------------------------------------

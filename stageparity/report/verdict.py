@@ -16,7 +16,7 @@ from stageparity import strict
 from stageparity.faults.plant import Fault, own_stages
 from stageparity.port.explain import Explanation
 from stageparity.run import CaseRun, Row, Run
-from stageparity.stage import Stages, fill
+from stageparity.stage import Stages
 
 __all__ = [
     "GUILTY", "WORDS", "Context", "Finding", "References", "conclusion", "findings", "headline", "inherited", "lookalikes",
@@ -213,10 +213,8 @@ def some(names: Sequence[str]) -> str:
 
 def rerun(case: CaseRun, row: Row, run: Run, context: Context) -> str:
     """One command that runs this stage of this case alone, quoted for a shell."""
-    found = context.stages.find(row.stage)
-    stage = row.stage
-    if found is not None and found[0].golden:  # it is judged with the stage whose golden it borrows
-        stage = fill(found[0].golden, found[1])
+    # What a run hands over beside the stage whose golden it borrows is judged with that.
+    stage = row.stage if row.chained is None else context.stages.judged_as(row.stage)
     words = [*context.command, "--case", case.name, "--stage", stage, "--dtype", run.dtype, *context.options]
     return shlex.join(words)
 
@@ -242,7 +240,9 @@ def inherited(row: Row) -> float | None:
 
 def split(row: Row) -> str:
     """How much of a row's error is its own, in multiples of the budget."""
-    if row.chained is None or row.alone is None:
+    if row.chained is None:
+        return "fed alone: a run does not hand it over"
+    if row.alone is None:
         return "not fed alone, so not split into local and inherited"
     came = inherited(row)
     forced = f", forced {_times(row.forced.ratio)}" if row.forced is not None else ""

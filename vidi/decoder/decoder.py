@@ -108,14 +108,14 @@ class Decoder(nn.Module):
                 s_BLD = update_in_chunks(layer, s_BLD, cross[m].v_BLGH)
                 state[m] = tap(f"layer.{layer.layer_idx}.{STREAM_NAMES[m]}_stream", s_BLD)
 
-    def step(self, ids_B: Tensor, cache: Cache, *, backend: str = "eager") -> Tensor:
+    def step(self, ids_B: Tensor, cache: Cache, *, backend: str = "eager", tap: Tap = no_tap) -> Tensor:
         """One new token a row, read from and written to ``cache``: (B,) ids -> (B, V) logits of the next token."""
         text = self.text_rows(cache.lengths_B[:, None], None, backend, self.embed.weight.dtype)
         x_B1D = self.scaled(self.embed(ids_B[:, None]))
         for layer, held, cross in zip(self.layers, cache.text, cache.cross, strict=True):
-            x_B1D = layer(x_B1D, text, cross, held)
+            x_B1D = layer(x_B1D, text, cross, held, tap)
         cache.lengths_B = cache.lengths_B + 1
-        return self.logits(self.norm(x_B1D))[:, 0]
+        return tap("logits", self.logits(tap("final.norm", self.norm(x_B1D)), tap))[:, 0]
 
     def logits(self, normed_BTD: Tensor, tap: Tap = no_tap) -> Tensor:
         """The embedding as head, or one of its own, then the final softcap where there is one: (B, T, V) (§8)."""

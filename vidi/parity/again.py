@@ -24,7 +24,8 @@ def circumstances(subject: VidiSubject, finding: Finding, case: Case) -> str:
     if row.alone is None or row.alone.ok:
         return ""
     targets = case.variant(reference_of(case, subject.dtype)[0])
-    golden, rule, axes = targets[row.stage], row.alone.rule, subject.stages.axes(row.stage)
+    golden, rule = targets[subject.stages.judged_as(row.stage)], row.alone.rule
+    axes = subject.stages.axes(row.stage)
     ratios: dict[str, float | None] = {}
     for name in environment.SETTINGS:
         dtype = "float64" if name == "float64" else subject.dtype

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,9 +23,9 @@ from vidi.bridge import audio, mask, position
 from vidi.bridge.fold import Group
 from vidi.cache import CrossKeys
 from vidi.decoder.layer import DecoderLayer, TextRows
-from vidi.inputs.batch import Batch
+from vidi.inputs.batch import Batch, pack_text
 from vidi.model import VidiModel
-from vidi.parity import feed, trace
+from vidi.parity import feed, stepped, trace
 from vidi.parity.goldens import inputs_of
 from vidi.parity.places import derived
 
@@ -129,6 +129,30 @@ class Bench:
 
     def holds(self, stage_id: str) -> bool:
         return stage_id in self.targets and isinstance(self.targets[stage_id], Whole)
+
+    @cached_property
+    def stepped(self) -> dict[str, Tensor]:
+        """The text's stages in decoding, from goldens."""
+        batch, judged = self.batch, {e.golden for e in self.stages if e.alone_only}
+        ids_BT, _, _ = pack_text(batch.input_ids_BT, batch.keep_BT, placeholder=self.model.config.image_placeholder)
+
+        def golden(stage_id: str) -> Tensor | None:
+            found = self.stages.find(stage_id)
+            return self.golden(stage_id) if found and found[0].template in judged and self.holds(stage_id) else None
+
+        keep_BT = self.golden("text.mask")
+        return stepped.run(self.model.decoder, ids_BT, keep_BT, list(self._cross()), golden, self.model.backend)
+
+    def _cross(self) -> Iterator[dict[str, CrossKeys]]:
+        """What text reads of the streams, layer by layer."""
+        for i, layer in enumerate(cast("Sequence[DecoderLayer]", self.model.decoder.layers)):
+            cross = {}
+            for m in "va":
+                places = derived({"i": str(i), "m": m}, len(self.model.decoder.layers))
+                if self.holds(mask := f"{places['path']}.mask"):
+                    rows = Rows(self.golden(mask))
+                    cross[m] = layer.stream_keys(self.golden(places["stream"]), rows, m)
+            yield cross
 
     @cached_property
     def num_frames(self) -> list[int]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from stageparity.code import code
 from stageparity.faults.plant import plant
 
-EXTEND, STEP = "vidi.cache.LayerTextCache.extend", "vidi.decoder.decoder.Decoder.step"
+EXTEND, STEP = code("vidi.cache.LayerTextCache.extend"), code("vidi.decoder.decoder.Decoder.step")
 
 
 @plant(EXTEND, case="decode")
@@ -76,7 +77,7 @@ def aligned_at_the_end(original: Any) -> Any:
     return lambda q, k, window=None: original(q if q.shape[1] > 1 else torch.full_like(q, int(k[-1])), k, window)
 
 
-@plant(STEP, case="decode")
+@plant(STEP["text"], case="decode")
 def position_stands_still(original: Any) -> Any:
     """Positions are not counted up: every new token stands at the prompt's end."""
 
@@ -89,7 +90,7 @@ def position_stands_still(original: Any) -> Any:
     return step
 
 
-@plant(STEP, case="decode")
+@plant(STEP["text"], case="decode")
 def position_of_longest_row(original: Any) -> Any:
     """All rows continue from the longest row's end, as right-padded batches do in the release."""
 
@@ -100,7 +101,7 @@ def position_of_longest_row(original: Any) -> Any:
     return step
 
 
-@plant(STEP, case="decode")
+@plant(STEP["text"], case="decode")
 def wrong_layer(original: Any) -> Any:
     """Layers read each other's text cache."""
 
@@ -112,7 +113,7 @@ def wrong_layer(original: Any) -> Any:
     return step
 
 
-@plant(STEP, case="decode")
+@plant(STEP["streams"], case="decode")
 def streams_of_wrong_layer(original: Any) -> Any:
     """Steps read the streams of the layer before."""
 
@@ -124,7 +125,7 @@ def streams_of_wrong_layer(original: Any) -> Any:
     return step
 
 
-@plant(STEP, case="decode")
+@plant(STEP["streams"], case="decode")
 def streams_of_first_layer(original: Any) -> Any:
     """Steps read the first layer's streams everywhere."""
 
@@ -135,7 +136,7 @@ def streams_of_first_layer(original: Any) -> Any:
     return step
 
 
-@plant(STEP, case="decode")
+@plant(STEP["streams"], case="decode")
 def streams_left_out(original: Any) -> Any:
     """Steps do not read the audio."""
 
@@ -146,7 +147,7 @@ def streams_left_out(original: Any) -> Any:
     return step
 
 
-@plant(STEP, case="decode")
+@plant(STEP["streams"], case="decode")
 def stream_masks_lost(original: Any) -> Any:
     """Steps read padded stream tokens too."""
     from vidi.attention.unpad import Rows
@@ -161,7 +162,7 @@ def stream_masks_lost(original: Any) -> Any:
     return step
 
 
-@plant(STEP, case="decode")
+@plant(STEP["input"], case="decode")
 def embedding_not_scaled_in_steps(original: Any) -> Any:
     """New tokens miss the factor sqrt(D)."""
 

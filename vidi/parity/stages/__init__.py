@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from stageparity.stage import Place, Stage, Stages
-from vidi.parity.stages import audio, head, layers, text, visual
+from vidi.parity.stages import audio, cached, head, layers, text, visual
 
 __all__ = ["PLACES", "SECTIONS", "STAGES", "expected"]
 
@@ -25,7 +25,9 @@ PLACES = {
     "g": Place(r"(?:\.\d+)?"),
     "n": Place(r".+"),
 }
-STAGES = Stages((*visual.STAGES, *audio.STAGES, *text.STAGES, *layers.STAGES, *head.STAGES), PLACES)
+STAGES = Stages(
+    (*visual.STAGES, *audio.STAGES, *text.STAGES, *layers.STAGES, *cached.LAYERS, *head.STAGES, *cached.HEAD), PLACES
+)
 SECTIONS = {
     "§1": "Sizes of the released checkpoint",
     "§2": "Inputs",
@@ -56,7 +58,7 @@ def expected(
     num_layers = int(config["num_hidden_layers"])
     taken = {0, num_layers - 1} if xattn_layers is None else set(xattn_layers)
     mistral = config.get("model_type") == "dattn_mistral"
-    lacking = {"loss", "decoding", *(("fold", "resize") if mistral else ("conv", "head")), *without}
+    lacking = {"loss", "decoding", "cached", *(("fold", "resize") if mistral else ("conv", "head")), *without}
     samples = [str(b) for b in range(batch)]
     values = {
         "i": [str(i) for i in range(num_layers)],

@@ -18,7 +18,7 @@ from vidi.parity import feed, trace
 from vidi.parity.bench import Site
 
 __all__ = [
-    "audio_pos_t", "audio_projector", "audio_tower", "conv", "cross_attention", "embed_text", "frequencies_here",
+    "audio_pos_t", "audio_projector", "audio_tower", "cached", "conv", "cross_attention", "embed_text", "frequencies_here",
     "image_projector", "layer_output", "lm_head", "logits", "loss_logits", "mean_loss", "per_token", "rope", "space_to_depth",
     "stream", "stream_key", "trim", "unpad", "vision_packed", "vision_pos_t", "vision_tower",
 ]  # fmt: skip
@@ -131,6 +131,10 @@ def layer_output(s: Site) -> Tensor:
 def stream(s: Site) -> Tensor:
     x = s["{stream}"]
     return s.layer.update_stream(x, s.layer.stream_keys_values(x)[1])
+
+
+def cached(s: Site) -> Tensor:
+    return s.bench.stepped[s.id(s.stage.golden)]
 
 
 def lm_head(s: Site) -> Tensor:
