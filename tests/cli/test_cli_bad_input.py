@@ -89,18 +89,21 @@ def test_no_output_takes_the_place_of_an_input_or_of_another_output(tmp_path: Pa
     [
         ["parity", "--dump"],
         ["parity", "--candidate", "nowhere", "--capsule"],
-        ["port", "run", __file__, "--case", "official/single", "--out"],
-        ["port", "run", __file__, "--case", "official/single", "--capsule"],
+        ["port", "run", "ADAPTER", "--case", "official/single", "--out"],
+        ["port", "run", "ADAPTER", "--case", "official/single", "--capsule"],
         ["port", "init", "official/single"],
     ],
     ids=lambda words: f"{words[0]}-{words[-1]}",
 )
 def test_a_wrong_folder_ends_a_command_at_its_start(words: list[str], tmp_path: Path, capsys) -> None:
+    adapter = tmp_path / "adapter.py"
+    adapter.touch()
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "nowhere").symlink_to("absent")
     for place in ("file", "pipe", "nowhere", "file/below", "pipe/far/below"):
-        assert main([*words, str(tmp_path / place)]) == 2
+        given = [str(adapter) if word == "ADAPTER" else word for word in words]
+        assert main([*given, str(tmp_path / place)]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
         assert "is no folder; choose another place" in err

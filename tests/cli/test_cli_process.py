@@ -193,13 +193,38 @@ def test_names_that_are_no_text(folder: Path, tmp_path: Path) -> None:
 
 
 TOOLS = {
+    "../bench/probe_fast.py": ["--only", "steps"],
+    "../bench/read_video.py": ["--video", "nowhere.mp4"],
+    "attribute.py": [],
     "compare_benchmarks.py": ["nowhere.json", "nowhere.json"],
+    "demo_video.py": ["nowhere/a.mp4"],
+    "draw_dataflow.py": ["--check", "--json"],
     "import_official.py": ["nowhere", "nowhere"],
     "make_full_golden.py": ["--goldens", "nowhere", "--restate", "x"],
     "migrate_goldens.py": ["nowhere"],
+    "parity_table.py": ["nowhere"],
     "regen_goldens.py": ["--candidate", "nowhere"],
+    "stage_table.py": ["nowhere"],
     "study.py": ["noise", "--goldens", "nowhere"],
+    "where.py": ["vidi/cli.py:999999"],
 }
+USAGE = ("draw_dataflow.py", "parity_table.py", "stage_table.py")  # words that argparse refuses, below how it is called
+
+
+def test_every_tool_is_here() -> None:
+    files = {path.name for folder in ("tools", "bench") for path in (ROOT / folder).glob("*.py")}
+    commands = {name for name in files if name not in ("__init__.py", "regen_plan.py")}
+    assert commands == {Path(tool).name for tool in TOOLS}
+
+
+@pytest.mark.parametrize("words", [["../bench/probe_fast.py"], ["make_full_golden.py", "--goldens", "nowhere"]])
+def test_a_tool_without_a_gpu_says_so(words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
+    done = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, cwd=tmp_path
+    )
+    said = f"{Path(words[0]).name}: --device cuda: this machine shows 0 CUDA devices to torch {torch.__version__}\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 @pytest.mark.slow
@@ -227,8 +252,9 @@ def test_reports_under_an_ascii_locale(tmp_path: Path) -> None:
 def test_a_tool_ends_in_one_line(tool: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), *TOOLS[tool]]
     done = subprocess.run(command, env={**os.environ, **ASCII}, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"{tool}: ")
+    said = done.stderr[done.stderr.index(f"\n{tool}: ") + 1 :] if tool in USAGE else done.stderr
+    assert (done.returncode, said.count("\n")) == (2, 1), done.stderr
+    assert said.startswith(f"{Path(tool).name}: ")
     assert "unexpected" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
