@@ -8,20 +8,31 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as nnf
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from triton.testing import do_bench_cudagraph
 
 from stageparity import evidence
 from tools.studies import gpu
+from vidi import cli, device
+from vidi.commands import outputs
 from vidi.config import VidiConfig
-from vidi.fast import kernels, measure, plan
-from vidi.fast.kernels import attention, product, rows
+from vidi.fast import measure, plan
 from vidi.fast.operands import Affine, GemmaWeight, Keys, LayerNorm, Queries, Residual, Rotation, Scores
+
+MISSING: ImportError | None = None
+try:
+    from triton.testing import do_bench_cudagraph
+
+    from vidi.fast import kernels
+    from vidi.fast.kernels import attention, product, rows
+except ImportError as error:  # raised where it can be told in a line
+    MISSING = error
 
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
@@ -230,11 +241,31 @@ def tower(report: dict[str, Any]) -> None:
     print("BEST", min(sizes, key=lambda size: min(report[str(size)])))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return cli.guarded(_run, arguments, name="probe_fast.py")
+
+
+@torch.no_grad()
+def _run(arguments: list[str]) -> None:
+    probes: dict[str, Callable[..., None]] = {
+        "step": step,
+        "attend": attend,
+        "stream": stream,
+        "vision": vision,
+        "tower": tower,
+    }
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", default="step,attend,stream,vision")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    chosen = args.only.split(",")
+    if unknown := [name for name in chosen if name not in probes]:
+        raise ValueError(f"--only {unknown[0]}: choose {', '.join(probes)}")
+    outputs.check(args.json)
+    device.check("cuda")
+    if MISSING is not None:
+        raise MISSING
     limits = measure.ceilings(CUDA)
     report: dict[str, Any] = {
         "measured_on": gpu.measured_on("probe-kernels.json", measure.device_name(CUDA)),
@@ -242,17 +273,16 @@ def main() -> None:
         "copy_tb_s": limits.copy_bytes / 1e12,
     }
     print(report)
-    for name in args.only.split(","):
+    for name in chosen:
         found: dict[str, Any] = {}
         if name == "stream":
             stream(found, limits.product_flops)
         else:
-            {"step": step, "attend": attend, "vision": vision, "tower": tower}[name](found)
+            probes[name](found)
         report[name] = found
         if args.json:
             evidence.write(args.json, report)
 
 
 if __name__ == "__main__":
-    with torch.no_grad():
-        main()
+    sys.exit(main())

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ import av
 import numpy as np
 
 from stageparity import evidence
+from vidi import cli
+from vidi.commands import outputs
+from vidi.commands.arguments import positive
 from vidi.config import VidiConfig
 from vidi.inputs import video
 from vidi.inputs.reader import Reader
@@ -143,14 +146,23 @@ def cpu_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=240)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    return cli.guarded(_run, arguments, name="read_video.py")
+
+
+def _run(arguments: list[str]) -> None:
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=positive, default=240)
     parser.add_argument("--video", type=Path, help="measure this file instead of one that is made")
     parser.add_argument("--keep", type=Path, help="keep the film that is made here")
-    parser.add_argument("--runs", type=int, default=3, help="the quickest of so many is shown")
+    parser.add_argument("--runs", type=positive, default=3, help="the quickest of so many is shown")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    outputs.check(args.json, args.keep)
+    if args.video is not None:
+        video.Video(args.video)  # what cannot be read is said before anything is measured
+        outputs.apart(args.video, args.json)
     with tempfile.TemporaryDirectory() as folder:
         path = args.video or args.keep or Path(folder) / "film.mp4"
         if not path.exists():
@@ -185,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -18,9 +18,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["collect", "exchange", "replacing", "sync", "write_bytes", "write_text"]
+from stageparity import strict
+
+__all__ = ["collect", "exchange", "is_stream", "replacing", "said", "sync", "write_bytes", "write_text"]
 
 _TRIES = 100
+_ROOM = "make room there, or write to another place"
+_REMEDIES: dict[int | None, str] = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: "raise the limit (ulimit -f), or write to another place",
+    errno.EROFS: "write to another place",
+}
+_DRAFT = re.compile(r"\..*\.partial-\d+-[a-z0-9_]{8}")
+#: Names of what this process already has open: written into where it stands, as a shell's own redirection would.
+_STREAMS = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,9})")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -30,29 +43,60 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write or replace a file in one step, flushed to disk. A link is followed: what it names is replaced. What is no
-    regular file, such as a pipe or /dev/null, is written into.
+    regular file, such as a pipe, /dev/null or /dev/stdout, is written into.
 
-    Raises OSError; the old file is then untouched.
+    Raises OSError that names ``path``; the old file is then untouched.
     """
-    path = Path(os.path.realpath(path))
-    found = path.stat().st_mode if path.exists() else None
-    if found is not None and not stat.S_ISREG(found):
-        path.write_bytes(data)
-        return
-    collect(path)
-    handle, draft = _locked_draft(path, folder=False)
+    with _told_of(Path(path)):
+        if is_stream(path):
+            with open(_opened(path), "wb") as out:
+                out.write(data)
+            return
+        path = Path(os.path.realpath(path))
+        found = path.stat().st_mode if path.exists() else None
+        collect(path)
+        handle, draft = _locked_draft(path, folder=False)
+        try:
+            with open(handle, "wb") as out:
+                out.write(data)
+                out.flush()
+                if found is not None:
+                    os.fchmod(handle, found & 0o777)
+                os.fsync(handle)
+                os.replace(draft, path)
+            sync(path.parent)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+
+
+def is_stream(path: str | Path) -> bool:
+    """Is there something that has no content to be kept: a pipe, a device, a descriptor of this process?"""
     try:
-        with open(handle, "wb") as out:
-            out.write(data)
-            out.flush()
-            if found is not None:
-                os.fchmod(handle, found & 0o777)
-            os.fsync(handle)
-            os.replace(draft, path)
-        sync(path.parent)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
+        return _descriptor(path) is not None or not stat.S_ISREG(os.stat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _descriptor(path: str | Path) -> int | None:
+    found = _DESCRIPTOR.fullmatch(str(path))
+    return int(found[1]) if found else _STREAMS.get(str(path))
+
+
+def _opened(path: str | Path) -> int:
+    """A handle of a stream. A pipe that nobody reads is an error: opening one waits, perhaps for ever."""
+    if (number := _descriptor(path)) is not None:
+        if number == 1:
+            sys.stdout.flush()  # what was printed before stands before it
+        return os.dup(number)
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OSError(errno.ENXIO, "is a pipe that nobody reads; start its reader first") from None
+    os.set_blocking(handle, True)
+    return handle
 
 
 @contextmanager
@@ -63,10 +107,15 @@ def replacing(target: str | Path, check: Callable[[Path], None] | None = None) -
     folders. check: called with the folder that would be lost, before anything is written and again when it has been
     exchanged; what it raises leaves the target as it was. Without it a full folder raises FileExistsError.
 
-    Files in the draft are flushed by whoever writes them. Raises OSError.
+    Files in the draft are flushed by whoever writes them. Raises OSError that names the target, not the draft.
     """
     target = Path(target).absolute()
-    check = check or _refuse
+    with _told_of(target), _drafted(target, check or _refuse) as draft:
+        yield draft
+
+
+@contextmanager
+def _drafted(target: Path, check: Callable[[Path], None]) -> Iterator[Path]:
     if _is_full(target):
         check(target)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +138,24 @@ def replacing(target: str | Path, check: Callable[[Path], None] | None = None) -
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         os.close(handle)
+
+
+def said(error: OSError) -> str:
+    """What the system says, and what helps where something could not be written; no name of a file."""
+    remedy = _REMEDIES.get(error.errno)
+    return strict.reason(error) + (f"; {remedy}" if remedy else "")
+
+
+@contextmanager
+def _told_of(target: Path) -> Iterator[None]:
+    """What the system says of a draft, or of nothing by name (a full disk), is told of the target: that is what a user named."""
+    try:
+        yield
+    except OSError as error:
+        named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else None
+        if error.errno is None or (named is not None and not any(map(_DRAFT.fullmatch, named.parts))):
+            raise
+        raise OSError(error.errno, error.strerror, str(target)) from error
 
 
 def collect(target: str | Path) -> list[Path]:

@@ -29,11 +29,8 @@ class Dump:
         self.folder, self.bytes = folder, 0
 
     def write(self, case: str, tensors: Mapping[str, Any]) -> None:
-        """All stages under their ids."""
+        """All stages under their ids. Raises OSError."""
         path = self.folder / f"{case}.safetensors"
         data = save({name: np.ascontiguousarray(to_numpy(x)[0]) for name, x in tensors.items()})
-        try:
-            atomic.write_bytes(path, data)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror})") from None
+        atomic.write_bytes(path, data)
         self.bytes += len(data)

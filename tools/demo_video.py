@@ -16,6 +16,7 @@ import av
 import numpy as np
 
 from vidi import cli
+from vidi.commands import outputs
 
 __all__ = ["main", "make"]
 
@@ -65,6 +66,9 @@ def _run(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     if not 0.1 <= args.seconds <= 3600:
         parser.error(f"--seconds is {args.seconds}: between 0.1 and 3600")
+    if args.out.suffix != ".mp4":
+        raise ValueError(f"{args.out}: a name that ends in .mp4 is needed")
+    outputs.check(args.out)
     make(args.out, args.seconds)
     print(args.out)
     return 0

@@ -24,7 +24,7 @@ from stageparity.golden import Golden, GoldenError, Sketched, Whole
 from stageparity.manifest import set_sha256
 from stageparity.strict import printable
 from stageparity.writer import NewCase, replaced, write_case
-from vidi import cli
+from vidi import cli, device
 from vidi.config import VidiConfig
 from vidi.parity import full
 from vidi.parity.stages import STAGES
@@ -104,6 +104,8 @@ def _run(arguments: list[str]) -> int:
     old = store.open_case(folder, full.CASE) if (folder / f"{full.CASE}.json").exists() else None
     if args.restate and old is None:
         raise GoldenError(f"{folder}: no case to restate")
+    if not args.restate:
+        device.check(args.device)
     if args.restate and old is not None:
         new = restated(old, args.restate)
     else:

@@ -7,8 +7,8 @@ import sys
 
 from stageparity import atomic, table
 from stageparity.stage import Stage
+from vidi import cli
 from vidi.checkpoint import names
-from vidi.cli import guarded
 from vidi.parity.goldens import goldens_dir
 from vidi.parity.port import TABLE
 from vidi.parity.stages import SECTIONS, STAGES
@@ -31,9 +31,10 @@ def _weights(stage: Stage) -> list[str]:
 
 
 def run(argv: list[str]) -> int:
+    cli.parser(description=__doc__).parse_args(argv)
     atomic.write_text(goldens_dir() / TABLE, text())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run))
+    sys.exit(cli.guarded(run))

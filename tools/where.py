@@ -98,7 +98,10 @@ def told(place: str) -> Iterator[str]:
 def handed_over(place: str, stages: Sequence[Stage]) -> list[Stage]:
     """The stages that the line hands to the tap by name, of those that its function feeds."""
     file, _, line = place.partition(":")
-    text = (ROOT / file).read_text("utf-8").splitlines()[int(line) - 1] if line else ""
+    lines = (ROOT / file).read_text("utf-8").splitlines() if line else [""]
+    if line and not 1 <= int(line) <= len(lines):
+        raise ValueError(f"{file} has {len(lines)} lines, none of number {line}")
+    text = lines[int(line) - 1] if line else ""
     ids = [
         re.sub(r"\{[^}]*\}", value, name) for name in re.findall(r'tap\(f?"([^"]+)"', text) for value in ("", "0", "v")
     ]

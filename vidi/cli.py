@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Any, NoReturn
 
-__all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "UNUSABLE", "guarded", "main", "parser"]
+__all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "UNUSABLE", "Ended", "guarded", "main", "parser"]
 
 UNUSABLE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+#: What ends a command from outside, and what is then said; the status is 128 and the signal's number, as of a shell.
+SIGNALS = {1: "ended by SIGHUP: its terminal has gone", 2: "interrupted", 15: "ended by SIGTERM"}
 #: Seconds after which Ctrl-C is raised again where it was lost: in a destructor, or in a library's `except:`.
 PATIENCE = 3.0
 COMMANDS = {
@@ -31,6 +33,14 @@ COMMANDS = {
 }
 
 
+class Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: drafts and children of the command go with it, as on Ctrl-C. ``signal`` is its number."""
+
+    def __init__(self, signal: int) -> None:
+        super().__init__()
+        self.signal = signal
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("-")]
@@ -43,9 +53,9 @@ def guarded(
     """``run(arguments)`` as a program: its status, and whatever it raises as one line on stderr and a status.
 
     2: input that cannot be used (ValueError, OSError, a missing library), output that cannot be written, or an error
-    of the program itself, which the line then says. 130: Ctrl-C. 141: who read the output has gone, as `| head` does; nothing
-    is said. ``--debug`` among the arguments shows the traceback as well. argv: default the command line, for which
-    closed standard streams are looked after too.
+    of the program itself, which the line then says. 130, 143, 129: Ctrl-C, SIGTERM, SIGHUP. 141: who read the output has
+    gone, as `| head` does; nothing is said. ``--debug`` among the arguments shows the traceback as well. argv: default the
+    command line, for which closed standard streams and signals are looked after too.
     """
     import os
 
@@ -109,8 +119,8 @@ def _run(given: list[str]) -> int:
     words = parser(
         prog="vidi",
         description="Vidi 1.5 9B and its golden-tensor parity harness",
-        epilog="Exit status: 2 for input that cannot be used and for errors, 130 for Ctrl-C, 141 where the reader of the "
-        "output has gone; 0, 1 and 3 as each command says.",
+        epilog="Exit status: 2 for input that cannot be used and for errors, 130 for Ctrl-C, 143 for "
+        "SIGTERM, 129 for SIGHUP, 141 where the reader of the output has gone; 0, 1 and 3 as each command says.",
     )
     words.add_argument("--version", action="version", version=__version__)
     words.add_argument("--debug", action="store_true", help="show the traceback of an error; before or after COMMAND")
@@ -135,10 +145,12 @@ def _show(others: Callable[..., None], message: Warning | str, category: type[Wa
 
 def _verdict(error: BaseException) -> tuple[int, str]:
     """Status and line of an exception; an unforeseen one is named with its type and how to see more."""
+    from stageparity.atomic import said
     from stageparity.strict import one_line
 
     if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted"
+        number = error.signal if isinstance(error, Ended) else 2
+        return 128 + number, SIGNALS[number]
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE, ""
     text = one_line(" ".join(str(error).split("\n")[:3]))
@@ -146,16 +158,19 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
         text = f"not enough memory{f' ({text})' if text else ''}; use a smaller input or a larger machine"
     elif isinstance(error, OSError) and error.strerror:
-        text = one_line(f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror)
+        # Whatever writes a file names it: only a stream is full without a name.
+        name = "standard output" if error.filename is None and error.errno in (27, 28) else error.filename
+        text = one_line(said(error) if name is None else f"{name}: {said(error)}")
     elif not text or not isinstance(error, ValueError | ImportError) or isinstance(error, UnicodeError):
         text = f"unexpected {type(error).__name__}: {text}; a fault of this program: --debug shows where"
     return UNUSABLE, text
 
 
 def _own_process(name: str) -> None:
-    """What concerns the process as a whole: its standard streams, and Ctrl-C while a module is being imported."""
+    """What concerns the process as a whole: its standard streams, and signals, also while a module is being imported."""
     import os
     import signal
+    from contextlib import suppress
 
     while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass  # a standard stream is closed: no file of ours may take its number
@@ -168,22 +183,30 @@ def _own_process(name: str) -> None:
         # An ASCII terminal shows é as \xe9, and names of files that are no text as the bytes they are.
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
+    last = signal.SIGINT
+
     def interrupted(number: int, frame: Any) -> None:
+        nonlocal last
+        last = last if number == signal.SIGALRM else signal.Signals(number)
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
                 # Half-imported extensions turn the exception into others, or crash. No work has begun.
-                os.write(2, f"{name}: interrupted\n".encode("utf-8", "backslashreplace"))
-                os._exit(INTERRUPTED)
+                with suppress(OSError):  # of a terminal that has gone
+                    os.write(2, f"{name}: {SIGNALS[last]}\n".encode("utf-8", "backslashreplace"))
+                os._exit(128 + last)
             frame = frame.f_back
         signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt if last == signal.SIGINT else Ended(last)
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else the caller wants it ignored, as nohup does
-        signal.signal(signal.SIGALRM, interrupted)
+    signal.signal(signal.SIGALRM, interrupted)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # else the caller wants it ignored, as nohup does
+            signal.signal(number, interrupted)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupted)
-        # A destructor cannot pass it on; what Python would say of it would stand beside our own line.
-        others = sys.unraisablehook
-        sys.unraisablehook = lambda lost: None if lost.exc_type is KeyboardInterrupt else others(lost)
+    # A destructor cannot pass it on; what Python would say of it would stand beside our own line.
+    others = sys.unraisablehook
+    sys.unraisablehook = lambda lost: None if lost.exc_type in (KeyboardInterrupt, Ended) else others(lost)
 
 
 def _heard() -> None:

@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from stageparity import atomic
+from stageparity import atomic, strict
 from stageparity.result import Result
 from stageparity.stage import Axes
 
-__all__ = ["write"]
+__all__ = ["check", "write"]
+
+_FILES = {"capsule.npz", "capsule.json", "check.py"}
 
 CHECK = '''"""Holds the stage of this folder against its golden: python check.py [your.npy]. Needs NumPy alone."""
 import json
@@ -52,10 +54,8 @@ def write(
     weights: Mapping[str, np.ndarray],
     about: Mapping[str, Any],
 ) -> None:
-    """One stage. Raises ValueError where the folder holds something else."""
-    if folder.exists() and any(folder.iterdir()) and not (folder / "capsule.json").exists():
-        raise ValueError(f"{folder} holds other files; give a new folder for the capsule")
-    folder.mkdir(parents=True, exist_ok=True)
+    """One stage, whole or not at all; an older capsule is replaced. Raises ValueError where the folder holds something
+    else, OSError."""
     arrays = {"golden": golden, "candidate": candidate}
     arrays |= {f"input:{name}": x for name, x in inputs.items()} | {f"weight:{name}": x for name, x in weights.items()}
     buffer = io.BytesIO()
@@ -71,6 +71,22 @@ def write(
         "rule": {"name": result.rule.name, "why": result.rule.why},
         "text": result.text(),
     }
-    atomic.write_bytes(folder / "capsule.npz", buffer.getvalue())
-    atomic.write_text(folder / "capsule.json", json.dumps(said, indent=1, allow_nan=True) + "\n")
-    atomic.write_text(folder / "check.py", CHECK)
+    about_text = json.dumps(said, indent=1, allow_nan=True) + "\n"
+    files = {"capsule.npz": buffer.getvalue(), "capsule.json": about_text.encode(), "check.py": CHECK.encode()}
+    with atomic.replacing(folder, check) as draft:
+        for name, data in files.items():
+            atomic.write_bytes(draft / name, data)
+
+
+def check(folder: Path) -> None:
+    """Raises ValueError for a folder that is there and holds anything but a capsule. A name proves nothing: its
+    capsule.json must speak of a stage."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not names:
+        return
+    try:
+        said = strict.read_json(folder / "capsule.json")
+    except strict.Refused:
+        said = {}
+    if names - _FILES or not {"stage", "row_axes", "budgets"} <= set(said):
+        raise ValueError(strict.one_line(f"{folder} holds more than a capsule; give a new folder for the capsule"))

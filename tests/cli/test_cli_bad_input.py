@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import warnings
 from pathlib import Path
 
@@ -65,6 +67,11 @@ def test_no_output_takes_the_place_of_an_input_or_of_another_output(tmp_path: Pa
         (["faults", "--json", "-"], "- is no file"),
         (["bench", "--video", film, "--json", film], read),
         (["bench", "--json", "-"], "- is no file"),
+        (["budget", "logits", "--goldens", goldens, "--json", goldens / "a.json"], read),
+        (["port", "explain", goldens, "--json", goldens / "a.json"], read),
+        (["parity", "--candidate", tmp_path / "c", "--budget", film, "--json", film], read),
+        (["port", "run", film, "--case", "official/single", "--json", film], read),
+        (["port", "run", film, "--case", "official/single", "--html", tmp_path / "candidate.toml"], read),
         (["parity", "--stage", ""], "matches none of"),
         (["parity", "--stage", "logits,"], "matches none of"),
         (["faults", "--fault", ""], "no fault matches"),
@@ -75,6 +82,45 @@ def test_no_output_takes_the_place_of_an_input_or_of_another_output(tmp_path: Pa
         assert film.read_bytes() == before
     assert sorted(path.name for path in goldens.iterdir()) == ["a.h5", "a.json"]
     outputs.apart(goldens, "/dev/null", "/dev/null", None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["parity", "--dump"],
+        ["parity", "--candidate", "nowhere", "--capsule"],
+        ["port", "run", "ADAPTER", "--case", "official/single", "--out"],
+        ["port", "run", "ADAPTER", "--case", "official/single", "--capsule"],
+        ["port", "init", "official/single"],
+    ],
+    ids=lambda words: f"{words[0]}-{words[-1]}",
+)
+def test_a_wrong_folder_ends_a_command_at_its_start(words: list[str], tmp_path: Path, capsys) -> None:
+    adapter = tmp_path / "adapter.py"
+    adapter.touch()
+    (tmp_path / "file").write_text("mine")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "nowhere").symlink_to("absent")
+    for place in ("file", "pipe", "nowhere", "file/below", "pipe/far/below"):
+        given = [str(adapter) if word == "ADAPTER" else word for word in words]
+        assert main([*given, str(tmp_path / place)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert "is no folder; choose another place" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_stream_may_lie_in_a_folder_that_is_not_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev is nobody's but root's, and /dev/null everybody's."""
+    monkeypatch.setattr(os, "access", lambda path, mode: not Path(path).is_dir())
+    outputs.check("/dev/null", "/dev/full", "/dev/stdout")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        outputs.check(tmp_path / "x")
+    with pytest.raises(ValueError, match="cannot be written to; choose another place"):
+        outputs.check_folder(tmp_path / "x")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="/dev/null cannot be written to"):
+        outputs.check("/dev/null")
 
 
 @pytest.mark.parametrize("command", ["parity", "bench"])
@@ -176,7 +222,7 @@ def test_an_interrupted_command_ends_without_a_traceback(monkeypatch: pytest.Mon
 
 def test_a_dump_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "single.safetensors").mkdir()
-    with pytest.raises(ValueError, match="cannot be written"):
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path / "single.safetensors"))):
         dump.Dump(tmp_path, ["single"]).write("single", {"logits": torch.zeros(2)})
     assert [path.name for path in tmp_path.iterdir()] == ["single.safetensors"]
 

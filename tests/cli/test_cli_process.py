@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,17 +84,21 @@ def test_debug_after_two_dashes_is_a_word_like_any_other(capsys: pytest.CaptureF
         (KeyError("x"), "unexpected KeyError: 'x'; a fault of this program: --debug shows where"),
         (RecursionError("maximum depth\nand more"), "unexpected RecursionError: maximum depth and more; a fault"),
         (ValueError("\x1b[2Jhostile"), "\\x1b[2Jhostile"),
-        (OSError(28, "No space left on device", "out.json"), "out.json: No space left on device"),
+        (OSError(28, "No space left on device", "out.json"), "out.json: No space left on device; make room there, or"),
+        (OSError(27, "File too large"), "standard output: File too large; raise the limit (ulimit -f)"),
+        (OSError(30, "Read-only file system", "a"), "a: Read-only file system; write to another place"),
+        (OSError(13, "Permission denied", "a"), "a: Permission denied\n"),
+        (cli.Ended(15), "ended by SIGTERM\n"),
         (MemoryError(), "not enough memory"),
         (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), "not enough memory (CUDA out of memory)"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "unexpected UnicodeDecodeError"),
     ],
 )
-def test_whatever_is_raised_is_one_line(error: Exception, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_whatever_is_raised_is_one_line(error: BaseException, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     def run(given: list[str]) -> int:
         raise error
 
-    assert cli.guarded(run, [], name="tool") == 2
+    assert cli.guarded(run, [], name="tool") == (143 if isinstance(error, cli.Ended) else 2)
     err = capsys.readouterr().err
     one_line(ValueError(err.removesuffix("\n")))
     assert err.startswith(f"tool: {said}")
@@ -119,10 +124,11 @@ def test_fps_that_no_video_has(folder: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_full_disk_behind_the_output(folder: Path) -> None:
     done = shell('"$0" -m vidi inspect "$1" >/dev/full', folder)
     assert done.returncode == 2
-    assert done.stderr == "vidi inspect: No space left on device\n"
+    full = "standard output: No space left on device; make room there, or write to another place\n"
+    assert done.stderr == f"vidi inspect: {full}"
     for buffering in ("", "1"):
         done = shell(f'PYTHONUNBUFFERED={buffering} "$0" -m vidi --help >/dev/full')
-        assert (done.returncode, done.stderr) == (2, "vidi: No space left on device\n")
+        assert (done.returncode, done.stderr) == (2, f"vidi: {full}")
 
 
 def test_closed_streams(folder: Path) -> None:
@@ -187,13 +193,38 @@ def test_names_that_are_no_text(folder: Path, tmp_path: Path) -> None:
 
 
 TOOLS = {
+    "../bench/probe_fast.py": ["--only", "steps"],
+    "../bench/read_video.py": ["--video", "nowhere.mp4"],
+    "attribute.py": [],
     "compare_benchmarks.py": ["nowhere.json", "nowhere.json"],
+    "demo_video.py": ["nowhere/a.mp4"],
+    "draw_dataflow.py": ["--check", "--json"],
     "import_official.py": ["nowhere", "nowhere"],
     "make_full_golden.py": ["--goldens", "nowhere", "--restate", "x"],
     "migrate_goldens.py": ["nowhere"],
+    "parity_table.py": ["nowhere"],
     "regen_goldens.py": ["--candidate", "nowhere"],
+    "stage_table.py": ["nowhere"],
     "study.py": ["noise", "--goldens", "nowhere"],
+    "where.py": ["vidi/cli.py:999999"],
 }
+USAGE = ("draw_dataflow.py", "parity_table.py", "stage_table.py")  # words that argparse refuses, below how it is called
+
+
+def test_every_tool_is_here() -> None:
+    files = {path.name for folder in ("tools", "bench") for path in (ROOT / folder).glob("*.py")}
+    commands = {name for name in files if name not in ("__init__.py", "regen_plan.py")}
+    assert commands == {Path(tool).name for tool in TOOLS}
+
+
+@pytest.mark.parametrize("words", [["../bench/probe_fast.py"], ["make_full_golden.py", "--goldens", "nowhere"]])
+def test_a_tool_without_a_gpu_says_so(words: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
+    done = subprocess.run(
+        command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, cwd=tmp_path
+    )
+    said = f"{Path(words[0]).name}: --device cuda: this machine shows 0 CUDA devices to torch {torch.__version__}\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 @pytest.mark.slow
@@ -221,8 +252,9 @@ def test_reports_under_an_ascii_locale(tmp_path: Path) -> None:
 def test_a_tool_ends_in_one_line(tool: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), *TOOLS[tool]]
     done = subprocess.run(command, env={**os.environ, **ASCII}, capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"{tool}: ")
+    said = done.stderr[done.stderr.index(f"\n{tool}: ") + 1 :] if tool in USAGE else done.stderr
+    assert (done.returncode, said.count("\n")) == (2, 1), done.stderr
+    assert said.startswith(f"{Path(tool).name}: ")
     assert "unexpected" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -331,6 +363,58 @@ def test_ctrl_c_at_any_moment(times: int) -> None:
         status, err = _interrupted(delay)
         assert status == 130, (delay, err)
         assert err == "vidi parity: interrupted\n", (delay, err)
+
+
+# ---- SIGTERM and SIGHUP -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "said"),
+    [(signal.SIGTERM, 143, "ended by SIGTERM"), (signal.SIGHUP, 129, "ended by SIGHUP: its terminal has gone")],
+)
+def test_a_signal_ends_long_work_without_a_leftover(number: int, status: int, said: str, tmp_path: Path) -> None:
+    """`timeout`, a scheduler or a closed terminal: gigabytes of a draft must not stay behind."""
+    command = [sys.executable, "-m", "vidi", "synth", str(tmp_path / "x"), "--size", "full"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, text=True) as child:
+        try:
+            _wait_for(lambda: any(path.is_file() for path in tmp_path.rglob("*")))
+            child.send_signal(number)
+            err = child.communicate(timeout=60)[1]
+        finally:
+            child.kill()
+    assert (child.returncode, err) == (status, f"vidi synth: {said}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_ends_the_port_as_well(tmp_path: Path) -> None:
+    """Who ends `vidi port run` does not know the process id of the port's interpreter."""
+    assert cli.main(["port", "init", "official/single", str(tmp_path)]) == 0
+    waiting = "import os, pathlib, time\npathlib.Path(__file__).with_name('pid').write_text(str(os.getpid()))\ntime.sleep(99)\n"
+    (tmp_path / "adapter.py").write_text(waiting)
+    command = [sys.executable, "-m", "vidi", "port", "run", str(tmp_path / "adapter.py")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT, text=True) as child:
+        try:
+            _wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+            child.send_signal(signal.SIGTERM)
+            assert (child.wait(60), child.communicate()[1]) == (143, "vidi port: ended by SIGTERM\n")
+        finally:
+            child.kill()
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_what_the_caller_wants_ignored_stays_ignored(folder: Path) -> None:
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN); import os, sys; from vidi import cli\n"
+    code += "def run(given): os.kill(os.getpid(), signal.SIGHUP); print('on')\nsys.exit(cli.guarded(run))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "on\n", "")
+
+
+def _wait_for(there: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 # ---- one vocabulary ---------------------------------------------------------------------------------------------------

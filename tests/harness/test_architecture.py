@@ -124,7 +124,7 @@ WRITERS = {
     "stageparity/port/stagetrace.py": "runs where nothing of ours can be imported",
     "tools/studies/log.py": "a line is appended for each finished piece, and half a line is passed over",
 }
-OWN_WAYS = {"os": {"replace", "rename", "renames", "link"}, "shutil": {"move"}}
+OWN_WAYS = {"os": {"replace", "rename", "renames", "link"}, "shutil": {"move", "copy", "copy2", "copyfile"}}
 
 
 def own_writes(path: Path) -> list[str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -39,6 +42,74 @@ def test_a_file_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.Monk
         atomic.write_bytes(path, b"newer")
     assert path.read_bytes() == b"new"
     assert names(tmp_path) == ["a.json", "link"]
+
+
+def test_a_pipe_that_nobody_reads_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="a pipe that nobody reads; start its reader first") as told:
+        atomic.write_text(pipe, "x")
+    assert told.value.filename == str(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reader, True)
+    found: list[bytes] = []
+
+    def read_slowly() -> None:
+        time.sleep(0.2)
+        with open(reader, "rb") as file:
+            found.append(file.read())
+
+    thread = threading.Thread(target=read_slowly, daemon=True)
+    thread.start()
+    data = bytes(1_000_000)  # more than a pipe holds
+    atomic.write_bytes(pipe, data)
+    thread.join(10)
+    assert found == [data]
+
+
+def test_what_is_open_already_is_written_into(tmp_path: Path) -> None:
+    """A pipe behind /dev/stdout has no name of its own, and a file there must keep what was printed before and after."""
+    code = "from stageparity import atomic; print('a'); atomic.write_text('/dev/stdout', 'b\\n'); print('c')"
+    code += "; atomic.write_text('/dev/fd/2', 'd')"
+    with (tmp_path / "out").open("wb") as out:
+        done = subprocess.run([sys.executable, "-c", code], stdout=out, stderr=subprocess.PIPE, check=True)
+    assert ((tmp_path / "out").read_bytes(), done.stderr) == (b"a\nb\nc\n", b"d")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"a\nb\nc\n", b"d")
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_fails_names_the_target_and_not_its_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk comes without a name, a folder that takes no file with the draft's."""
+    (tmp_path / "a").write_text("old")
+    code = (
+        "import resource, sys; from pathlib import Path; from stageparity import atomic\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "def folder(path):\n"
+        "    with atomic.replacing(path) as draft: (draft / 'x').write_bytes(bytes(2000))\n"
+        "for write in (lambda: atomic.write_bytes(sys.argv[1] + '/a', bytes(2000)), lambda: folder(sys.argv[1] + '/b')):\n"
+        "    try: write()\n"
+        "    except OSError as error: print(error.errno, error.filename)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{errno.EFBIG} {tmp_path}/a\n{errno.EFBIG} {tmp_path}/b\n"
+    assert (names(tmp_path), (tmp_path / "a").read_text()) == (["a"], "old")
+
+    def refused(*, prefix: str, dir: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", f"{dir}/{prefix}abcdefgh")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    with pytest.raises(PermissionError) as told:
+        atomic.write_text(tmp_path / "c", "x")
+    assert told.value.filename == str(tmp_path / "c")
+    with pytest.raises(PermissionError) as told, atomic.replacing(tmp_path / "d"):
+        raise AssertionError("the block never runs")
+    assert told.value.filename == str(tmp_path / "d")
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError) as told, atomic.replacing(tmp_path / "e"):
+        Path("/nowhere/else").read_text()
+    assert told.value.filename == "/nowhere/else"
 
 
 def test_a_new_file_is_readable_by_others_as_the_umask_says(tmp_path: Path) -> None:

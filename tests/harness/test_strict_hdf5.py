@@ -174,6 +174,33 @@ def _references(file: h5py.File, outside: Path) -> None:
     file.create_dataset("inputs/bad", data=[file.ref] * 3, dtype=h5py.ref_dtype)
 
 
+def _region_references(file: h5py.File, outside: Path) -> None:
+    file.create_dataset("inputs/bad", data=[file["inputs/ids"].regionref[:2]], dtype=h5py.regionref_dtype)
+
+
+def _lists(file: h5py.File, outside: Path) -> None:
+    """24 lists of a length of their own each."""
+    file.create_dataset("inputs/bad", shape=(24,), dtype=h5py.vlen_dtype(np.int64))[0] = np.arange(1000)
+
+
+def _opaque(file: h5py.File, outside: Path) -> None:
+    file.create_dataset("inputs/bad", data=np.zeros((4, 6), "V8"))
+
+
+def _big_endian(file: h5py.File, outside: Path) -> None:
+    file.create_dataset("inputs/bad", data=np.zeros((4, 6), ">i8"))
+
+
+def _lossy(file: h5py.File, outside: Path) -> None:
+    file.create_dataset("inputs/bad", data=np.zeros((4, 6), np.int64), chunks=(4, 6), scaleoffset=3)
+
+
+def _secret(file: h5py.File, outside: Path) -> None:
+    """External storage whose content is there and fits: it would be read as the golden."""
+    (outside / "secret").write_bytes(bytes(192))
+    _low(file, h5py.h5t.STD_I64LE, (4, 6), lambda p: p.set_external(os.fsencode(outside / "secret"), 0, 192))
+
+
 def _odd_float(file: h5py.File, outside: Path) -> None:
     kind = h5py.h5t.IEEE_F32LE.copy()
     kind.set_fields(19, 12, 7, 0, 12)
@@ -219,6 +246,12 @@ BAD: dict[Callable[[h5py.File, Path], None], str] = {
     _compound: "holds compound",
     _enumeration: "holds enum",
     _references: "holds reference",
+    _region_references: "holds reference",
+    _lists: "holds vlen",
+    _opaque: "holds opaque",
+    _big_endian: "holds numbers of another kind",
+    _lossy: r"is stored through filters \[6\]",
+    _secret: "keeps its data in another file",
     _odd_float: "holds numbers of another kind",
     _filter: r"is stored through filters \[305\]",
     _bomb: "claims 134,217,728 bytes out of",

@@ -260,6 +260,38 @@ def test_a_known_fault_is_named_from_tensors_alone(
     assert (found["faults"], found["recognised"]) == (["decoding.no_final_softcap"], True)
 
 
+def test_a_capsule_of_chained_tensors_alone(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What feeds the stage was equal: it is wrong by itself, though no forced run says so. An older capsule is replaced,
+    anything else is not, and that is said before anything is judged."""
+
+    def wrong(tensors: dict[str, np.ndarray]) -> None:
+        tensors["layer.0.t2v"] *= 1.5
+
+    rewrite(dump, wrong)
+    capsule = tmp_path / "capsule"
+    words = ["parity", "--candidate", str(dump), "--quiet", "--capsule", str(capsule)]
+    for _ in range(2):
+        assert cli.main(words) == 1
+        assert {path.name for path in capsule.iterdir()} == {"capsule.npz", "capsule.json", "check.py"}
+        done = subprocess.run([sys.executable, "check.py"], cwd=capsule, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.split()[:2]) == (1, ["layer.0.t2v", "DIFFERENT"])
+        (capsule / "check.py").write_text("raise SystemExit('old')")
+    mine, foreign = capsule / "mine.npy", tmp_path / "foreign"
+    mine.write_text("my tensor")
+    foreign.mkdir()
+    (foreign / "capsule.json").write_text('{"stage": "of a rocket"}')
+    (foreign / "check.py").write_text("mine")
+    for folder in (capsule, foreign):
+        capsys.readouterr()
+        assert cli.main([*words[:-1], str(folder)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err) == (
+            "",
+            f"vidi parity: {folder} holds more than a capsule; give a new folder for the capsule\n",
+        )
+    assert (mine.read_text(), (foreign / "check.py").read_text()) == ("my tensor", "mine")
+
+
 def test_another_bug_is_no_known_fault(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(dump, lambda tensors: tensors.update({"logits": tensors["logits"][..., ::-1]}))
     assert cli.main(["port", "explain", str(dump)]) == 1

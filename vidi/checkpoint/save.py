@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from stageparity import atomic, strict
+from stageparity import atomic
 from vidi.checkpoint import names
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.folder import CONFIG_NAME, INDEX_NAME, read_folder
@@ -180,11 +180,11 @@ def _replacing(folder: Path, force: bool, nbytes: int) -> Iterator[Path]:
         with atomic.replacing(folder, _check_replaceable if force else _refuse) as draft:
             free = shutil.disk_usage(draft).free
             if free < nbytes:
-                text = f"{nbytes / 1e9:.2f} GB to write, {free / 1e9:.2f} GB free; make room or choose another place"
+                text = f"{nbytes:,} bytes to write, {free:,} bytes free; make room or choose another place"
                 raise CheckpointError(text, file=folder)
             yield draft
     except OSError as error:
-        raise CheckpointError(f"cannot be written ({strict.reason(error)})", file=folder) from None
+        raise CheckpointError(f"cannot be written ({atomic.said(error)})", file=folder) from None
 
 
 def _refuse(folder: Path) -> None:

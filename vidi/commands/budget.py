@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from vidi.parity.goldens import goldens_dir
 
     outputs.check(args.json)
+    outputs.apart(goldens_dir(args.goldens), args.json)
     found = list(budgets(goldens_dir(args.goldens), args.stage, args.dtype, args.case))
     if not found:
         raise ValueError(one_line(f"no stage {args.stage!r} has a golden that judges {args.dtype}"))

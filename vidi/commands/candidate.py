@@ -27,7 +27,7 @@ from vidi.commands import arguments, outputs
 from vidi.parity import port
 from vidi.parity.goldens import goldens_dir, inputs_of
 
-__all__ = ["LACKING", "Judged", "find_case", "judged", "tell"]
+__all__ = ["LACKING", "Judged", "check_capsule", "find_case", "judged", "tell"]
 
 LACKING = 4  # exit status: equal, and less was seen than --require asks for
 
@@ -175,12 +175,20 @@ def tell(
     return status
 
 
+def check_capsule(name: str | None) -> None:
+    """Raises ValueError for a place that no capsule can take, before anything is run."""
+    if name is not None:
+        outputs.check_folder(name)
+        capsule.check(Path(name))
+
+
 def _encapsulate(folder: Path, found: Judged, run: CaseRun, row: Row, weights: Mapping[str, Sequence[str]]) -> None:
     case, one, targets = found.cases[run.name], found.candidates[run.name], found.targets(run.name)
     golden, result = targets[row.stage], row.failed
     if not isinstance(golden, Whole) or result is None:
         raise ValueError(f"{row.stage} of {run.name} is not held whole: no capsule of it")
-    mine = one.forced if row.forced is result or row.alone is result else one.chained
+    forced = row.forced is not None and (row.forced is result or row.alone is result)  # without one, alone is chained
+    mine = one.forced if forced else one.chained
     table = port.load_table()
     entry = table.stages.find(row.stage)
     places = entry[1] if entry else {}

@@ -9,7 +9,7 @@ from pathlib import Path
 from stageparity import atomic
 from stageparity.strict import one_line
 
-__all__ = ["apart", "check", "write"]
+__all__ = ["apart", "check", "check_folder", "write"]
 
 
 def check(*names: str | Path | None) -> None:
@@ -22,10 +22,24 @@ def check(*names: str | Path | None) -> None:
             raise ValueError("- is no file; give a name, or /dev/stdout")
         if path.is_dir():
             raise ValueError(one_line(f"{path} is a folder; a file name is needed"))
+        if atomic.is_stream(path):  # written into, wherever it lies
+            if not os.access(path, os.W_OK):
+                raise ValueError(one_line(f"{path} cannot be written to"))
+            continue
         if not path.parent.is_dir():
             raise ValueError(one_line(f"{path}: there is no folder {path.parent}; make it first"))
         if not os.access(path.parent, os.W_OK):
             raise ValueError(one_line(f"{path}: the folder {path.parent} cannot be written to"))
+
+
+def check_folder(name: str | Path | None) -> None:
+    """Raises ValueError for a path that cannot become a folder: something else is there, or above it."""
+    if name is not None:
+        there = next(path for path in (Path(name).absolute(), *Path(name).absolute().parents) if os.path.lexists(path))
+        if not there.is_dir():
+            raise ValueError(one_line(f"{name}: {there} is no folder; choose another place"))
+        if not os.access(there, os.W_OK):
+            raise ValueError(one_line(f"{name}: the folder {there} cannot be written to; choose another place"))
 
 
 def apart(read: str | Path, *names: str | Path | None) -> None:

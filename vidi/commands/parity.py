@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     to_stdout = args.json == "-"
     console, status = Console(stderr=to_stdout), Console(stderr=True)
     outputs.check(None if to_stdout else args.json, args.html)
+    outputs.check_folder(args.dump)
     if args.size == "full":
         return _full(args, console)
     device.check(args.device)
@@ -130,7 +131,8 @@ def _candidate(args: argparse.Namespace) -> int:
 
     written, goldens = (None if args.json == "-" else args.json, args.html), goldens_dir(args.goldens)
     outputs.check(*written)
-    for read in (goldens, args.candidate):
+    candidate.check_capsule(args.capsule)
+    for read in (goldens, args.candidate, *([args.budget] if args.budget else [])):
         outputs.apart(read, *written, args.capsule)
     dumps = folders(Path(args.candidate))
     found = candidate.judged(dumps, goldens, globs=args.stage, only=args.case, budget=args.budget)

@@ -99,8 +99,10 @@ def _explain(args: argparse.Namespace) -> int:
     from vidi.commands import candidate, outputs
     from vidi.parity.goldens import goldens_dir
 
-    outputs.check(None if args.json == "-" else args.json)
-    goldens = goldens_dir(args.goldens)
+    written, goldens = None if args.json == "-" else args.json, goldens_dir(args.goldens)
+    outputs.check(written)
+    for read in (goldens, args.dump):
+        outputs.apart(read, written)
     found = candidate.judged(folders(Path(args.dump)), goldens, only=args.case)
     explained = found.explained(goldens)
     if args.json:
@@ -133,14 +135,14 @@ def _finite(value: Any) -> Any:
 
 
 def _init(args: argparse.Namespace) -> int:
+    from vidi.commands import outputs
     from vidi.commands.candidate import find_case
     from vidi.parity import port
     from vidi.parity.goldens import goldens_dir
 
     stages = port.load_table().stages
     case, out = find_case(args.case, goldens_dir(args.goldens)), Path(args.out)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; a folder is needed")
+    outputs.check_folder(out)
     port.export(case, out / "case", args.dtype, stages)
     port.write_adapter(out, case, stages, args.dtype)
     print(f"{out / 'adapter.py'}: fill in build, forward and STAGES, then: vidi port run {out / 'adapter.py'}")
@@ -159,7 +161,11 @@ def _trace(args: argparse.Namespace) -> int:
         raise ValueError(f"{adapter}: there is no such file; `vidi port init CASE OUT` begins one")
     written = (None if args.json == "-" else args.json, args.html)
     outputs.check(*written)
+    candidate.check_capsule(args.capsule)
+    outputs.check_folder(args.out)
     outputs.apart(goldens, *written, args.capsule, args.out)
+    for read in (adapter, adapter.with_name("candidate.toml"), *([args.budget] if args.budget else [])):
+        outputs.apart(read, *written)
     globs = args.case or [_own_case(adapter.parent)]
     refs, stages = store.select(goldens, globs), port.load_table().stages
     out = Path(args.out) if args.out else adapter.parent / "trace"

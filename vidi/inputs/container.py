@@ -49,6 +49,8 @@ MAX_DECODED_BYTES = 1 << 30
 #: What a demuxer may look through for packets: bytes at first, more where headers hold an index or fonts; and so many times
 #: those of each packet that it finds.
 BARREN_BYTES, HEADER_BYTES, BARREN_RATIO = 32 << 20, 256 << 20, 16
+#: Each costs a decoder when a file is opened; fonts, of which a film with subtitles may bring a hundred, are streams too.
+MAX_STREAMS = 256
 #: FFmpeg asks for 32 KiB at a time otherwise, a call into Python each.
 _BUFFER_BYTES = 1 << 20
 
@@ -75,12 +77,15 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
                 f"ffmpeg -i {path} converted.mp4"
             )
         source = _Source(file, path, HEADER_BYTES if name in ("mov", "matroska") else BARREN_BYTES)
-        options = dict(DECODER_OPTIONS)
+        options = DECODER_OPTIONS | {"max_streams": str(MAX_STREAMS)}
         if name == "mov":
             options["enable_drefs"] = "0"
             problem = boxes.promises_too_much(file, os.fstat(file.fileno()).st_size)
             if problem is not None:
-                raise MediaError(f"{path}: no readable media file (it states {problem}); download it again")
+                raise MediaError(
+                    f"{path}: no readable media file (it states {problem}). Download it again, or take its first "
+                    f"pictures and sound out of it: ffmpeg -i {path} -c copy plain.mp4"
+                )
         file.seek(0)
         try:
             container = av.open(
@@ -94,6 +99,8 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
             )
         except (av.FFmpegError, OSError, ValueError) as error:
             problem = source.barren or _reason(error)
+            if getattr(error, "errno", None) == errno.ENOMEM:
+                problem = f"it states more than {MAX_STREAMS} streams, or more data than there is memory for"
             raise MediaError(
                 f"{path}: no readable media file ({problem}); it is damaged, cut short, or of another kind. "
                 f"Download it again, or see what ffprobe says of it"

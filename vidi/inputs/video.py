@@ -10,6 +10,7 @@ all cores. Whatever the rules for cutting do not cover is read in sequence, and 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -107,7 +108,7 @@ class Video:
             self.rate: Fraction = rate
             self.step = frame_step(float(rate), fps)
             self.total_sec = media.declared_sec(container)
-            self._check_count(int(_stated_sec(container, stream) * rate))
+            self._check_count(int(_stated_sec(container, stream) * rate), stated=True)
             if not check:
                 try:
                     self._survey = survey(container, stream, path, self.step, rate, check_count=self._check_count)
@@ -163,17 +164,21 @@ class Video:
             if abs(span_sec - self.duration_sec) > 1 / self.rate:
                 self.duration_sec = span_sec
 
-    def _check_count(self, num_frames: int) -> None:
-        """Raise MediaError where ``num_frames`` of the file give more samples than are read."""
+    def _check_count(self, num_frames: int, stated: bool = False) -> None:
+        """Raise MediaError where ``num_frames`` of the file give more samples than are read. stated: the file holds no
+        more than these; else they were counted, and how many follow nobody knows."""
         kept = -(-num_frames // self.step)
-        if kept > self.max_frames:
-            length_sec = float(num_frames / self.rate)
-            raise MediaError(
-                f"{self.path}: {length_sec:,.0f} s or more at {self.fps:g} frames a second: {kept:,} sampled frames, "
-                f"{kept * 3 * self.size**2 / 1e9:.1f} GB of pixels; at most {self.max_frames:,} are read. Raise the limit "
-                f"(--max-frames {kept}), look at fewer (--fps {self.fps * self.max_frames / kept:.2g}), or cut the file: "
-                f"ffmpeg -i {self.path} -t {int(self.max_frames / self.fps)} -c copy part{self.path.suffix}"
-            )
+        if kept <= self.max_frames:
+            return
+        length_sec, step = float(num_frames / self.rate), -(-num_frames // self.max_frames)
+        # Samples are whole frames apart: rounded down, so that the step is no smaller.
+        fewer = f" {_two_digits(float(self.rate / step))}" if stated else ", below the present one"
+        raise MediaError(
+            f"{self.path}: {length_sec:,.0f} s or more at {self.fps:g} frames a second: {kept:,} sampled frames, "
+            f"{kept * 3 * self.size**2 / 1e9:.1f} GB of pixels; at most {self.max_frames:,} are read. Raise the limit "
+            f"(--max-frames{f' {kept}' if stated else ''}), look at fewer (--fps{fewer}), or cut the file: "
+            f"ffmpeg -i {self.path} -t {int(self.max_frames * self.step / self.rate)} -c copy part{self.path.suffix}"
+        )
 
     def _square_u8(self, frame: Any) -> np.ndarray:
         """One decoded frame -> (3, S, S) uint8, upright."""
@@ -182,6 +187,12 @@ class Video:
             rgb_HWC = np.ascontiguousarray(np.rot90(rgb_HWC, turns))
         image = Image.fromarray(rgb_HWC).resize((self.size, self.size), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _two_digits(value: float) -> str:
+    """A positive number of two digits that is not above ``value``."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.floor(value / unit) * unit:.2g}"
 
 
 def _stated_sec(container: Any, stream: Any) -> Fraction:

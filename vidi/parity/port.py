@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -111,7 +110,7 @@ def export(case: Case, folder: Path, dtype: str, stages: Stages, judged_in: str 
 def write_adapter(folder: Path, case: Case, stages: Stages, dtype: str) -> None:
     """The tracer, an adapter to fill in, and a page on both. What is there already stays: an adapter is its user's."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(stagetrace.__file__, folder / "stagetrace.py")
+    atomic.write_bytes(folder / "stagetrace.py", Path(stagetrace.__file__).read_bytes())
     targets = case.variant(reference_of(case, dtype)[0])
     families: dict[str, str] = {}
     for stage in ids(targets, stages):

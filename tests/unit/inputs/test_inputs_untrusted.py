@@ -9,11 +9,13 @@ import io
 import os
 import queue
 import random
+import re
 import struct
 import subprocess
 import sys
 import threading
 import time
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,6 +169,19 @@ def test_a_long_video_is_refused_before_it_is_decoded(tmp_path):
     assert video.MAX_FRAMES == 14400
 
 
+@pytest.mark.parametrize("fps", [30, 1, "1/10"])
+def test_what_is_advised_for_a_long_video_helps(tmp_path, fps):
+    """200,000 s in 200 KB, at ten seconds a frame: --fps 0.72 would have read every frame all the same."""
+    path = make_film(tmp_path / "a.mp4", Film("libx264", {"preset": "ultrafast"}, num_frames=60, fps=Fraction(fps)))
+    with pytest.raises(video.MediaError, match="60 sampled frames") as told:
+        video.read_frames(path, fps=30, max_frames=25)
+    said = re.search(r"--max-frames (\d+)\).*--fps ([\d.]+)\).*-t (\d+) ", str(told.value))
+    assert int(said[1]) == 60
+    assert len(video.read_frames(path, fps=30, max_frames=60, size=8).images_u8) == 60
+    assert 20 <= len(video.read_frames(path, fps=float(said[2]), max_frames=25, size=8).images_u8) <= 25
+    assert int(said[3]) == int(25 / Fraction(fps))
+
+
 def test_frames_are_counted_in_sequence_too(tmp_path):
     path = make_film(tmp_path / "a.avi", Film("mpeg4", {}, num_frames=30, fps=1))
     with pytest.raises(video.MediaError, match="11 sampled frames"):
@@ -236,6 +251,9 @@ def test_boxes_that_promise_more_than_the_file_holds(tmp_path):
         out.mux(stream.encode(None))
     honest = path.read_bytes()
     assert video.read_frames(path, size=8).num_frames == 20
+    with pytest.MonkeyPatch.context() as patch:  # ten minutes of it have 28 million samples
+        patch.setattr(boxes, "MAX_SAMPLES", 10_000)
+        assert video.read_frames(path, size=8).num_frames == 20
     first, second = honest.index(b"stsz"), honest.rindex(b"stsz")
     fragments = make_film(tmp_path / "f.mp4", Film("libx264", {"g": "12"}, movflags="frag_keyframe+empty_moov"))
     assert video.read_frames(fragments, size=8).num_frames == 60
@@ -255,6 +273,52 @@ def test_boxes_that_promise_more_than_the_file_holds(tmp_path):
         (tmp_path / name).write_bytes(spoiled)
         with pytest.raises(video.MediaError, match=r"it states (40,000,000 samples|more than 1,000,000 boxes)"):
             video.read_frames(tmp_path / name)
+
+
+def test_edits_that_show_a_track_again_and_again(tmp_path):
+    """FFmpeg makes an entry of each sample for each edit: 290 KB of file took 2 GB, and another an hour to decode."""
+    path = make_film(tmp_path / "a.mp4", Film("libx264", {"g": "12"}, num_frames=60, fps=30))
+    raw = path.read_bytes()
+    for count, shown in ((1, 58), (3, 174), (20_000, None)):  # an edit from 0 leaves out two, which come later
+        edits = struct.pack(">II", 0, count) + struct.pack(">IIhh", 2000, 0, 1, 0) * count
+        held = struct.pack(">I4s", 16 + len(edits), b"edts") + struct.pack(">I4s", 8 + len(edits), b"elst") + edits
+        data = bytearray(raw)
+        at = data.index(b"edts") - 4
+        old = int.from_bytes(data[at : at + 4], "big")
+        data[at : at + old] = held
+        for holder in (b"trak", b"moov"):
+            where = data.index(holder) - 4
+            size = int.from_bytes(data[where : where + 4], "big")
+            data[where : where + 4] = (size + len(held) - old).to_bytes(4, "big")
+        path.write_bytes(data)
+        if shown:
+            assert video.read_frames(path, size=8).num_frames == shown
+        else:
+            with pytest.raises(video.MediaError, match="60 samples or more, shown by 20,000 edits, in a file of"):
+                video.read_frames(path, size=8)
+
+
+def test_tracks_without_number(tmp_path, monkeypatch):
+    """FFmpeg begins to decode each when it opens the file: 999 small ones took 2.4 GB and 49 s."""
+    path = make_film(tmp_path / "a.mp4", Film("libx264", {"g": "12"}, num_frames=12))
+    raw = path.read_bytes()
+    at, moov = raw.index(b"trak") - 4, raw.index(b"moov") - 4
+    track = raw[at : at + int.from_bytes(raw[at : at + 4], "big")]
+    for copies, said in (
+        (boxes.MAX_PICTURE_TRACKS - 1, ""),
+        (boxes.MAX_PICTURE_TRACKS, "more than 4 tracks of pictures"),
+    ):
+        size = int.from_bytes(raw[moov : moov + 4], "big") + copies * len(track)
+        path.write_bytes(raw[:moov] + size.to_bytes(4, "big") + raw[moov + 4 : at] + copies * track + raw[at:])
+        if said:
+            with pytest.raises(video.MediaError, match=said):
+                video.read_frames(path, size=8)
+        else:
+            assert video.read_frames(path, size=8).num_frames == 12
+    monkeypatch.setattr(container, "MAX_STREAMS", 1)
+    for name, said in (("b.mkv", "cut short"), ("b.mp4", "it states more than 1 streams")):
+        with pytest.raises(video.MediaError, match=said):
+            video.read_frames(make_video(tmp_path / name, num_frames=5, sound=Sound(1.0)), size=8)
 
 
 ENDLESS = {
