@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
     from collections.abc import Callable, Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
 __all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "UNUSABLE", "guarded", "main", "parser"]
 
@@ -80,18 +80,8 @@ def guarded(
 
 
 def parser(**options: Any) -> ArgumentParser:
-    """An argparse parser for a command or a tool; what it says of an argument, a terminal can show."""
-    import argparse
-
-    from stageparity.strict import printable
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            super().error(printable(message))
-
-        # argparse's own swallows what a full disk says.
-        def _print_message(self, message: str, file: Any = None) -> None:
-            (file or sys.stderr).write(message)
+    """An argparse parser for a command or a tool, `parser.Parser`."""
+    from vidi.parser import Parser
 
     return Parser(**options)
 
