@@ -89,6 +89,7 @@ def parser(**options: Any) -> ArgumentParser:
 def _run(given: list[str]) -> int:
     import functools
     import importlib
+    import os
     import warnings
 
     from vidi import __version__
@@ -110,6 +111,10 @@ def _run(given: list[str]) -> int:
         if name in given[:1]:
             module(name).add_arguments(command)
     args = words.parse_args(given)
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch's libraries would end the process with a riddle of their own
+        raise ValueError("the folder that this runs in is gone; change to another one first (cd)") from None
     with warnings.catch_warnings():
         warnings.showwarning = functools.partial(_show, warnings.showwarning)
         return int(module(args.command).run(args))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import glob
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -262,3 +265,21 @@ def test_a_hostile_case_is_shown_and_obeyed_by_nobody(tmp_path: Path, capsys: py
         assert "]oneframe" in said.out + said.err or words[:2] == ["port", "init"] or words[0] == "budget"
         if words[:2] == ["port", "init"]:
             assert f"vidi port run '{tmp_path}/o\\x1b[2J u/adapter.py'" in said.out
+
+
+def test_a_folder_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    """torch's libraries ended the process with "Cannot load libtorch_cpu.so"."""
+    gone = tmp_path / "gone"
+    script = f'mkdir "{gone}" && cd "{gone}" && rmdir "{gone}" && exec "$0" -m vidi "$@"'
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for words, status, said in (
+        (["synth", "out"], 2, "vidi synth: the folder that this runs in is gone"),
+        (["--help"], 0, ""),
+    ):
+        command = ["bash", "-c", script, sys.executable, *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+        assert (done.returncode, done.stderr.startswith(said), done.stderr.count("\n")) == (
+            status,
+            True,
+            status // 2,
+        ), done
