@@ -20,7 +20,10 @@ def sentence(ratio: float, under: Mapping[str, float | None]) -> str:
     """The verdict on a stage that is ``ratio`` times its budget off. under: the same under each of SETTINGS, None where it did
     not run so."""
     ran = {name: r for name, r in under.items() if r is not None}
-    told = ", ".join(f"{SETTINGS[name]} {_times(r)}" for name, r in ran.items())
+    if any(map(math.isfinite, ran.values())):
+        told = ", ".join(f"{SETTINGS[name]} {_times(r)}" for name, r in ran.items())
+    else:  # no budget helps here: exact values, padding
+        told = "also " + ", ".join(SETTINGS[name] for name in ran)
     missing = [SETTINGS[name] for name in SETTINGS if name not in ran]
     rest = f" (NOT RUN {', '.join(missing)})" if missing else ""
     switched = [
@@ -34,4 +37,4 @@ def sentence(ratio: float, under: Mapping[str, float | None]) -> str:
 
 
 def _times(ratio: float) -> str:
-    return f"{ratio:.2g} of budget" if math.isfinite(ratio) else "no figure"
+    return f"{ratio:.2g} of budget" if math.isfinite(ratio) else "beyond any budget"

@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser
     from collections.abc import Callable, Sequence
-    from typing import Any, NoReturn
+    from typing import Any
 
 __all__ = ["BROKEN_PIPE", "COMMANDS", "INTERRUPTED", "UNUSABLE", "Ended", "guarded", "main", "parser"]
 
@@ -90,18 +90,8 @@ def guarded(
 
 
 def parser(**options: Any) -> ArgumentParser:
-    """An argparse parser for a command or a tool; what it says of an argument, a terminal can show."""
-    import argparse
-
-    from stageparity.strict import printable
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            super().error(printable(message))
-
-        # argparse's own swallows what a full disk says.
-        def _print_message(self, message: str, file: Any = None) -> None:
-            (file or sys.stderr).write(message)
+    """An argparse parser for a command or a tool, `parser.Parser`."""
+    from vidi.parser import Parser
 
     return Parser(**options)
 
@@ -109,6 +99,7 @@ def parser(**options: Any) -> ArgumentParser:
 def _run(given: list[str]) -> int:
     import functools
     import importlib
+    import os
     import warnings
 
     from vidi import __version__
@@ -130,6 +121,10 @@ def _run(given: list[str]) -> int:
         if name in given[:1]:
             module(name).add_arguments(command)
     args = words.parse_args(given)
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch's libraries would end the process with a riddle of their own
+        raise ValueError("the folder that this runs in is gone; change to another one first (cd)") from None
     with warnings.catch_warnings():
         warnings.showwarning = functools.partial(_show, warnings.showwarning)
         return int(module(args.command).run(args))

@@ -175,10 +175,25 @@ def conclusion(run: Run, context: Context) -> list[str]:
         sure.append(f"known faults of this stage: {some(alike)}")
     word = "TRACED IN ANOTHER WAY" if first.kind == "tracing" else "WRONG"
     return [
-        f"{word}: {first.name} ({where}): {_times(first.ratio)} its budget, {first.whose}.{also}",
+        f"{word}: {first.name} ({where}): {_over(first)}, {first.whose}.{also}",
         f"how sure: {'; '.join([*context.sure, *sure, rest])}",
         f"next: {rerun(case, row, run, context)}",
     ]
+
+
+def _over(found: Finding) -> str:
+    """How far over; where no multiple of a budget tells that (exact bits, padding that holds values, NaN), in what way."""
+    failed = found.first[1].failed
+    if math.isfinite(found.ratio):  # what is said beside it, of other circumstances, is of the first place
+        here = "" if failed is None or failed.ratio > 0.5 * found.ratio else f" at most, {_times(failed.ratio)} there"
+        return f"{_times(found.ratio)} its budget{here}"
+    worst = next(row.failed for _, row in found.rows if row.failed and not math.isfinite(row.failed.ratio))
+    ratios = [worst.errors[key] / budget for key, budget in worst.budgets.items() if budget]
+    sized = [f"{_times(max(ratios))} its budget"] if ratios and math.isfinite(max(ratios)) else []
+    return (
+        "; ".join([*sized, *worst.problems[:1]])
+        or f"{worst.elements_over} of {worst.count} values differ, where none may"
+    )
 
 
 def lookalikes(case: CaseRun, stage: str, context: Context) -> list[str]:

@@ -193,6 +193,7 @@ FLOORS = (
             "vidi.release",
         ),
         "vidi.costs",
+        "vidi.parser",
     ),
     ("vidi.config", "vidi.loss", "vidi.attention"),
     ("vidi.sizes_7b", "vidi.inputs", "vidi.towers", "vidi.cache"),

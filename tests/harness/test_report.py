@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from stageparity import environment, store
 from stageparity import run as runs
-from stageparity import store
 from stageparity.golden import Whole
 from stageparity.port.explain import Explanation, Match
 from stageparity.report import figures, page, terminal, verdict
@@ -434,3 +434,37 @@ def test_independent_errors_are_named_at_once() -> None:
     wrong, sure, _ = verdict.conclusion(run_of(*rows), CONTEXT)
     assert "Also wrong by themselves: vision.pos_h{g}, logits." in wrong
     assert sure.endswith("1 of 4 rows that differ only inherit")
+
+
+def test_how_far_over_is_told_where_no_multiple_of_a_budget_tells_it() -> None:
+    """`∞ its budget` says neither how much nor what: bits that differ, a padding that holds values."""
+    golden = np.zeros((1, 6, 4), np.float32)
+    golden[0, :3] = 1.0
+    padded = compare("vision.packed", np.ones_like(golden), Whole(golden, "float32"), RULE)
+    bits = compare("vision.mask", np.arange(6)[None] > 3, Whole(np.arange(6)[None] > 2, "bool"), EXACT)
+    for found, said in (
+        (padded, "3 rows are exactly zero in the golden (padding), not in the candidate"),
+        (bits, "1 of 6 exact values differ"),
+    ):
+        run = run_of(Row(found.stage, found, found, found))
+        line = verdict.conclusion(run, Context(STAGES))[0]
+        assert said in line
+        assert "∞" not in line
+        assert json.loads(terminal.to_text(run, Context(STAGES)))["headline"] == line
+
+
+def test_circumstances_without_a_figure_are_still_told() -> None:
+    under = dict.fromkeys(environment.SETTINGS, float("inf"))
+    said = environment.sentence(float("inf"), under)
+    assert said.endswith("also in float64, with one thread, with reduced precision and fused kernels off")
+    assert "5 of budget" in environment.sentence(float("inf"), under | {"float64": 5.0})
+
+
+def test_the_figure_of_the_place_that_is_named_stands_beside_the_worst() -> None:
+    """What other circumstances make of it is told of the first place: 1.5 there beside 32 read as if it had fallen."""
+    rule = replace(RULE, max=0.1, row=None)
+    small, large = (result(f"layer.{i}.t2t", error, rule) for i, error in ((0, 0.15), (1, 3.2)))
+    line = verdict.conclusion(run_of(*(Row(r.stage, r, r, r) for r in (small, large))), Context(STAGES))[0]
+    assert "(layer.0.t2t of set/case, in 2 places): 32× its budget at most, 1.5× there, its own error" in line
+    line = verdict.conclusion(run_of(Row(large.stage, large, large, large)), Context(STAGES))[0]
+    assert "(layer.1.t2t of set/case): 32× its budget, its own error" in line

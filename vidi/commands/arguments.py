@@ -7,8 +7,21 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["DTYPES", "add_checkpoint", "add_dtype", "checkpoint", "dtype", "memory", "positive", "text"]
+__all__ = [
+    "DTYPES",
+    "Joined",
+    "Once",
+    "add_checkpoint",
+    "add_dtype",
+    "checkpoint",
+    "dtype",
+    "memory",
+    "positive",
+    "text",
+    "unread",
+]
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 _SHORT = {"bf16": "bfloat16", "fp16": "float16"}
@@ -35,6 +48,23 @@ def add_dtype(parser: argparse.ArgumentParser, default: str | None, *allowed: st
     parser.add_argument("--dtype", metavar="DTYPE", type=dtype(*names), default=default, help=text)
 
 
+class Joined(argparse.Action):
+    """An option of comma-separated patterns: given again, it adds to them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is None else f"{before},{values}")
+
+
+class Once(argparse.Action):
+    """An option that names an output: given again, it would be left out in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "is given twice, and one output is written")
+        setattr(namespace, self.dest, values)
+
+
 def text(word: str) -> str:
     """A word of the command line as text: under an ASCII locale UTF-8 arrives as bytes. Raises ValueError for no UTF-8."""
     try:
@@ -52,6 +82,13 @@ def positive(word: str) -> int:
     if not re.fullmatch(r"0*[1-9]\d{0,7}", word, re.ASCII) or int(word) > 10_000_000:
         raise argparse.ArgumentTypeError(f"{word!r}: a whole number from 1 to 10,000,000 is needed")
     return int(word)
+
+
+def unread(args: argparse.Namespace, where: str, /, **defaults: object) -> None:
+    """Raises ValueError for an option that is given where nothing reads it. defaults: what each is where it is not given."""
+    for name, default in defaults.items():
+        if getattr(args, name) != default:
+            raise ValueError(f"--{name} means nothing {where}; leave it out")
 
 
 _UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}

@@ -38,9 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="torch device (default: cuda where there is one)")
     parser.add_argument(
-        "--video", type=Path, help="measure the way from this file to an answer instead of made-up frames"
+        "--video",
+        metavar="FILE",
+        type=Path,
+        help="measure the way from this file to an answer instead of made-up frames",
     )
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument(
+        "--json", action=arguments.Once, metavar="FILE", type=Path, help="write all figures to this file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,18 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", metavar="GLOB", action="append", default=[], help="case, set or SET/CASE; repeatable")
     arguments.add_dtype(parser, "bfloat16")
     parser.add_argument("--goldens", metavar="DIR", help="golden folder (default: embedded)")
-    parser.add_argument("--json", metavar="FILE", help="write the budgets as JSON")
+    parser.add_argument("--json", action=arguments.Once, metavar="FILE", help="write the budgets as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0; 1 where a stage is judged by nothing: no pass of it has a budget below one rms, nor are its bits held."""
-    from stageparity.strict import one_line
-    from vidi.commands import outputs
+    from stageparity.strict import one_line, printable
+    from vidi.commands import cases, outputs
     from vidi.parity.budgets import BLIND, budgets
     from vidi.parity.goldens import goldens_dir
 
     outputs.check(args.json)
     outputs.apart(goldens_dir(args.goldens), args.json)
+    refs = cases.select(goldens_dir(args.goldens), args.case)
+    if args.stage is not None:
+        cases.check_stages(args.stage, refs, "STAGE")
     found = list(budgets(goldens_dir(args.goldens), args.stage, args.dtype, args.case))
     if not found:
         raise ValueError(one_line(f"no stage {args.stage!r} has a golden that judges {args.dtype}"))
@@ -44,14 +47,17 @@ def run(args: argparse.Namespace) -> int:
     shown = found if args.stage else [b for b in found if (b.case, b.stage) in places]
     _print(shown, args.dtype)
     print(f"{len(wide)} of {len(found)} budgets in {args.dtype} let a value err by more than one rms; ", end="")
-    print(f"judged by nothing else: {', '.join(map(' '.join, blind)) or 'none'}")
+    print(printable(f"judged by nothing else: {', '.join(map(' '.join, blind)) or 'none'}"))
     outputs.write(args.json, lambda: json.dumps([_as_json(b) for b in found], indent=1, allow_nan=False) + "\n")
     return int(bool(blind))
 
 
 def _print(shown: list[Any], dtype: str) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    from stageparity.strict import printable
 
     table = Table(title=f"budgets in {dtype}, of the golden's rms")
     for column in ("case", "stage", "pass", "max", "rms", "row", "head", "floor", "bits", "weakest fault"):
@@ -60,11 +66,12 @@ def _print(shown: list[Any], dtype: str) -> None:
         metrics = (_metric(b, metric) for metric in ("max", "rms", "row", "head"))
         floor = f"{b.rule.floor_ulp:g} ulp" if b.rule.floor_ulp else "-"
         bits = "-" if b.bits is None else f"{b.bits:.0%}"
-        table.add_row(b.case, b.stage, b.kind, *metrics, floor, bits, _fault(b))
+        cells = (b.case, b.stage, b.kind, *metrics, floor, bits, _fault(b))
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     out = Console()
     out.print(table)
     for name, why in sorted({(b.rule.name, b.rule.why) for b in shown}):
-        out.print(f"{name}: {why}", soft_wrap=True, highlight=False, markup=False)
+        out.print(printable(f"{name}: {why}"), soft_wrap=True, highlight=False, markup=False)
 
 
 def _metric(b: Any, metric: str) -> str:

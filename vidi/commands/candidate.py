@@ -24,10 +24,11 @@ from stageparity.stage import fill
 from stageparity.store import Case, Targets
 from stageparity.subject import reference_of
 from vidi.commands import arguments, outputs
+from vidi.commands.cases import select
 from vidi.parity import port
 from vidi.parity.goldens import goldens_dir, inputs_of
 
-__all__ = ["LACKING", "Judged", "check_capsule", "find_case", "judged", "tell"]
+__all__ = ["LACKING", "Judged", "check", "find_case", "judged", "tell"]
 
 LACKING = 4  # exit status: equal, and less was seen than --require asks for
 
@@ -67,12 +68,23 @@ class Judged:
 
 def find_case(name: str, goldens: Path) -> Case:
     """SET/NAME of a golden folder. Raises GoldenError naming what there is."""
-    found = store.select(goldens, [name])
+    found = select(goldens, [name])
     if len(found) > 1:
         raise GoldenError(
             f"{name} is {len(found)} cases, one is needed: {', '.join(f'{r.set}/{r.name}' for r in found[:6])}"
         )
     return store.open_case(found[0].folder, found[0].name)
+
+
+def check(args: Any) -> None:
+    """Raises ValueError for a --budget, --require or --capsule that cannot be used: a port may take an hour to run."""
+    if args.capsule is not None:
+        outputs.check_folder(args.capsule)
+        capsule.check(Path(args.capsule))
+    if args.budget:
+        declared.load(Path(args.budget), tolerance.load(goldens_dir(), port.load_table().stages))
+    if args.require:
+        Coverage(1, 1, tuple(port.PATHS), ()).lacks(args.require)
 
 
 def judged(
@@ -88,7 +100,7 @@ def judged(
     stages = port.load_table().stages
     tolerances: Any = tolerance.load(goldens if (goldens / "tolerances.toml").exists() else goldens_dir(), stages)
     tolerances = declared.load(Path(budget), tolerances) if budget else tolerances
-    chosen = {f"{r.set}/{r.name}" for r in store.select(goldens, list(only))} if only else None
+    chosen = {f"{r.set}/{r.name}" for r in select(goldens, list(only))} if only else None
     runs: list[CaseRun] = []
     candidates: dict[str, Candidate] = {}
     cases: dict[str, Case] = {}
@@ -173,13 +185,6 @@ def tell(
 
         outputs.write(args.html, lambda: page.render(found.run, context))
     return status
-
-
-def check_capsule(name: str | None) -> None:
-    """Raises ValueError for a place that no capsule can take, before anything is run."""
-    if name is not None:
-        outputs.check_folder(name)
-        capsule.check(Path(name))
 
 
 def _encapsulate(folder: Path, found: Judged, run: CaseRun, row: Row, weights: Mapping[str, Sequence[str]]) -> None:

@@ -10,7 +10,9 @@ import sys
 import time
 from typing import Any
 
+from stageparity.strict import one_line, printable
 from vidi.commands import arguments
+from vidi.parser import meant
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run every fault there, to see which are below its noise; those named in faults.json may be (default: each in"
         " its own dtype)",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the verdicts as JSON")
+    parser.add_argument("--json", action=arguments.Once, metavar="FILE", help="write the verdicts as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
     outputs.check(args.json)
     planted = {"9b": faults.FAULTS, "7b": faults.FAULTS_7B, None: faults.FAULTS | faults.FAULTS_7B}[args.model]
     chosen = _chosen(planted, args.fault)
-    if not chosen:
-        raise ValueError(f"no fault matches {args.fault!r}: vidi faults --list names them")
     if args.list:
+        arguments.unread(args, "with --list", json=None, goldens=None, dtype=None)
         for fault in chosen:
             print(f"{fault.name:44} {fault.dtype:9} {fault.case:16} {', '.join(map(str, fault.targets))}: {fault.what}")
         return SEEN
@@ -79,23 +80,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _chosen(known: dict[str, Any], globs: str | None) -> list[Any]:
+    """The faults that match one of the patterns. Raises ValueError for a pattern that none matches."""
     parts = [part.strip() for part in ("*" if globs is None else globs).split(",")]
+    for part in parts:
+        if not fnmatch.filter(known, part):
+            raise ValueError(one_line(f"no fault matches {part!r}{meant(part, known)}: vidi faults --list names them"))
     return [fault for name, fault in known.items() if any(fnmatch.fnmatchcase(name, part) for part in parts)]
 
 
 def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None, known: list[str]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="faults" + (f" in {dtype}" if dtype else ""))
     for column in ("fault", "first reported at", "as", "expected", "error/tolerance", "verdict"):
         table.add_column(column, overflow="fold")
     for v in verdicts:
-        table.add_row(v.fault.name, v.stage or "-", v.kind or "-", _expected(v), _margin(v), _verdict(v, known))
+        cells = (v.fault.name, v.stage or "-", v.kind or "-", _expected(v), _margin(v), _verdict(v, known))
+        table.add_row(*(escape(printable(cell)) for cell in cells))
     out = Console()
     out.print(table)
     for name, text in _named(verdicts, known).items():
-        out.print(f"{name}: {text}", soft_wrap=True, highlight=False)
+        out.print(printable(f"{name}: {text}"), soft_wrap=True, highlight=False, markup=False)
     low, median = result["minimum_margin"], result["median_margin"]
     out.print(
         f"{result['killed']} of {result['total']} silent faults seen, {result['localised']} first at their own stage;"

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"unusable: {error}", file=sys.stderr)
         return UNUSABLE
     needs = None
-    if report.config is not None and report.fits and (args.frames or args.memory):
+    if report.config is not None and report.fits and (args.frames is not None or args.memory is not None):
         needs = _needs(report.config, args.frames, args.memory)
     if args.json:
         print(json.dumps(report.as_dict() | ({"needs": needs} if needs else {}), indent=1))

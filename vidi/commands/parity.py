@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fnmatch
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +17,27 @@ from vidi.commands.port import add_judged
 __all__ = ["add_arguments", "run"]
 
 NOTHING = 3
+#: Options that are not read in a run of a model, of a candidate, at full size, and what they are where they are not given.
+MODEL = {"require": None, "budget": None, "capsule": None}
+CANDIDATE: dict[str, Any] = {
+    "model": None,
+    "backend": "eager",
+    "device": "cpu",
+    "path": "plain",
+    "size": "tiny",
+    "dump": None,
+    "chained": False,
+}
+FULL: dict[str, Any] = {
+    "case": [],
+    "model": None,
+    "stage": None,
+    "backend": "eager",
+    "path": "plain",
+    "dump": None,
+    "html": None,
+    "chained": False,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="only cases whose name, set or SET/NAME matches; may be repeated (default: all)",
     )  # fmt: skip
     parser.add_argument("--model", choices=("9b", "7b"), help="only cases of Vidi 1.5 9B or of Vidi 7B (default: both)")
-    parser.add_argument("--stage", metavar="GLOB", help="only stages that match, such as 'layer.*.t2v,logits'")
+    parser.add_argument(
+        "--stage",
+        action=arguments.Joined,
+        metavar="GLOB",
+        help="only stages that match, such as 'layer.*.t2v,logits'; may be repeated",
+    )
     parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, sdpa, flash, flex")
     arguments.add_dtype(parser, "float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
@@ -43,25 +68,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_judged(parser)
     parser.add_argument("--chained", action="store_true", help="only from raw inputs on: no forced run, no stage alone")
-    parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
-    parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
-    parser.add_argument("--dump", metavar="DIR", help="write this run's chained tensors to DIR/CASE.safetensors")
+    parser.add_argument(
+        "--json", action=arguments.Once, metavar="FILE", help="write the whole result as JSON; - is standard output"
+    )
+    parser.add_argument("--html", action=arguments.Once, metavar="FILE", help="write a self-contained page")
+    parser.add_argument(
+        "--dump", action=arguments.Once, metavar="DIR", help="write this run's chained tensors to DIR/CASE.safetensors"
+    )
     parser.add_argument("--quiet", action="store_true", help="no table, only what differs and the verdict")
 
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0 equal, 1 different, 3 nothing compared. Raises what `cli.guarded` tells as 2, unusable input."""
     if args.candidate:
+        arguments.unread(args, "beside --candidate, which runs no model", **CANDIDATE)
         return _candidate(args)
+    if args.size == "full":
+        arguments.unread(args, "with --size full", **FULL)
+    arguments.unread(args, "without --candidate", **MODEL)
     from rich.console import Console
     from rich.markup import escape
 
     from stageparity import run as runs
-    from stageparity import store, tolerance
+    from stageparity import tolerance
     from stageparity.dump import Dump
     from stageparity.report import page, terminal
     from vidi import device
-    from vidi.commands import outputs
+    from vidi.commands import cases, outputs
     from vidi.parity.goldens import goldens_dir, of_model
     from vidi.parity.stages import STAGES
     from vidi.parity.subject import VidiSubject
@@ -75,12 +108,12 @@ def run(args: argparse.Namespace) -> int:
     device.check(args.device)
     goldens = goldens_dir(args.goldens)
     outputs.apart(goldens, None if to_stdout else args.json, args.html, args.dump)
-    refs = of_model(store.select(goldens, args.case), args.model)
+    refs = of_model(cases.select(goldens, args.case), args.model)
     # Imported recordings bring no tolerances of their own: the embedded ones judge them.
     judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
     tolerances = tolerance.load(judged_by, STAGES)
     if args.stage is not None:
-        _check_stages(args.stage, refs)
+        cases.check_stages(args.stage, refs, "--stage")
     files = _files([f"{ref.set}/{ref.name}" for ref in refs])
     dump = Dump(Path(args.dump), list(files.values())) if args.dump else None
     subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
@@ -131,12 +164,13 @@ def _candidate(args: argparse.Namespace) -> int:
 
     written, goldens = (None if args.json == "-" else args.json, args.html), goldens_dir(args.goldens)
     outputs.check(*written)
-    candidate.check_capsule(args.capsule)
     for read in (goldens, args.candidate, *([args.budget] if args.budget else [])):
         outputs.apart(read, *written, args.capsule)
+    candidate.check(args)
     dumps = folders(Path(args.candidate))
     found = candidate.judged(dumps, goldens, globs=args.stage, only=args.case, budget=args.budget)
-    options = ("--goldens", args.goldens) if args.goldens else ()
+    given = (("--goldens", args.goldens), ("--budget", args.budget))
+    options = tuple(word for name, value in given if value for word in (name, value))
     return candidate.tell(found, args, ("vidi", "parity", "--candidate", args.candidate), options, goldens)
 
 
@@ -161,18 +195,6 @@ def _named(waiting: list[str]) -> Iterator[None]:
             raise
         said = strict.one_line(f"{waiting[-1]}: the model ends in {type(error).__name__}: {error}", 600)
         raise ValueError(f"{said}; a fault of the model, or inputs that do not fit it: --debug shows where") from error
-
-
-def _check_stages(globs: str, refs: Any) -> None:
-    """Raises ValueError for a pattern that no stage of these cases matches: sixteen seconds later the table is empty."""
-    from stageparity import manifest
-
-    bodies = (manifest.parse(ref.folder / f"{ref.name}.json") for ref in refs)
-    known = {stage for body in bodies for stages in body["targets"].values() for stage in stages}
-    known |= {stage.replace(".nocache.", ".cached.") for stage in known}
-    for glob in (part.strip() for part in globs.split(",")):
-        if not any(fnmatch.fnmatchcase(stage, glob) for stage in known):
-            raise ValueError(f"--stage {glob!r} matches none of the {len(known)} stages of these {len(refs)} cases")
 
 
 def _explained(ref: Any, tensors: Mapping[str, Any], judged_by: Path, tolerances: Any, dtype: str) -> Any:

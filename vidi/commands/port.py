@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -40,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trace.add_argument(
         "--case", metavar="GLOB", action="append", default=[], help="golden cases (default: the adapter's)"
     )
-    trace.add_argument("--stage", metavar="GLOB", help="judge only stages that match")
-    trace.add_argument("--out", metavar="DIR", help="where dumps go (default: trace/ beside the adapter)")
+    trace.add_argument("--stage", action=arguments.Joined, metavar="GLOB", help="judge only stages that match")
+    trace.add_argument(
+        "--out", action=arguments.Once, metavar="DIR", help="where dumps go (default: trace/ beside the adapter)"
+    )
     trace.add_argument(
         "--timeout", metavar="SECONDS", type=arguments.positive, default=600, help="of one case (default: 600)"
     )
@@ -53,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case", metavar="GLOB", action="append", default=[], help="golden cases (default: all of the dump)"
     )
     why.add_argument("--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)")
-    why.add_argument("--json", metavar="FILE", help="write the matches as JSON; - is standard output")
+    why.add_argument(
+        "--json", action=arguments.Once, metavar="FILE", help="write the matches as JSON; - is standard output"
+    )
     for verb in (init, trace):
         verb.add_argument(
             "--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)"
@@ -76,13 +81,18 @@ def add_judged(parser: argparse.ArgumentParser) -> None:
         "--budget", metavar="FILE", help="of a candidate: declared budgets, for one approximate on purpose"
     )
     parser.add_argument(
-        "--capsule", metavar="DIR", help="of a candidate: its first wrong stage as files, with a check.py"
+        "--capsule",
+        action=arguments.Once,
+        metavar="DIR",
+        help="of a candidate: its first wrong stage as files, with a check.py",
     )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
-    parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
+    parser.add_argument(
+        "--json", action=arguments.Once, metavar="FILE", help="write the whole result as JSON; - is standard output"
+    )
+    parser.add_argument("--html", action=arguments.Once, metavar="FILE", help="write a self-contained page")
     parser.add_argument("--quiet", action="store_true", help="no table, only what differs and the verdict")
 
 
@@ -116,9 +126,9 @@ def _explain(args: argparse.Namespace) -> int:
         for run in found.run.cases:
             said = explained.get(run.name)
             if run.first_divergence is None:
-                print(f"{run.name}: equal as far as seen, nothing to explain")
+                print(strict.printable(f"{run.name}: equal as far as seen, nothing to explain"))
             elif not said:
-                print(f"{run.name}: no sketches of known faults for this case: NOT RUN")
+                print(strict.printable(f"{run.name}: no sketches of known faults for this case: NOT RUN"))
             for one in said or ():
                 where = one.stages[0] + (f" and {len(one.stages) - 1} more" if len(one.stages) > 1 else "")
                 print(strict.printable(f"{run.name}: {where}: {one.text()}"))
@@ -145,14 +155,17 @@ def _init(args: argparse.Namespace) -> int:
     outputs.check_folder(out)
     port.export(case, out / "case", args.dtype, stages)
     port.write_adapter(out, case, stages, args.dtype)
-    print(f"{out / 'adapter.py'}: fill in build, forward and STAGES, then: vidi port run {out / 'adapter.py'}")
+    again = shlex.join(["vidi", "port", "run", str(out / "adapter.py")])
+    print(strict.printable(f"{out / 'adapter.py'}: fill in build, forward and STAGES, then: {again}"))
     return 0
 
 
 def _trace(args: argparse.Namespace) -> int:
+    from rich.markup import escape
+
     from stageparity import store
     from stageparity.report import console as consoles
-    from vidi.commands import candidate, outputs
+    from vidi.commands import candidate, cases, outputs
     from vidi.parity import port
     from vidi.parity.goldens import goldens_dir
 
@@ -161,27 +174,27 @@ def _trace(args: argparse.Namespace) -> int:
         raise ValueError(f"{adapter}: there is no such file; `vidi port init CASE OUT` begins one")
     written = (None if args.json == "-" else args.json, args.html)
     outputs.check(*written)
-    candidate.check_capsule(args.capsule)
     outputs.check_folder(args.out)
     outputs.apart(goldens, *written, args.capsule, args.out)
     for read in (adapter, adapter.with_name("candidate.toml"), *([args.budget] if args.budget else [])):
         outputs.apart(read, *written)
+    candidate.check(args)
     globs = args.case or [_own_case(adapter.parent)]
-    refs, stages = store.select(goldens, globs), port.load_table().stages
+    refs, stages = cases.select(goldens, globs), port.load_table().stages
     out = Path(args.out) if args.out else adapter.parent / "trace"
     _copy_tracer(adapter.parent)
     done, failed = [], []
     with consoles.console(stderr=True).status(f"{len(refs)} cases") as line:
         for n, ref in enumerate(refs):
             name = f"{ref.set}/{ref.name}"
-            line.update(f"{n + 1} of {len(refs)}: the port runs {name}")
+            line.update(escape(strict.printable(f"{n + 1} of {len(refs)}: the port runs {name}")))
             folder = out / f"{ref.set}-{ref.name}"
             port.export(store.open_case(ref.folder, ref.name), folder / "case", args.dtype, stages)
             said = _run_port(args, adapter, folder)
             done.append(folder) if said is None else failed.append(f"{name}: {said}")
     if not done:
         for text in failed:
-            print(f"FAILED {text}", file=sys.stderr)
+            print(strict.printable(f"FAILED {text}"), file=sys.stderr)
         return 1
     found = candidate.judged(done, goldens, globs=args.stage, budget=args.budget)
     lines = [] if args.no_environment else _circumstances(args, adapter, found)
@@ -190,6 +203,7 @@ def _trace(args: argparse.Namespace) -> int:
         ("--python", args.python if args.python != sys.executable else None),
         ("--goldens", args.goldens),
         ("--out", args.out),
+        ("--budget", args.budget),
     )
     options = tuple(word for name, value in given if value for word in (name, value))
     return candidate.tell(found, args, command, options, goldens, failed=failed, lines=lines)

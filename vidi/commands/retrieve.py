@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", metavar="QUERY", nargs="*", help="what to look for, such as 'an onion being sliced'")
     parser.add_argument("--queries", metavar="FILE", type=Path, help="a text file of further queries, one a line")
     arguments.add_checkpoint(parser, "--checkpoint", required=True)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     arguments.add_dtype(parser, "bfloat16", "bfloat16", "float16", "float32")
     parser.add_argument("--backend", help="attention of the plain path: eager (default), flash, flex")
     parser.add_argument(
@@ -29,9 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: the fast path on a GPU, else the plain one",
     )
     parser.add_argument("--fps", type=float, default=1.0, help="frames a second to look at (default 1, as trained)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument(
-        "--max-frames", type=int, help="most frames to look at (default 14400: four hours at one a second)"
+        "--max-new-tokens", metavar="N", type=arguments.positive, default=1024, help="of an answer (default: 1024)"
+    )
+    parser.add_argument(
+        "--max-frames",
+        metavar="N",
+        type=arguments.positive,
+        help="most frames to look at (default 14400: four hours at one a second)",
     )
     parser.add_argument(
         "--check", action="store_true", help="decode every frame of the file, so that damage anywhere in it is noticed"
@@ -117,7 +122,7 @@ def _queries(path: Path) -> list[str]:
     """The lines of a text file, empty ones left out."""
     from vidi.inputs import container
 
-    with container.open_regular(path) as file:
+    with container.open_regular(path, "text") as file:
         data = file.read(MAX_QUERIES_BYTES + 1)
     if len(data) > MAX_QUERIES_BYTES:
         raise ValueError(f"{path}: more than {MAX_QUERIES_BYTES:,} bytes of queries; split the file")

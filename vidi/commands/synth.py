@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write")
     parser.add_argument("--size", choices=("tiny", "full"), default="tiny", help="tiny: 0.4 MB; full: 21 GB")
     parser.add_argument("--model", choices=("9b", "7b"), default="9b", help="Vidi 1.5 9B or Vidi 7B (full: 17 GB)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of its weights (default: 0)")
     arguments.add_dtype(parser, "bfloat16")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint folder that is there")
 

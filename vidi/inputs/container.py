@@ -109,8 +109,8 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
             yield container
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A binary handle of a regular file: neither opening nor reading it can wait for anybody."""
+def open_regular(path: Path, what: str = "video") -> BinaryIO:
+    """A binary handle of a regular file, called ``what``: neither opening nor reading it can wait for anybody."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -120,9 +120,9 @@ def open_regular(path: Path) -> BinaryIO:
     kind = os.fstat(handle)
     reason = None
     if stat.S_ISDIR(kind.st_mode):
-        reason = "a folder; give the video file itself"
+        reason = f"a folder; give the {what} file itself"
     elif not stat.S_ISREG(kind.st_mode):
-        reason = "no regular file but a pipe or a device, which may never end; save the video to a file first"
+        reason = f"no regular file but a pipe or a device, which may never end; save the {what} to a file first"
     elif kind.st_size == 0:
         reason = "the file is empty (0 bytes); copy or download it again"
     if reason is not None:
