@@ -8,8 +8,8 @@ alone; a gate without a reason, or a floor of 0 beside a baseline, is refused.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from stageparity.stage import Stages
 __all__ = [
     "BASELINES",
     "KINDS",
+    "MARGINS",
     "METRICS",
     "NoBudget",
     "Tolerances",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 BASELINES = Path("measured") / "baselines.json"  # in a golden folder
+MARGINS = Path("margins.json")
 
 METRICS = ("rms", "max", "row", "head")
 KINDS = ("chained", "isolated")  # from raw inputs, or fed the golden's inputs: each has baselines of its own
@@ -56,11 +58,13 @@ def baseline_of(results: list[Result]) -> dict[str, float]:
 @dataclass(frozen=True)
 class Tolerances:
     """The loaded tables. stages: of the model that is judged. gates: NAME -> fields with a list `stage`. baselines: kind ->
-    dtype -> SET/CASE -> stage -> errors."""
+    dtype -> SET/CASE -> stage -> errors. margins: SET/CASE -> stage of tokens -> for each row and step, how far the logit of a
+    token that comes close lies below the golden token's, as a multiple of the logits' rms (`read_margins`)."""
 
     stages: Stages
     gates: Mapping[str, Mapping[str, Any]]
     baselines: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]]
+    margins: Mapping[str, Mapping[str, Sequence[Sequence[Mapping[int, float]]]]] = field(default_factory=dict)
 
     def rule(
         self,
@@ -149,7 +153,28 @@ def load(folder: Path, stages: Stages) -> Tolerances:
             raise ValueError(f"gate {name}: bias_ulp widens sums in units of eps, and needs both")
         if any(f"c_{m}" in table for m in METRICS) and not (table.get("floor_ulp", 0) > 0 and table.get("eps", 0) > 0):
             raise ValueError(f"gate {name}: a budget from baselines needs floor_ulp and eps above 0")
-    return Tolerances(stages, gates, read_baselines(folder / BASELINES))
+    return Tolerances(stages, gates, read_baselines(folder / BASELINES), read_margins(folder / MARGINS))
+
+
+def read_margins(path: Path) -> dict[str, dict[str, list[list[dict[int, float]]]]]:
+    """`Tolerances.margins`, told by exact arithmetic along the golden's own text; empty without the file. A token that is not
+    named comes nowhere close. Raises ValueError naming the case of what is not of this form."""
+    try:
+        stored = strict.read_json(path, inside=path.parent)
+    except strict.Missing:
+        return {}
+    found: dict[str, Any] = {}
+    for case, stages in _table(path, "margins", stored).items():
+        try:
+            found[case] = {
+                stage: [[{int(token): float(m) for token, m in step.items()} for step in row] for row in rows]
+                for stage, rows in stages.items()
+            }
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(
+                f"{path}: {strict.printable(case[:80])}: rows of steps of tokens and numbers are needed"
+            ) from None
+    return found
 
 
 def read_baselines(path: Path) -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:
