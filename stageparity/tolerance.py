@@ -39,6 +39,7 @@ _BUDGETS = {"max", "rms", "row", "head", "max_abs", *(f"c_{m}" for m in METRICS)
 _NUMBERS = {*_BUDGETS, "sums", "bias_ulp", "floor_ulp", "eps"}
 _FIELDS = {*_NUMBERS, "why", "like"}
 _TABLES = {"stage", "isolated"}  # inside a gate's own table
+_WHERE = {"glob", "cases"}  # what a stage's table is for
 
 
 class NoBudget(ValueError):
@@ -77,7 +78,8 @@ class Tolerances:
     ) -> Rule:
         """The rule for a stage under a gate.
 
-        case: SET/CASE, names the baseline in baselines.json; `baseline` gives it directly (errors as multiples of rms).
+        case: SET/CASE, names the baseline in baselines.json and chooses budgets of its own cases; `baseline` gives it
+        directly (errors as multiples of rms).
         kind: chained or isolated, whichever the stage was run. Raises NoBudget for an unknown gate, or where a
         baseline is needed and none was measured.
         """
@@ -85,7 +87,7 @@ class Tolerances:
             return EXACT
         if gate not in self.gates:
             raise NoBudget(f"no gate named {gate!r} in tolerances.toml: there are {', '.join(sorted(self.gates))}")
-        fields = self._fields(gate, stage, kind)
+        fields = self._fields(gate, stage, case, kind)
         budgets: dict[str, Any] = {key: fields[key] for key in (*METRICS, "max_abs", "sums") if key in fields}
         factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
         if factors:
@@ -98,19 +100,20 @@ class Tolerances:
 
     def parts(self, gate: str, stage: str, case: str, *, kind: str) -> dict[str, tuple[float, float]]:
         """Of a rule's budgets those that are multiples of a baseline: metric -> (factor, the baseline's error)."""
-        fields = self._fields(gate, stage, kind)
+        fields = self._fields(gate, stage, case, kind)
         factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
         measured = self._baseline(gate, fields.get("like", stage), case, kind) if factors else {}
         return {m: (c, measured[m]) for m, c in factors.items() if m in measured}
 
-    def _fields(self, gate: str, stage: str, kind: str) -> dict[str, Any]:
+    def _fields(self, gate: str, stage: str, case: str | None, kind: str) -> dict[str, Any]:
         table = self.gates[gate]
         common = {key: value for key, value in table.items() if key not in _TABLES}
         if kind == "isolated":
             common |= table.get("isolated", {})
         for special in table.get("stage", ()):
-            if any(self._is_of(stage, glob) for glob in special["glob"].split(",")):
-                own = {key: value for key, value in special.items() if key != "glob"}
+            here = fnmatch.fnmatchcase(case or "", special.get("cases", "*"))
+            if here and any(self._is_of(stage, glob) for glob in special["glob"].split(",")):
+                own = {key: value for key, value in special.items() if key not in _WHERE}
                 if _BUDGETS & set(own):  # a stage's budgets replace the gate's, all of them
                     common = {key: value for key, value in common.items() if key not in _BUDGETS}
                 return common | own
@@ -146,9 +149,11 @@ def load(folder: Path, stages: Stages) -> Tolerances:
         if not isinstance(stages_of, list):
             raise ValueError(f"gate {name}: stage = {stages_of!r} must be a list of tables")
         for entry in stages_of:
-            _check(name, entry, {"glob"})
+            _check(name, entry, _WHERE)
             if not isinstance(entry.get("glob"), str) or not all(entry["glob"].split(",")):
                 raise ValueError(f"gate {name}: glob = {entry.get('glob')!r} must be patterns of stage ids")
+            if not isinstance(cases := entry.get("cases", "*"), str) or not cases:
+                raise ValueError(f"gate {name}: cases = {cases!r} must be a pattern of SET/CASE")
         if "bias_ulp" in table and not ("sums" in table and "eps" in table):
             raise ValueError(f"gate {name}: bias_ulp widens sums in units of eps, and needs both")
         if any(f"c_{m}" in table for m in METRICS) and not (table.get("floor_ulp", 0) > 0 and table.get("eps", 0) > 0):
