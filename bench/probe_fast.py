@@ -23,7 +23,7 @@ from vidi import cli, device
 from vidi.commands import outputs
 from vidi.config import VidiConfig
 from vidi.fast import measure, plan
-from vidi.fast.operands import Affine, GemmaWeight, Keys, LayerNorm, Queries, Residual, Rotation, Scores
+from vidi.fast.operands import Affine, GemmaWeight, Head, Keys, LayerNorm, Queries, Residual, Rotation, Scores
 
 MISSING: ImportError | None = None
 try:
@@ -73,9 +73,9 @@ def step(report: dict[str, Any]) -> None:
     logits = draw(65536)
     heads = draw(3, q)
     shapes = {
-        "gate_up": (2 * inner, width, 6, lambda w: kernels.gate_up_step(three, out, w, acted)),
+        "gate_up": (2 * inner, width, 6, lambda w: kernels.gate_up_step(three, out, w, "gelu_tanh", acted)),
         "qkv": (8192, width, 12, lambda w: kernels.qkv_step(one, out, w, rotation, queries, keys)),
-        "head": (65536, width, 3, lambda w: kernels.head_step(one, out, w, 30.0, logits)),
+        "head": (65536, width, 3, lambda w: kernels.head_step(one, out, Head(w, 30.0, w.dtype), logits)),
         "down": (width, inner, 10, lambda w: kernels.product_step(acted[None], w, b[:1])),
         "o": (width, q, 24, lambda w: kernels.product_step(heads, w, b)),
     }
@@ -143,11 +143,11 @@ def stream(report: dict[str, Any], limit: float) -> None:
         parts = {
             "kv": lambda: torch.mm(n, w_kv.T, out=keys_values),
             "own": lambda: torch.mm(keys_values[:, kv // 2 :], w_own.T, out=y[0]),
-            "norm1": lambda: kernels.add_gemma_norm(Residual(x, y, norm, norm), n),
+            "norm1": lambda: kernels.add_norm(Residual(x, y, norm, norm), n),
             "gate_up": lambda: torch.mm(n, w_gu.T, out=gate_up),
-            "gelu_mul": lambda: kernels.gelu_mul(gate_up, acted),
+            "gelu_mul": lambda: kernels.gated_mul(gate_up, "gelu_tanh", acted),
             "down": lambda: torch.mm(acted, w_down.T, out=y[0]),
-            "norm2": lambda: kernels.add_gemma_norm(Residual(x, y, norm, norm), n),
+            "norm2": lambda: kernels.add_norm(Residual(x, y, norm, norm), n),
         }
         times = {name: graph_ms([call]) for name, call in parts.items()}
         times["o unfolded"] = graph_ms([lambda: torch.mm(heads, w_full.T, out=y[0])])

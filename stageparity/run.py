@@ -318,11 +318,7 @@ class _Judge:
         if entry.machine is not None and not row.ok and (note := _machine(entry, golden, chained.get(stage))):
             excused = replace(row.shown, ok=True, problems=())
             return Row(stage, excused), note
-        if (
-            entry.ties is not None
-            and not row.ok
-            and (tie := _tie(row, places, entry.ties, chained, self.targets)) is not None
-        ):
+        if entry.ties is not None and not row.ok and (tie := self._tie(row, places, entry.ties, chained)) is not None:
             return Row(stage, tie), ""
         return row, ""
 
@@ -334,6 +330,48 @@ class _Judge:
         except NotHeld:
             return None
         return rounding.judge(stage, found, theirs, entry.axes, entry.spreads)
+
+    def _tie(self, row: Row, places: Mapping[str, str], ties: Ties, chained: Mapping[str, Any]) -> Result | None:
+        """Free-running tokens may part from the golden's where the golden's token and the other tie within the noise: the run's
+        own largest logit error, and never more than logits may err by. What follows the parting is another text and judges
+        nothing. None where that is no excuse."""
+        logits_id, tokens_id, lengths_id = (fill(each, places) for each in (ties.logits, ties.tokens, ties.lengths))
+        logits, tokens = self.targets.get(logits_id), self.targets.get(tokens_id)
+        own, mine = chained.get(logits_id), chained.get(tokens_id)
+        if not (isinstance(tokens, Whole) and isinstance(logits, Whole)) or mine is None or own is None:
+            return None
+        rule = self.tolerances.rule(self.gate, logits_id, self.case)
+        found = compare(logits_id, own, logits, rule)
+        if not found.errors:  # logits of another shape, or NaN: there is no noise to speak of
+            return None
+        noise, parted = min(found.errors["max"], found.budgets.get("max", np.inf)), set[int]()
+        for b, golden_row in enumerate(tokens.array):
+            said = to_numpy(mine)[0][b]
+            same = said[: len(golden_row)] == golden_row[: len(said)]
+            if not same.all():
+                parting = int(np.argmin(same))
+                parted.add(b)
+                margin = self._margin(tokens_id, tokens.array[b], logits.array[b], parting, int(said[parting]), b)
+                if not margin <= 2 * noise:
+                    return None
+        lengths, ends, other = self.targets.get(lengths_id), chained.get(lengths_id), set[int]()
+        if isinstance(lengths, Whole) and ends is not None:
+            other = set(np.flatnonzero(to_numpy(ends)[0] != lengths.array).tolist())
+        if not parted or other - parted:  # the same tokens, and another end: no tie says why
+            return None
+        why = "parts only where two logits tie within the noise"
+        return replace(row.shown, ok=True, problems=(), rule=replace(EXACT, why=why))
+
+    def _margin(self, stage: str, golden_S: Any, logits_SU: Any, step: int, token: int, row: int) -> float:
+        """How far ``token`` lies below the golden's at a step, as a multiple of the logits' rms: as the margins of the case say,
+        else as the golden's logits do, so long as they speak of the golden's own text. Infinite where nothing tells."""
+        if (held := self.tolerances.margins.get(self.case, {}).get(stage)) is not None:
+            return held[row][step].get(token, np.inf) if row < len(held) and step < len(held[row]) else np.inf
+        upto = slice(0, step + 1)
+        if not np.array_equal(logits_SU[upto].argmax(-1), golden_S[upto]) or not 0 <= token < logits_SU.shape[-1]:
+            return float(np.inf)
+        best, other = logits_SU[step, [golden_S[step], token]].astype(np.float64)
+        return float((best - other) / np.sqrt(np.square(logits_SU, dtype=np.float64).mean()))
 
 
 def _machine(entry: Stage, golden: Golden, found: Any) -> str:
@@ -348,32 +386,3 @@ def _machine(entry: Stage, golden: Golden, found: Any) -> str:
     return (
         f"{entry.template}: this machine's libraries differ in {differ} of {mine.size} entries; the stored one was used"
     )
-
-
-def _tie(
-    row: Row, places: Mapping[str, str], ties: Ties, chained: Mapping[str, Any], targets: Targets
-) -> Result | None:
-    """Free-running tokens may part from the golden's where its two best logits are closer than the run's own logit
-    error at that step; what follows the parting is another text and judges nothing. None where that is no excuse."""
-    logits_id, tokens_id, lengths_id = (fill(template, places) for template in (ties.logits, ties.tokens, ties.lengths))
-    logits, tokens = targets.get(logits_id), targets.get(tokens_id)
-    own, mine = chained.get(logits_id), chained.get(tokens_id)
-    if not (isinstance(tokens, Whole) and isinstance(logits, Whole)) or mine is None or own is None:
-        return None
-    error, parted = np.abs(to_numpy(own)[0].astype(np.float64) - logits.array), set[int]()
-    for b, golden_row in enumerate(tokens.array):
-        found = to_numpy(mine)[0][b]
-        same = found[: len(golden_row)] == golden_row[: len(found)]
-        if not same.all():
-            parting = int(np.argmin(same))
-            parted.add(b)
-            second, first = np.sort(logits.array[b, parting])[-2:]
-            if first - second > 2 * error[b, parting].max():
-                return None
-    lengths, ends, other = targets.get(lengths_id), chained.get(lengths_id), set[int]()
-    if isinstance(lengths, Whole) and ends is not None:
-        other = set(np.flatnonzero(to_numpy(ends)[0] != lengths.array).tolist())
-    if not parted or other - parted:  # the same tokens, and another end: no tie says why
-        return None
-    why = "parts only where two logits tie within the noise"
-    return replace(row.shown, ok=True, problems=(), rule=replace(EXACT, why=why))

@@ -8,8 +8,8 @@ alone; a gate without a reason, or a floor of 0 beside a baseline, is refused.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from stageparity.stage import Stages
 __all__ = [
     "BASELINES",
     "KINDS",
+    "MARGINS",
     "METRICS",
     "NoBudget",
     "Tolerances",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 BASELINES = Path("measured") / "baselines.json"  # in a golden folder
+MARGINS = Path("margins.json")
 
 METRICS = ("rms", "max", "row", "head")
 KINDS = ("chained", "isolated")  # from raw inputs, or fed the golden's inputs: each has baselines of its own
@@ -37,6 +39,7 @@ _BUDGETS = {"max", "rms", "row", "head", "max_abs", *(f"c_{m}" for m in METRICS)
 _NUMBERS = {*_BUDGETS, "sums", "bias_ulp", "floor_ulp", "eps"}
 _FIELDS = {*_NUMBERS, "why", "like"}
 _TABLES = {"stage", "isolated"}  # inside a gate's own table
+_WHERE = {"glob", "cases"}  # what a stage's table is for
 
 
 class NoBudget(ValueError):
@@ -56,11 +59,13 @@ def baseline_of(results: list[Result]) -> dict[str, float]:
 @dataclass(frozen=True)
 class Tolerances:
     """The loaded tables. stages: of the model that is judged. gates: NAME -> fields with a list `stage`. baselines: kind ->
-    dtype -> SET/CASE -> stage -> errors."""
+    dtype -> SET/CASE -> stage -> errors. margins: SET/CASE -> stage of tokens -> for each row and step, how far the logit of a
+    token that comes close lies below the golden token's, as a multiple of the logits' rms (`read_margins`)."""
 
     stages: Stages
     gates: Mapping[str, Mapping[str, Any]]
     baselines: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]]
+    margins: Mapping[str, Mapping[str, Sequence[Sequence[Mapping[int, float]]]]] = field(default_factory=dict)
 
     def rule(
         self,
@@ -73,7 +78,8 @@ class Tolerances:
     ) -> Rule:
         """The rule for a stage under a gate.
 
-        case: SET/CASE, names the baseline in baselines.json; `baseline` gives it directly (errors as multiples of rms).
+        case: SET/CASE, names the baseline in baselines.json and chooses budgets of its own cases; `baseline` gives it
+        directly (errors as multiples of rms).
         kind: chained or isolated, whichever the stage was run. Raises NoBudget for an unknown gate, or where a
         baseline is needed and none was measured.
         """
@@ -81,7 +87,7 @@ class Tolerances:
             return EXACT
         if gate not in self.gates:
             raise NoBudget(f"no gate named {gate!r} in tolerances.toml: there are {', '.join(sorted(self.gates))}")
-        fields = self._fields(gate, stage, kind)
+        fields = self._fields(gate, stage, case, kind)
         budgets: dict[str, Any] = {key: fields[key] for key in (*METRICS, "max_abs", "sums") if key in fields}
         factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
         if factors:
@@ -94,19 +100,20 @@ class Tolerances:
 
     def parts(self, gate: str, stage: str, case: str, *, kind: str) -> dict[str, tuple[float, float]]:
         """Of a rule's budgets those that are multiples of a baseline: metric -> (factor, the baseline's error)."""
-        fields = self._fields(gate, stage, kind)
+        fields = self._fields(gate, stage, case, kind)
         factors = {m: fields[f"c_{m}"] for m in METRICS if f"c_{m}" in fields}
         measured = self._baseline(gate, fields.get("like", stage), case, kind) if factors else {}
         return {m: (c, measured[m]) for m, c in factors.items() if m in measured}
 
-    def _fields(self, gate: str, stage: str, kind: str) -> dict[str, Any]:
+    def _fields(self, gate: str, stage: str, case: str | None, kind: str) -> dict[str, Any]:
         table = self.gates[gate]
         common = {key: value for key, value in table.items() if key not in _TABLES}
         if kind == "isolated":
             common |= table.get("isolated", {})
         for special in table.get("stage", ()):
-            if any(self._is_of(stage, glob) for glob in special["glob"].split(",")):
-                own = {key: value for key, value in special.items() if key != "glob"}
+            here = fnmatch.fnmatchcase(case or "", special.get("cases", "*"))
+            if here and any(self._is_of(stage, glob) for glob in special["glob"].split(",")):
+                own = {key: value for key, value in special.items() if key not in _WHERE}
                 if _BUDGETS & set(own):  # a stage's budgets replace the gate's, all of them
                     common = {key: value for key, value in common.items() if key not in _BUDGETS}
                 return common | own
@@ -142,14 +149,37 @@ def load(folder: Path, stages: Stages) -> Tolerances:
         if not isinstance(stages_of, list):
             raise ValueError(f"gate {name}: stage = {stages_of!r} must be a list of tables")
         for entry in stages_of:
-            _check(name, entry, {"glob"})
+            _check(name, entry, _WHERE)
             if not isinstance(entry.get("glob"), str) or not all(entry["glob"].split(",")):
                 raise ValueError(f"gate {name}: glob = {entry.get('glob')!r} must be patterns of stage ids")
+            if not isinstance(cases := entry.get("cases", "*"), str) or not cases:
+                raise ValueError(f"gate {name}: cases = {cases!r} must be a pattern of SET/CASE")
         if "bias_ulp" in table and not ("sums" in table and "eps" in table):
             raise ValueError(f"gate {name}: bias_ulp widens sums in units of eps, and needs both")
         if any(f"c_{m}" in table for m in METRICS) and not (table.get("floor_ulp", 0) > 0 and table.get("eps", 0) > 0):
             raise ValueError(f"gate {name}: a budget from baselines needs floor_ulp and eps above 0")
-    return Tolerances(stages, gates, read_baselines(folder / BASELINES))
+    return Tolerances(stages, gates, read_baselines(folder / BASELINES), read_margins(folder / MARGINS))
+
+
+def read_margins(path: Path) -> dict[str, dict[str, list[list[dict[int, float]]]]]:
+    """`Tolerances.margins`, told by exact arithmetic along the golden's own text; empty without the file. A token that is not
+    named comes nowhere close. Raises ValueError naming the case of what is not of this form."""
+    try:
+        stored = strict.read_json(path, inside=path.parent)
+    except strict.Missing:
+        return {}
+    found: dict[str, Any] = {}
+    for case, stages in _table(path, "margins", stored).items():
+        try:
+            found[case] = {
+                stage: [[{int(token): float(m) for token, m in step.items()} for step in row] for row in rows]
+                for stage, rows in stages.items()
+            }
+        except (AttributeError, TypeError, ValueError):
+            raise ValueError(
+                f"{path}: {strict.printable(case[:80])}: rows of steps of tokens and numbers are needed"
+            ) from None
+    return found
 
 
 def read_baselines(path: Path) -> dict[str, dict[str, dict[str, dict[str, dict[str, float]]]]]:

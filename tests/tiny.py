@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vidi import sizes_7b
 from vidi.checkpoint import synthetic
 from vidi.config import VidiConfig
 from vidi.inputs.batch import Batch, Sample, make_batch
@@ -20,24 +21,27 @@ __all__ = ["NOISE", "Seen", "assert_close", "config", "make", "model", "sample",
 NOISE = 1e-9  #: of rms, in float64
 
 
-def config(*, window: int | None = None, **changes: Any) -> VidiConfig:
-    """`VidiConfig.tiny()` with some fields, or the sliding window, replaced."""
-    found = dataclasses.replace(VidiConfig.tiny(), **changes)
+def config(name: str = "9b", *, window: int | None = None, **changes: Any) -> VidiConfig:
+    """The tiny configuration of a model with some fields, or the sliding window, replaced."""
+    found = dataclasses.replace(VidiConfig.tiny() if name == "9b" else sizes_7b.config("tiny"), **changes)
     if window is None:
         return found
     return dataclasses.replace(found, decoder=dataclasses.replace(found.decoder, sliding_window=window))
 
 
 @cache
-def model(*, dtype: torch.dtype = torch.float64, seed: int = 3, window: int | None = None) -> VidiModel:
+def model(
+    name: str = "9b", *, dtype: torch.dtype = torch.float64, seed: int = 3, window: int | None = None
+) -> VidiModel:
     """One model per argument; tests that change it must put it back."""
-    return synthetic.create(config(window=window), seed, dtype=dtype).requires_grad_(False)
+    return synthetic.create(config(name, window=window), seed, dtype=dtype).requires_grad_(False)
 
 
 def sample(
     text: int = 9, frames: int = 2, audio: int = 23, *, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> Sample:
-    """A sample of ``text`` ids around a placeholder, ``frames`` pictures and ``audio`` mel frames (0: none)."""
+    """A sample of ``text`` ids around a placeholder, ``frames`` pictures and ``audio`` mel frames (0: none). It fits both
+    models."""
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 500, (text,), generator=rng).tolist()
     images = torch.rand(frames, 3, 26, 26, generator=rng, dtype=torch.float64) * 2 - 1

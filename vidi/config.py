@@ -163,6 +163,11 @@ class VidiConfig(_Checked):
         """Side of the learned pool's kernel, ceil(patches / pool): 14 for 2 tokens a side of 27 patches, 9 for 3, 7 for 4."""
         return -(-self.vision.patches_per_side // self.image_pool_size)
 
+    @property
+    def audio_pool_width(self) -> int:
+        """Channels after the audio pool: the decoder's width where the pool widens, the encoder's where the projector does."""
+        return {"pool": self.decoder.hidden_size, "projector": self.audio.hidden_size}[self.audio_widens]
+
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(

@@ -155,13 +155,13 @@ def norm_residual(site: Site) -> Kernel:
     post, following = (site.module(GemmaNorm(width, 1e-6)) for _ in range(2))
     own, out = x.clone(), torch.empty_like(x)
     fused = ops.pick(site.device)
-    residual = Residual(own, branch[None], weights.gemma_weight(post), weights.gemma_weight(following))
+    residual = Residual(own, branch[None], weights.norm_weight(post), weights.norm_weight(following))
 
     def plain() -> Tensor:
         return following(x + post(branch))
 
     def fast() -> None:
-        fused.add_gemma_norm(residual, out)
+        fused.add_norm(residual, out)
 
     return Kernel({"plain": plain, "fast": fast}, flops=0, nbytes=4 * x.nbytes)
 

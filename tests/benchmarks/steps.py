@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.benchmarks.site import Kernel, Site
 from vidi.fast import ops, plan, twins
-from vidi.fast.operands import GemmaWeight, Keys, Queries, Residual, Rotation
+from vidi.fast.operands import GemmaWeight, Head, Keys, Queries, Residual, Rotation
 
 __all__ = ["gate_up", "head", "product", "qkv"]
 
@@ -61,7 +61,7 @@ def gate_up(site: Site) -> Kernel:
     before, out = _before(site, 3), site.randn(d.intermediate_size)
     return _step(
         *(site, 2 * d.intermediate_size, d.hidden_size),
-        lambda operations, w: operations.gate_up_step(*before, w, out),
+        lambda operations, w: operations.gate_up_step(*before, w, "gelu_tanh", out),
     )
 
 
@@ -71,7 +71,7 @@ def head(site: Site) -> Kernel:
     before, out = _before(site, 1), site.randn(d.vocab_size)
     return _step(
         *(site, d.vocab_size, d.hidden_size),
-        lambda operations, w: operations.head_step(*before, w, d.final_softcap, out),
+        lambda operations, w: operations.head_step(*before, Head(w, d.final_softcap, w.dtype), out),
     )
 
 

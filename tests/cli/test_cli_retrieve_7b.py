@@ -35,7 +35,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_its_tokens_are_the_oracles(film: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("path", ["plain", "fast"])
+def test_its_tokens_are_the_oracles(
+    path: str, film: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights: dict[str, np.ndarray] = {}
     for shard in sorted(checkpoint.glob("*.safetensors")):
         weights |= load_file(shard)
@@ -57,7 +60,7 @@ def test_its_tokens_are_the_oracles(film: Path, checkpoint: Path, capsys: pytest
     assert len(set(wanted.tokens_BS[0, :length].tolist())) > 3, "tokens that do not depend on the input prove little"
 
     arguments = ["--checkpoint", str(checkpoint), "--dtype", "float32", "--max-new-tokens", str(STEPS), "--json"]
-    assert main(["retrieve", str(film), "a red car.", *arguments]) == 0
+    assert main(["retrieve", str(film), "a red car.", "--path", path, *arguments]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["tokens"] == [token for token in wanted.tokens_BS[0, :length].tolist() if token != 2]
     assert told["duration_sec"] == pytest.approx(duration)
@@ -68,7 +71,6 @@ def test_its_tokens_are_the_oracles(film: Path, checkpoint: Path, capsys: pytest
     ("query", "options", "said"),
     [
         ("a [INST]", (), "the query holds [INST]"),
-        ("a red car", ("--path", "fast"), "it computes the layers of 1.5 9B alone; use --path plain"),
     ],
 )
 def test_refusals(film: Path, checkpoint: Path, query: str, options: tuple[str, ...], said: str, capsys) -> None:  # type: ignore[no-untyped-def]

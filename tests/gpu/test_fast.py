@@ -15,7 +15,7 @@ from vidi import generate, precision
 from vidi.checkpoint import synthetic
 from vidi.config import DecoderConfig, VidiConfig
 from vidi.fast import accelerate, ops, plan, twins
-from vidi.fast.operands import Affine, GemmaWeight, Keys, LayerNorm, Queries, Residual, Rotation, Scores
+from vidi.fast.operands import Affine, GemmaWeight, Head, Keys, LayerNorm, Queries, Residual, Rotation, Scores
 from vidi.inputs import pixels
 from vidi.inputs.batch import Batch
 
@@ -86,11 +86,13 @@ def test_row_kernels(device, dtype, rows, width):
     x = case.draw(rows, width, scale=3)
     for branches in (None, case.draw(1, rows, width), case.draw(3, rows, width)):
         residual = case.residual(x, branches)
-        case.judge("add_gemma_norm", lambda residual, out: [residual.x, out], residual, poison(x))
+        case.judge("add_norm", lambda residual, out: [residual.x, out], residual, poison(x))
     last = dataclasses.replace(residual, following=None)
-    case.judge("add_gemma_norm", lambda residual, out: [residual.x], last, x)
+    case.judge("add_norm", lambda residual, out: [residual.x], last, x)
     gate_up = case.draw(rows, 2 * 4 * width, scale=2)
-    case.judge("gelu_mul", lambda *given: [given[1]], gate_up, poison(gate_up[:, : 4 * width].contiguous()))
+    case.judge(
+        "gated_mul", lambda *given: [given[2]], gate_up, "gelu_tanh", poison(gate_up[:, : 4 * width].contiguous())
+    )
     norm = LayerNorm(case.draw(width, base=1), case.draw(width), 1e-6)
     pending = case.draw(width).float()
     case.judge("layer_norm", lambda *given: [given[3]], x, pending, norm, poison(x))
@@ -136,14 +138,14 @@ def test_step_kernels(device, dtype, branches, size):
     out = poison(case.draw(inner))
     case.judge(
         "gate_up_step",
-        lambda residual, x, weight, out: [x, out],
-        *(*before, case.draw(2 * inner, width, scale=spread), out),
+        lambda residual, x, weight, activation, out: [x, out],
+        *(*before, case.draw(2 * inner, width, scale=spread), "gelu_tanh", out),
     )
     out = poison(case.draw(1000))
     case.judge(
         "head_step",
-        lambda residual, x, weight, cap, out: [x, out],
-        *(*before, case.draw(1000, width, scale=spread), 30.0, out),
+        lambda residual, x, head, out: [x, out],
+        *(*before, Head(case.draw(1000, width, scale=spread), 30.0, dtype), out),
     )
     for rows, columns in ((3, heads * head_dim), (1, inner)):
         given, weight = case.draw(rows, columns), case.draw(width, columns, scale=columns**-0.5)

@@ -17,7 +17,8 @@ from tools.studies.runs import Setting
 from vidi.bridge import fold
 
 GOLDENS = Path(__file__).resolve().parents[2] / "goldens"
-NAMES = ["small/base", "small/absent", "small/decode", "official/batch", "official/single", "official/longvideo"]
+NAMES = ["small/base", "small/absent", "small/decode", "small-7b/base", "small-7b/decode"]
+NAMES += ["official/batch", "official/single", "official/longvideo", "official-7b/single"]
 PLAIN = Setting("float32", ("small/absent",))
 
 
@@ -71,7 +72,7 @@ def test_three_hundred_settings_cover_what_they_should() -> None:
     assert len(levels) == 4 * len(alarms.LEVELS)
     for name in NAMES:
         assert sum(name in s.cases for s in settings) >= 3
-    assert not any(s.dtype == "float64" and any(c.startswith("official/") for c in s.cases) for s in settings)
+    assert not any(s.dtype == "float64" and any(c.startswith("official") for c in s.cases) for s in settings)
 
 
 RUN: dict[str, Any] = {

@@ -39,6 +39,20 @@ def test_every_number_has_a_reason(name: str, table: dict) -> None:
     assert set(TOML) == {"schema", "gate"}, "numbers live in gates alone"
 
 
+@pytest.mark.parametrize(
+    ("case", "stage", "budget"),
+    [
+        ("official-7b/loss", "grad.none.model.mm_rand_pos_t.mlp.0.weight", 0.031),
+        ("official/loss", "grad.none.model.mm_rand_pos_t.mlp.0.weight", 0.0165),
+        (None, "grad.none.model.mm_rand_pos_t.mlp.0.weight", 0.0165),
+        ("official-7b/loss", "grad.none.model.norm.weight", 0.0165),
+    ],
+)
+def test_what_one_model_needs_loosens_no_other(case: str | None, stage: str, budget: float) -> None:
+    assert TABLES.rule("float16-recorded", stage, case).rms == budget
+    assert TABLES.parts("float16-recorded", stage, case or "", kind="chained") == {}
+
+
 @pytest.mark.parametrize(("subject", "file"), LEDGER_FILES.items())
 def test_the_ledger_covers_every_file_of_numbers(subject: str, file: str) -> None:
     assert ledger.stale(GOLDENS, subject, ledger.file_sha256(GOLDENS / file)) is None
@@ -137,3 +151,11 @@ def test_noise_lies_below_every_tolerance() -> None:
     document = json.loads((GOLDENS / LEDGER["noise"]).read_text())
     assert noise.overlaps(document, None) == []
     assert sum(setting["counts"] for setting in document["settings"]) > 30
+
+
+@pytest.mark.parametrize("value", ["3", '""', '["a/b"]'])
+def test_cases_must_be_a_pattern(value: str, tmp_path: Path) -> None:
+    text = f'[gate.a]\nwhy = "x"\nmax = 1\n[[gate.a.stage]]\nglob = "x"\nwhy = "y"\nmax = 2\ncases = {value}\n'
+    (tmp_path / "tolerances.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"cases = .* must be a pattern of SET/CASE"):
+        tolerance.load(tmp_path, STAGES)

@@ -67,9 +67,9 @@ def private(path: Path) -> Iterator[str]:
 def test_public_names_alone(tmp_path: Path) -> None:
     assert [name for file in GLUE if file.endswith(".py") for name in private(TOY / file)] == []
     planted = tmp_path / "x.py"
-    text = "from stageparity import store\nfrom stageparity.run import _tie\nstore.Path, store.open_case()._held\n"
+    text = "from stageparity import store\nfrom stageparity.run import _machine\nstore.Path, store.open_case()._held\n"
     planted.write_text(text, "utf-8")
-    assert list(private(planted)) == ["stageparity.run._tie", "stageparity.store.Path", "_held"]
+    assert list(private(planted)) == ["stageparity.run._machine", "stageparity.store.Path", "_held"]
 
 
 def test_report_and_faults(toy: Project, capsys: pytest.CaptureFixture[str]) -> None:

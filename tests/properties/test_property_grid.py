@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from vidi.bridge import fold, position, visual
+from vidi import sizes_7b
+from vidi.bridge import conv_pool, fold, position, visual
 from vidi.config import VidiConfig
 
 BUDGET = 60000
@@ -66,6 +67,28 @@ def test_padding_to_an_even_grid_adds_zeros_right_and_below(side, channels):
     assert torch.equal(grid[:, :, :side, :side].flatten(2).transpose(1, 2), tower)
     assert not grid[:, :, side:].any()
     assert not grid[:, :, :, side:].any()
+
+
+@given(st.integers(1, 60), st.integers(1, 20))
+def test_samples_stand_evenly_from_corner_to_corner(rows, samples):
+    """The 7B's pool along one axis: no row beyond the two around a sample, and none that no sample needs."""
+    touched, weights_NS = conv_pool.corner_rows(rows, samples)
+    assert touched == sorted(set(touched))
+    assert weights_NS.ne(0).any(0).all()
+    torch.testing.assert_close(weights_NS.sum(1), torch.ones(samples, dtype=torch.float64))
+    wanted = torch.linspace(0, rows - 1, samples, dtype=torch.float64) if samples > 1 else torch.zeros(1).double()
+    torch.testing.assert_close(weights_NS @ torch.tensor(touched).double(), wanted, rtol=0, atol=1e-9)
+    for row in weights_NS:
+        used = [touched[i] for i in row.nonzero().flatten()]
+        assert used[-1] - used[0] <= 1
+
+
+@given(st.lists(st.integers(0, 20000), min_size=1, max_size=4))
+def test_the_7b_has_one_grid_for_any_number_of_frames(frames):
+    config = sizes_7b.config("tiny")
+    grid = conv_pool.ConvPool(config)
+    (group,) = grid.groups(frames, config)
+    assert (group.num_frames, grid.tokens_side(group)) == (sum(frames), config.image_pool_size)
 
 
 @given(st.integers(2, 5000), st.sampled_from([2, 10000]), st.sampled_from([torch.float32, torch.float64]))

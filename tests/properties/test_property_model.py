@@ -1,4 +1,4 @@
-"""What a result must not depend on: neighbours in the batch, padding, chunks, a cache (spec §10)."""
+"""For both models, what a result must not depend on: neighbours in the batch, padding, chunks, a cache (spec §10)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,12 @@ samples = st.builds(
 )
 
 
-def logits_of(batch: Batch, **settings_) -> list[torch.Tensor]:
+both = pytest.mark.parametrize("name", ["9b", "7b"])
+
+
+def logits_of(name: str, batch: Batch) -> list[torch.Tensor]:
     """The kept rows of each sample's logits."""
-    out_BTV = tiny.model(**settings_)(batch)
+    out_BTV = tiny.model(name)(batch)
     keep_BT = batch.keep_BT & (batch.input_ids_BT != -200)
     return [row[: int(keep.sum())] for row, keep in zip(out_BTV, keep_BT, strict=True)]
 
@@ -41,62 +44,68 @@ def widened(batch: Batch, extra: int) -> Batch:
     )
 
 
-@settings(max_examples=25)
+@both
+@settings(max_examples=15)
 @given(st.lists(samples, min_size=2, max_size=3))
-def test_a_sample_does_not_depend_on_its_neighbours(batch):
-    together = logits_of(tiny.make(batch))
+def test_a_sample_does_not_depend_on_its_neighbours(name, batch):
+    together = logits_of(name, tiny.make(batch))
     for sample, found in zip(batch, together, strict=True):
-        (alone,) = logits_of(tiny.make([sample]))
+        (alone,) = logits_of(name, tiny.make([sample]))
         tiny.assert_close(found, alone)
 
 
-@settings(max_examples=25)
+@both
+@settings(max_examples=15)
 @given(samples, st.integers(1, 6))
-def test_padding_of_the_text_does_not_matter(sample, extra):
+def test_padding_of_the_text_does_not_matter(name, sample, extra):
     batch = tiny.make([sample])
-    tiny.assert_close(logits_of(widened(batch, extra))[0], logits_of(batch)[0])
+    tiny.assert_close(logits_of(name, widened(batch, extra))[0], logits_of(name, batch)[0])
 
 
-@settings(max_examples=25)
+@both
+@settings(max_examples=15)
 @given(st.lists(samples, min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 400), st.integers(1, 600))
-def test_chunks_are_a_matter_of_memory_alone(batch, frame_chunk, key_chunk, stream_chunk):
+def test_chunks_are_a_matter_of_memory_alone(name, batch, frame_chunk, key_chunk, stream_chunk):
     """Frames in chunks over tower and bridge, keys in chunks in attention, tokens in chunks in the stream update."""
-    inputs, model = tiny.make(batch), tiny.model()
-    whole = logits_of(inputs)
+    inputs, model = tiny.make(batch), tiny.model(name)
+    whole = logits_of(name, inputs)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "frame_chunk", frame_chunk)
         patch.setattr(eager, "KEY_CHUNK", key_chunk)
         patch.setattr(decoder, "STREAM_CHUNK", stream_chunk)
-        chunked = logits_of(inputs)
+        chunked = logits_of(name, inputs)
     for found, wanted in zip(chunked, whole, strict=True):
         tiny.assert_close(found, wanted)
 
 
-@settings(max_examples=25)
+@both
+@settings(max_examples=15)
 @given(st.lists(samples, min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99))
-def test_cached_decoding_equals_whole_passes_at_every_step(batch, steps, window, seed):
+def test_cached_decoding_equals_whole_passes_at_every_step(name, batch, steps, window, seed):
     """Random lengths, windows and paddings; also past the window and at the last step."""
-    inputs, model = tiny.make(batch), tiny.model(window=window)
+    inputs, model = tiny.make(batch), tiny.model(name, window=window)
     tokens = torch.randint(3, 500, (len(batch), steps), generator=torch.Generator().manual_seed(seed))
     cached = generate.forced_logits(model, inputs, tokens)
     tiny.assert_close(cached, tiny.whole_pass_logits(model, inputs, tokens))
 
 
-@settings(max_examples=15)
+@both
+@settings(max_examples=10)
 @given(st.lists(samples, min_size=2, max_size=3), st.integers(1, 6))
-def test_rows_of_a_batch_decode_as_each_row_alone(batch, steps):
-    together = generate.greedy(tiny.model(), tiny.make(batch), max_new_tokens=steps)
-    alone = [generate.greedy(tiny.model(), tiny.make([s]), max_new_tokens=steps) for s in batch]
+def test_rows_of_a_batch_decode_as_each_row_alone(name, batch, steps):
+    together = generate.greedy(tiny.model(name), tiny.make(batch), max_new_tokens=steps)
+    alone = [generate.greedy(tiny.model(name), tiny.make([s]), max_new_tokens=steps) for s in batch]
     assert together.tokens == [a.tokens[0] for a in alone]
     assert together.stopped == [a.stopped[0] for a in alone]
 
 
+@both
 @settings(max_examples=15)
 @given(samples, st.integers(0, 3))
-def test_nan_behind_a_mask_never_reaches_a_kept_row(sample, where):
+def test_nan_behind_a_mask_never_reaches_a_kept_row(name, sample, where):
     """A second sample that is longer in everything leaves padding in the first one's streams; NaN put there, after
     the masks are built, must not be seen."""
-    model = tiny.model()
+    model = tiny.model(name)
     inputs = tiny.make([sample, tiny.sample(14, 4, 160, seed=7)])
     streams = model.streams(inputs)
     clean = model.decode_text(inputs, streams)

@@ -9,8 +9,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from vidi import retrieval
-from vidi.inputs import prompt
+from vidi import retrieval, sizes_7b
+from vidi.inputs import dialect, prompt
 
 
 @cache
@@ -87,6 +87,16 @@ def test_arbitrary_text_is_read_by_the_rule_and_never_fails(text):
 @given(st.text(max_size=80))
 def test_any_text_at_all_can_be_an_answer(text):
     assert all(0 <= a < 10 and 0 <= b < 10 for a, b in retrieval.parse_ranges(text))
+
+
+@given(st.text(alphabet=st.sampled_from("0123456789.-, ab\n٣"), max_size=40))
+def test_the_7bs_answers_are_runs_of_digits_and_points(text):
+    """Looser than 1.5 9B's: what is no number is skipped, and what it says of one query it says of its parts."""
+    pattern = dialect.of(sizes_7b.config("tiny")).ranges
+    found = retrieval.parse_ranges(text, pattern)
+    numbers = re.findall(r"([0-9.]+)-([0-9.]+)", text)
+    assert found == [(float(a), float(b)) for a, b in numbers if a.count(".") < 2 > b.count(".") and a != "." != b]
+    assert isinstance(retrieval.format_ranges(found, 100.0), str)
 
 
 @given(st.floats(0, 1), st.floats(0, 400_000))

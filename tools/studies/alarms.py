@@ -45,8 +45,7 @@ Run = dict[str, Any]
 def drawn(names: Iterable[str], count: int = RUNS) -> Iterator[Setting]:
     """The settings, from a fixed seed: dtypes and levels in turn, so that each pair occurs; the rest by lot."""
     names = list(names)
-    small = [n for n in names if n.startswith("small/")]
-    recorded = [n for n in names if n.startswith("official/") and n not in LONG]
+    small, recorded = ([n for n in names if n.startswith(kind) and n not in LONG] for kind in ("small", "official"))
     long = [n for n in names if n in LONG]
     lot = random.Random(2026)
     for i in range(count):

@@ -32,7 +32,7 @@ class Bridge(nn.Module):
         self.pos_w = PositionEmbedding(width, pool, rounded)
         self.pos_t = PositionEmbedding(width, config.time_interval, rounded)
         heard = config.audio.hidden_size
-        pooled = {"pool": width, "projector": heard}[config.audio_widens]
+        pooled = config.audio_pool_width
         self.audio_pool = nn.Conv1d(heard, pooled, config.audio_pool_size, stride=config.audio_pool_size, bias=False)
         self.audio_projector = Projector(pooled, width)
         self.audio_norm = RMSNorm(width)

@@ -24,6 +24,7 @@ def lengths(text: str) -> tuple[int, ...]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--frames", type=lengths, help="video lengths at one frame a second (default: five lengths)")
+    parser.add_argument("--model", choices=("9b", "7b"), default="9b", help="Vidi 1.5 9B (default) or Vidi 7B")
     parser.add_argument("--size", choices=("full", "tiny"), help="model size (default: full on a GPU, tiny on a CPU)")
     parser.add_argument(
         "--max-new-tokens", type=arguments.positive, default=64, help="decoding steps to time (default: 64)"
@@ -53,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vidi import device as devices
+    from vidi import sizes_7b
     from vidi.attention import dispatch
     from vidi.checkpoint import synthetic
     from vidi.commands import outputs
     from vidi.config import VidiConfig
-    from vidi.fast import accelerate, measure
+    from vidi.fast import accelerate, measure, refusal
     from vidi.inputs import container
 
     outputs.check(args.json)
@@ -68,17 +70,31 @@ def run(args: argparse.Namespace) -> int:
         outputs.apart(args.video, args.json)
     size = args.size or ("full" if device.type == "cuda" else "tiny")
     frames = args.frames or (FULL_FRAMES if size == "full" else TINY_FRAMES)
-    config = VidiConfig.full() if size == "full" else VidiConfig.tiny()
+    if args.model == "7b":
+        config = sizes_7b.config(size)
+    else:
+        config = VidiConfig.full() if size == "full" else VidiConfig.tiny()
     made_s, model = measure.timed(device, lambda: synthetic.create(config, 0, device=device, dtype=torch.bfloat16))
-    options = {} if args.frame_batch is None else {"frame_batch": args.frame_batch}
-    fused_s, fast = measure.timed(device, lambda: accelerate(model, **options))
+    # The plain path runs over the same parameters.
+    model.backend = args.plain_backend
+    runs: list[tuple[str, Any, tuple[int, ...]]] = [("plain", model, args.plain)]
+    fused_s = 0.0
+    if refused := refusal(config, device):
+        print(f"no fast path: {refused}; the plain one is measured")
+        runs = [("plain", model, args.plain or frames)]
+    else:
+        options = {} if args.frame_batch is None else {"frame_batch": args.frame_batch}
+        fused_s, fast = measure.timed(device, lambda: accelerate(model, **options))
+        runs.insert(0, ("fast", fast, frames))
+    first, best, _ = runs[0]
     if args.video is not None:
-        return _video(args, fast, made_s + fused_s)
+        return _video(args, best, made_s + fused_s)
     limits = measure.ceilings(device)
     report: dict[str, Any] = {
         "measured_on": _measured_on(measure.device_name(device)),
+        "model": args.model,
         "size": size,
-        "frame_batch": fast.frame_batch,
+        "frame_batch": None if refused else best.frame_batch,
         "dtype": "bfloat16",
         "product_tflops": limits.product_flops / 1e12,
         "sustained_product_tflops": limits.sustained_flops / 1e12,
@@ -90,27 +106,25 @@ def run(args: argparse.Namespace) -> int:
         "profiles": {},
     }
     print(
-        f"device: {report['measured_on']['device']}, torch {torch.__version__}; model: {size}, bfloat16, synthetic weights\n"
+        f"device: {report['measured_on']['device']}, torch {torch.__version__}; "
+        f"model: {args.model}, {size}, bfloat16, synthetic weights\n"
         f"ceilings of this run: product {limits.product_flops / 1e12:.3g} TFLOP/s "
         f"({limits.sustained_flops / 1e12:.3g} over seconds), copy {limits.copy_bytes / 1e12:.3g} TB/s"
     )
     print(HEADER)
-    # The plain path runs over the same parameters.
-    model.backend = args.plain_backend
-    for path, runner, chosen in (("fast", fast, frames), ("plain", model, args.plain)):
+    for path, runner, chosen in runs:
         for num_frames in chosen:
             batch = measure.make_batch(config, num_frames, device, torch.bfloat16)
-            row = measure.measure(
-                runner, batch, limits, new_tokens=args.max_new_tokens if path == "fast" else min(args.max_new_tokens, 8)
-            )
+            steps = args.max_new_tokens if path == first else min(args.max_new_tokens, 8)
+            row = measure.measure(runner, batch, limits, new_tokens=steps)
             report[path].append(row)
             print(line(path, row), flush=True)
             _write(args.json, report)
     for num_frames in args.profile:
         batch = measure.make_batch(config, num_frames, device, torch.bfloat16)
-        report["profiles"][str(num_frames)] = _profiles(fast, batch, device)
+        report["profiles"][str(num_frames)] = _profiles(best, batch, device)
         _write(args.json, report)
-    rows = report["fast"]
+    rows = report[first]
     if len(rows) > 2:
         tokens = [float(row["visual_tokens"] + row["audio_tokens"]) for row in rows]
         seconds = [float(row["frames"]) for row in rows]
@@ -129,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _video(args: argparse.Namespace, fast: Any, loading_s: float) -> int:
+def _video(args: argparse.Namespace, model: Any, loading_s: float) -> int:
     """A file through reader, towers, prefill and decoding, and a second question over the first one's keys."""
     from vidi import retrieval
     from vidi.costs import Costs
@@ -142,12 +156,12 @@ def _video(args: argparse.Namespace, fast: Any, loading_s: float) -> int:
     costs, second = Costs(), Costs()
     costs.seconds["loading"] = loading_s
     started = time.perf_counter()
-    with Reader(args.video, fast.config) as reader:
-        film = retrieval.encode(fast, reader, costs)
-    tokens = retrieval.decode(fast, film, ids, max_new_tokens=args.max_new_tokens, costs=costs)
+    with Reader(args.video, model.config) as reader:
+        film = retrieval.encode(model, reader, costs)
+    tokens = retrieval.decode(model, film, ids, max_new_tokens=args.max_new_tokens, costs=costs)
     whole_s = time.perf_counter() - started
-    retrieval.decode(fast, film, ids, max_new_tokens=args.max_new_tokens, costs=second)
-    device = measure.device_name(fast.device)
+    retrieval.decode(model, film, ids, max_new_tokens=args.max_new_tokens, costs=second)
+    device = measure.device_name(model.device)
     print(f"device: {device}; {film.duration_sec:.0f} s of video, read {film.reading} {film.why}")
     print(f"file to answer ({len(tokens)} tokens): {whole_s:.2f} s; {costs.line(film.reading)}")
     print(f"second question: prefill {second.seconds['prefill']:.2f} s, decoding {second.seconds['decoding']:.2f} s")
@@ -176,20 +190,20 @@ def line(path: str, row: dict[str, Any]) -> str:
     )
 
 
-def _profiles(fast: Any, batch: Any, device: Any) -> dict[str, Any]:
+def _profiles(model: Any, batch: Any, device: Any) -> dict[str, Any]:
     """Kernels of each phase at one length."""
     from vidi.fast import measure
 
     kept: dict[str, Any] = {}
 
     def encode() -> None:
-        kept["streams"] = fast.streams(batch)
+        kept["streams"] = model.streams(batch)
 
     def prefill() -> None:
-        kept["logits"], kept["cache"] = fast.prefill(batch, 64, kept["streams"])
+        kept["logits"], kept["cache"] = model.prefill(batch, 64, kept["streams"])
 
     def step() -> None:
-        kept["logits"] = fast.step(kept["logits"].argmax(-1), kept["cache"])
+        kept["logits"] = model.step(kept["logits"].argmax(-1), kept["cache"])
 
     found = {}
     for name, phase in (("encode", encode), ("prefill", prefill)):

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from vidi.checkpoint.folder import read_folder
     from vidi.config import VidiConfig
     from vidi.costs import Costs
-    from vidi.fast import accelerate
+    from vidi.fast import accelerate, refusal
     from vidi.inputs import dialect, video
     from vidi.inputs.reader import Reader
 
@@ -75,10 +75,11 @@ def run(args: argparse.Namespace) -> int:
     for query in queries:
         retrieval.check_request(tokenizer, query, config, args.max_new_tokens)
     video.frame_step(1.0, args.fps)
-    able = config.decoder.kind == "gemma2"
-    fast = args.path == "fast" or (args.path == "auto" and where.type == "cuda" and args.backend is None and able)
-    if fast and not able:
-        raise ValueError("--path fast: it computes the layers of 1.5 9B alone; use --path plain")
+    refused = refusal(config, where)
+    worth_it = where.type == "cuda" and args.backend is None and refused is None
+    fast = args.path == "fast" or (args.path == "auto" and worth_it)
+    if fast and refused:
+        raise ValueError(f"--path fast: {refused}")
     if fast and args.backend is not None:
         raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
     backend = dispatch.check(args.backend or "eager")

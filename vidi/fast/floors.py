@@ -7,8 +7,14 @@ bridge, the text rows and every intermediate tensor.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from vidi.bridge import audio, visual
+import torch
+
+from vidi.bridge import audio
+from vidi.bridge.bridge import GRIDS
+from vidi.bridge.conv_pool import ConvPool
+from vidi.bridge.fold import Fold
 from vidi.config import VidiConfig
 
 __all__ = ["Ceilings", "Work", "count"]
@@ -52,8 +58,8 @@ def count(config: VidiConfig, num_frames: int, mel_frames: int, num_pieces: int,
     frame = (v.num_layers - 1) * _tower_layer(patches, v.hidden_size, v.intermediate_size)
     piece = a.num_layers * _tower_layer(a.max_source_positions, a.hidden_size, a.intermediate_size)
     piece += 2 * 3 * a.hidden_size * (a.mel_frames * a.num_mel_bins + a.max_source_positions * a.hidden_size)
-    group = visual.groups([num_frames], config)[0]
-    visual_tokens = num_frames * (group.side // config.image_pool_size) ** 2
+    grid = _grid(config)
+    visual_tokens = num_frames * grid.tokens_side(grid.groups([num_frames], config)[0]) ** 2
     audio_tokens = audio.num_tokens(mel_frames, config)
     keys_values = d.hidden_size * 2 * d.num_kv_heads * d.head_dim
     output = d.num_heads * d.head_dim * d.hidden_size
@@ -69,6 +75,13 @@ def count(config: VidiConfig, num_frames: int, mel_frames: int, num_pieces: int,
         prefill_flops=(visual_tokens + audio_tokens) * token,
         decode_bytes=width * (weights + cached),
     )
+
+
+@lru_cache
+def _grid(config: VidiConfig) -> Fold | ConvPool:
+    """What turns patches into tokens, for its counts alone: no weights."""
+    with torch.device("meta"):
+        return GRIDS[config.image_grid](config)
 
 
 def _tower_layer(length: int, width: int, inner: int) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vidi import precision
 from vidi.attention.unpad import Rows
 from vidi.fast import bridge, plan, taps, text, weights
 from vidi.fast import streams as stream_pass
@@ -47,7 +46,8 @@ class FastModel(Pipeline):
         self.stream_chunk, self.frame_batch, self.piece_batch = stream_chunk, frame_batch, piece_batch
         self.graph = graph
         self.layers = [weights.decoder_layer(layer) for layer in model.decoder.layers]
-        self.final_norm = weights.gemma_weight(model.decoder.norm)
+        self.final_norm, self.head = weights.norm_weight(model.decoder.norm), weights.head(model.decoder)
+        self.factor = weights.entry_factor(model.decoder, model.dtype)
         self.vision_tower = FastVisionTower(model.vision_tower)
         self.audio_tower = FastAudioTower(model.audio_tower)
         self.bridge = bridge.accelerated(model.bridge)
@@ -110,7 +110,8 @@ class FastModel(Pipeline):
         if len(ids_B) == 1:
             if cache.step is None:
                 embed_VD = self.decoder.embed.weight.data
-                cache.step = Step(self.layers, embed_VD, self.final_norm, config, cache, graph=self.graph)
+                ends = (self.final_norm, self.head)
+                cache.step = Step(self.layers, embed_VD, self.factor, *ends, config, cache, graph=self.graph)
             return cache.step(ids_B)
         x_BD = self.decoder.scaled(self.decoder.embed_tokens(ids_B))
         rows = [slice(b, b + 1) for b in range(len(ids_B))]
@@ -153,7 +154,7 @@ class FastModel(Pipeline):
             plans=[plan.make(n, p.visual, p.audio, self.device) for n, p in zip(lengths, cache.plans, strict=True)],
         )
         x_RD = self.decoder.scaled(embeds_BTD.flatten(0, 1)[rows.indices])
-        x_SD *= precision.sqrt_in(config.hidden_size, self.dtype)
+        x_SD *= self.factor
         padded.stream_inputs(x_SD, spans)
         record = padded.recorder(len(x_SD))
         stream_pass.run(x_SD, self.layers, cross_SX, chunk=self.stream_chunk, last_stream=last_stream, record=record)

@@ -60,8 +60,10 @@ def count(config: VidiConfig, num_frames: int, *, text_tokens: int = TEXT_TOKENS
         "weights": _weights(config),
         # The output projection of un-repeated heads, a layer each, and the audio pool as a matrix.
         "weights in a second layout": WIDTH
-        * d.hidden_size
-        * (d.num_layers * d.num_kv_heads * d.head_dim + config.audio_pool_size * a.hidden_size),
+        * (
+            d.hidden_size * d.num_layers * d.num_kv_heads * d.head_dim
+            + config.audio_pool_width * config.audio_pool_size * a.hidden_size
+        ),
         "pixels and log-mel": num_frames * v.num_channels * v.image_size**2
         + WIDTH * pieces * a.num_mel_bins * a.mel_frames,
     }

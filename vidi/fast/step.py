@@ -14,11 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vidi import precision
 from vidi.config import DecoderConfig
 from vidi.fast import ops
 from vidi.fast.cache import FastCache
-from vidi.fast.operands import GemmaWeight, Keys, Queries, Residual
+from vidi.fast.operands import Head, Keys, NormWeight, Queries, Residual
 from vidi.fast.weights import LayerWeights
 
 __all__ = ["Step"]
@@ -31,14 +30,16 @@ class Step:
         self,
         layers: Sequence[LayerWeights],
         embed_VD: Tensor,
-        final_norm: GemmaWeight,
+        factor: float,
+        final_norm: NormWeight,
+        head: Head,
         config: DecoderConfig,
         cache: FastCache,
         *,
         graph: bool,
     ) -> None:
         assert len(cache.plans) == 1, "one sample a step; more go through text.run"
-        self.layers, self.embed_VD, self.final_norm, self.config = layers, embed_VD, final_norm, config
+        self.layers, self.embed_VD, self.factor, self.final_norm, self.head = layers, embed_VD, factor, final_norm, head
         # What it needs of the cache, not the cache, which holds the step: 40 GB must not wait for a cycle's collection.
         text_L2SGH, plan, self.rotation = cache.text_L2BSGH[:, :, 0], cache.plans[0], cache.rotation
         self.keys = [Keys(k, v, cross, plan) for (k, v), cross in zip(text_L2SGH, cache.cross_SX, strict=True)]
@@ -54,7 +55,7 @@ class Step:
         self.mixed_31X, self.branches_3D = buffer(3, 1, query_width), buffer(3, width)
         self.acted_1I, self.down_1D = buffer(1, layers[0].down_DI.shape[1]), buffer(1, width)
         self.x_D, self.sum_D = buffer(width), buffer(width)  # they take turns: a kernel never writes what it reads
-        self.logits_V = buffer(config.vocab_size)
+        self.logits_V = torch.empty(config.vocab_size, dtype=head.dtype, device=embed_VD.device)
         self.graph = self._captured() if graph and embed_VD.is_cuda else None
 
     def __call__(self, ids_1: Tensor) -> Tensor:
@@ -80,24 +81,19 @@ class Step:
         return graph
 
     def _run(self) -> None:
-        op, config = self.op, self.config
-        assert config.final_softcap is not None  # Gemma 2 has it; `accelerate` refuses others
-        torch.mul(
-            self.embed_VD.index_select(0, self.id_1)[0],
-            precision.sqrt_in(config.hidden_size, self.embed_VD.dtype),
-            out=self.x_D,
-        )
+        op = self.op
+        torch.mul(self.embed_VD.index_select(0, self.id_1)[0], self.factor, out=self.x_D)
         branch_1D: Tensor | None = None
-        post: GemmaWeight | None = None
+        post: NormWeight | None = None
         for w, keys in zip(self.layers, self.keys, strict=True):
             before = Residual(self.x_D, branch_1D, post, w.input_norm)
             op.qkv_step(before, self.sum_D, w.qkv_XD, self.rotation, self.queries, keys)
             op.attend(self.queries, keys, w.scores, self.mixed_31X)
             op.product_step(self.mixed_31X[:, 0], w.o_DX, self.branches_3D)
             between = Residual(self.sum_D, self.branches_3D, w.post_attn_norm, w.pre_ffn_norm)
-            op.gate_up_step(between, self.x_D, w.gate_up_2ID, self.acted_1I[0])
+            op.gate_up_step(between, self.x_D, w.gate_up_2ID, w.activation, self.acted_1I[0])
             op.product_step(self.acted_1I, w.down_DI, self.down_1D)
             branch_1D, post = self.down_1D, w.post_ffn_norm
         after = Residual(self.x_D, branch_1D, post, self.final_norm)
-        op.head_step(after, self.sum_D, self.embed_VD, float(config.final_softcap or 0), self.logits_V)
+        op.head_step(after, self.sum_D, self.head, self.logits_V)
         self.pos_1 += 1

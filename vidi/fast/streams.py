@@ -73,7 +73,7 @@ def run(
         x_RD = x_SD[start : start + rows]
         count = len(x_RD)
         n_RD, b_1RD, g_R2I, a_RI = normed[:count], branch[:, :count], gate_up[:count], acted[:count]
-        op.add_gemma_norm(Residual(x_RD, following=layers[0].input_norm), n_RD)
+        op.add_norm(Residual(x_RD, following=layers[0].input_norm), n_RD)
         for i, w in enumerate(layers):
             following = layers[i + 1].input_norm if i + 1 < len(layers) else None
             keys_values = cross_SX[i][start : start + count]
@@ -81,10 +81,10 @@ def run(
             if following is None and not last_stream:
                 break
             torch.mm(keys_values[:, half:], w.own_DX.T, out=b_1RD[0])
-            op.add_gemma_norm(Residual(x_RD, b_1RD, w.post_attn_norm, w.pre_ffn_norm), n_RD)
+            op.add_norm(Residual(x_RD, b_1RD, w.post_attn_norm, w.pre_ffn_norm), n_RD)
             torch.mm(n_RD, w.gate_up_2ID.T, out=g_R2I)
-            op.gelu_mul(g_R2I, a_RI)
+            op.gated_mul(g_R2I, w.activation, a_RI)
             torch.mm(a_RI, w.down_DI.T, out=b_1RD[0])
-            op.add_gemma_norm(Residual(x_RD, b_1RD, w.post_ffn_norm, following), n_RD)
+            op.add_norm(Residual(x_RD, b_1RD, w.post_ffn_norm, following), n_RD)
             if record is not None:
                 record(i, start, x_RD)

@@ -17,7 +17,7 @@ from vidi.attention import rope
 from vidi.config import DecoderConfig
 from vidi.fast import ops
 from vidi.fast.cache import FastCache
-from vidi.fast.operands import GemmaWeight, Keys, Queries, Residual
+from vidi.fast.operands import Keys, NormWeight, Queries, Residual
 from vidi.fast.plan import Plan
 from vidi.fast.weights import LayerWeights
 from vidi.tap import Tap, no_tap
@@ -41,7 +41,7 @@ class TextLine:
 def run(
     x_RD: Tensor,
     layers: Sequence[LayerWeights],
-    final_norm: GemmaWeight,
+    final_norm: NormWeight,
     config: DecoderConfig,
     cache: FastCache,
     line: TextLine,
@@ -58,7 +58,7 @@ def run(
     branches_3RD = x_RD.new_empty(3, count, x_RD.shape[1])
     acted_RI = x_RD.new_empty(count, layers[0].down_DI.shape[1])
     n_RD = torch.empty_like(x_RD)
-    op.add_gemma_norm(Residual(x_RD, following=layers[0].input_norm), n_RD)
+    op.add_norm(Residual(x_RD, following=layers[0].input_norm), n_RD)
     for i, w in enumerate(layers):
         tap(f"layer.{i}.input", x_RD)
         qkv_RNH = (n_RD @ w.qkv_XD.T).unflatten(-1, (-1, config.head_dim))
@@ -79,10 +79,10 @@ def run(
             if modality in cache.spans:
                 tap(f"xattn.{i}.{modality}.q", qkv_RNH[:, :heads])
                 tap(f"xattn.{i}.{modality}.out", mixed_3RX[branch].unflatten(-1, (heads, -1)))
-        op.add_gemma_norm(Residual(x_RD, branches_3RD, w.post_attn_norm, w.pre_ffn_norm), n_RD)
-        op.gelu_mul(n_RD @ w.gate_up_2ID.T, acted_RI)
+        op.add_norm(Residual(x_RD, branches_3RD, w.post_attn_norm, w.pre_ffn_norm), n_RD)
+        op.gated_mul(n_RD @ w.gate_up_2ID.T, w.activation, acted_RI)
         down_1RD = (acted_RI @ w.down_DI.T)[None]
         following = layers[i + 1].input_norm if i + 1 < len(layers) else final_norm
-        op.add_gemma_norm(Residual(x_RD, down_1RD, w.post_ffn_norm, following), n_RD)
+        op.add_norm(Residual(x_RD, down_1RD, w.post_ffn_norm, following), n_RD)
         tap(f"layer.{i}.output", x_RD)
     return n_RD

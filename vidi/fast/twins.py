@@ -7,7 +7,10 @@ Dims: R rows, D width, I inner width, K branches, T text rows, S keys, N query h
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as nnf
@@ -18,15 +21,28 @@ from vidi.attention import eager, rope
 from vidi.attention.call import AttentionCall
 from vidi.bridge import norm as bridge_norm
 from vidi.decoder.decoder import softcap
-from vidi.decoder.norm import gemma_norm
-from vidi.fast.operands import Affine, Keys, LayerNorm, Queries, Residual, Rotation, Scores
+from vidi.decoder.norm import gemma_norm, plain_norm
+from vidi.fast.operands import (
+    Activation,
+    Affine,
+    GemmaWeight,
+    Head,
+    Keys,
+    LayerNorm,
+    NormWeight,
+    PlainWeight,
+    Queries,
+    Residual,
+    Rotation,
+    Scores,
+)
 
 __all__ = [
-    "add_gemma_norm",
+    "add_norm",
     "attend",
     "cut_patches",
     "gate_up_step",
-    "gelu_mul",
+    "gated_mul",
     "gelu_product",
     "head_step",
     "layer_norm",
@@ -38,25 +54,41 @@ __all__ = [
 # ---- rows of streams and text ---------------------------------------------------------------------------------------
 
 
-def add_gemma_norm(residual: Residual, out_RD: Tensor) -> None:
-    """x += post(b0 + b1 + …) in place, then out = following(x).
+_NORMS: Mapping[type[Any], Callable[[Tensor, Tensor, float], Tensor]] = {
+    GemmaWeight: gemma_norm,
+    PlainWeight: plain_norm,
+}
+_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(nnf.gelu, approximate="tanh"),
+    "silu": nnf.silu,
+}
+
+
+def _normed(x: Tensor, norm: NormWeight) -> Tensor:
+    return _NORMS[type(norm)](x, norm.weight_D, norm.eps)
+
+
+def add_norm(residual: Residual, out_RD: Tensor) -> None:
+    """x += post(b0 + b1 + …) in place, or without ``post`` x += b0, x += b1, …; then out = following(x).
 
     Without branches x stays as it is; without ``following`` nothing is written to ``out_RD``.
     """
-    x_RD, post, following = residual.x, residual.post, residual.following
-    if residual.branches is not None and post is not None:
-        mixed = residual.branches[0]
-        for branch in residual.branches[1:]:
+    x_RD, branches, post, following = residual.x, residual.branches, residual.post, residual.following
+    if branches is not None and post is not None:
+        mixed = branches[0]
+        for branch in branches[1:]:
             mixed = mixed + branch
-        x_RD += gemma_norm(mixed, post.weight_D, post.eps)
+        branches = _normed(mixed, post)[None]
+    for branch in () if branches is None else branches:
+        x_RD += branch
     if following is not None:
-        out_RD.copy_(gemma_norm(x_RD, following.weight_D, following.eps))
+        out_RD.copy_(_normed(x_RD, following))
 
 
-def gelu_mul(gate_up_R2I: Tensor, out_RI: Tensor) -> None:
-    """out = gelu_tanh(gate) · up."""
+def gated_mul(gate_up_R2I: Tensor, activation: Activation, out_RI: Tensor) -> None:
+    """out = activation(gate) · up."""
     gate, up = gate_up_R2I.chunk(2, dim=-1)
-    torch.mul(nnf.gelu(gate, approximate="tanh"), up, out=out_RI)
+    torch.mul(_ACTIVATIONS[activation](gate), up, out=out_RI)
 
 
 def layer_norm(x_RC: Tensor, pending_C: Tensor, norm: LayerNorm | None, out_RC: Tensor) -> None:
@@ -109,14 +141,14 @@ def attend(queries: Queries, keys: Keys, scores: Scores, out_3TX: Tensor) -> Non
 
 
 # ---- one decoding row -----------------------------------------------------------------------------------------------
-# Each starts with what `add_gemma_norm` does, but leaves x alone and writes the sum to sum_D.
+# Each starts with what `add_norm` does, but leaves x alone and writes the sum to sum_D.
 
 
 def _summed(residual: Residual, sum_D: Tensor) -> Tensor:
     sum_D.copy_(residual.x)
     normed = torch.empty_like(sum_D)
     branches = None if residual.branches is None else residual.branches[:, None]
-    add_gemma_norm(replace(residual, x=sum_D[None], branches=branches), normed[None])
+    add_norm(replace(residual, x=sum_D[None], branches=branches), normed[None])
     return normed
 
 
@@ -134,14 +166,15 @@ def qkv_step(
     keys.v_SGH.index_copy_(0, queries.pos_T, heads_NH[None, -groups:])
 
 
-def gate_up_step(residual: Residual, sum_D: Tensor, gate_up_2ID: Tensor, out_I: Tensor) -> None:
-    """out = gelu_tanh(gate(n)) · up(n)."""
-    gelu_mul((gate_up_2ID @ _summed(residual, sum_D))[None], out_I[None])
+def gate_up_step(residual: Residual, sum_D: Tensor, gate_up_2ID: Tensor, activation: Activation, out_I: Tensor) -> None:
+    """out = activation(gate(n)) · up(n)."""
+    gated_mul((gate_up_2ID @ _summed(residual, sum_D))[None], activation, out_I[None])
 
 
-def head_step(residual: Residual, sum_D: Tensor, embed_VD: Tensor, cap: float, out_V: Tensor) -> None:
-    """out = cap · tanh(embed · n / cap)."""
-    out_V.copy_(softcap(embed_VD @ _summed(residual, sum_D), cap))
+def head_step(residual: Residual, sum_D: Tensor, head: Head, out_V: Tensor) -> None:
+    """out = cap · tanh(weight · n / cap), or weight · n without a cap; rounded to the model's dtype first, `out` may be wider."""
+    raw_V = head.weight_VD @ _summed(residual, sum_D)
+    out_V.copy_(raw_V if head.cap is None else softcap(raw_V, head.cap))
 
 
 def product_step(rows_KX: Tensor, weight_DX: Tensor, out_KD: Tensor) -> None:

@@ -8,16 +8,17 @@ Dims: D width, X = (N + 2·G)·H rows of q, k and v, I inner width of the feed-f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from vidi import precision
+from vidi.decoder.decoder import Decoder
 from vidi.decoder.layer import DecoderLayer
-from vidi.decoder.norm import GemmaNorm
-from vidi.fast.operands import Affine, GemmaWeight, LayerNorm, Scores
+from vidi.decoder.norm import GemmaNorm, PlainNorm
+from vidi.fast.operands import Activation, Affine, GemmaWeight, Head, LayerNorm, NormWeight, PlainWeight, Scores
 from vidi.towers.layer import TowerLayer
 
 __all__ = [
@@ -25,10 +26,12 @@ __all__ = [
     "TowerWeights",
     "affine",
     "decoder_layer",
+    "entry_factor",
     "fold_output",
     "fuse",
-    "gemma_weight",
+    "head",
     "layer_norm",
+    "norm_weight",
     "tower_layer",
 ]
 
@@ -37,7 +40,8 @@ __all__ = [
 class LayerWeights:
     """One decoder layer. qkv_XD: q, k and v below each other; kv: its last 2·G·H rows; gate_up_2ID: gate, then up.
 
-    own_DX: the output projection of a stream token's own value (`fold_output`).
+    own_DX: the output projection of a stream token's own value (`fold_output`). post_attn_norm, post_ffn_norm: None where
+    outputs are added as they are.
     """
 
     qkv_XD: Tensor
@@ -46,10 +50,11 @@ class LayerWeights:
     o_DX: Tensor
     gate_up_2ID: Tensor
     down_DI: Tensor
-    input_norm: GemmaWeight
-    post_attn_norm: GemmaWeight
-    pre_ffn_norm: GemmaWeight
-    post_ffn_norm: GemmaWeight
+    input_norm: NormWeight
+    post_attn_norm: NormWeight | None
+    pre_ffn_norm: NormWeight
+    post_ffn_norm: NormWeight | None
+    activation: Activation
     scores: Scores
 
 
@@ -106,14 +111,39 @@ def layer_norm(module: nn.LayerNorm) -> LayerNorm:
     return LayerNorm(module.weight.data, module.bias.data, module.eps)
 
 
-def gemma_weight(module: GemmaNorm) -> GemmaWeight:
-    return GemmaWeight(module.weight.data, module.eps)
+_NORMS: Mapping[type[nn.Module], type[GemmaWeight] | type[PlainWeight]] = {
+    GemmaNorm: GemmaWeight,
+    PlainNorm: PlainWeight,
+}
+_ACTIVATIONS: Mapping[str, Activation] = {"gemma2": "gelu_tanh", "mistral": "silu"}
+
+
+def norm_weight(module: GemmaNorm | PlainNorm) -> NormWeight:
+    return _NORMS[type(module)](module.weight.data, module.eps)
+
+
+def _after(module: nn.Module) -> NormWeight | None:
+    """None: what attention or feed-forward gives is added without a norm of its own."""
+    if isinstance(module, nn.Identity):
+        return None
+    assert isinstance(module, GemmaNorm | PlainNorm)
+    return norm_weight(module)
+
+
+def entry_factor(decoder: Decoder, dtype: torch.dtype) -> float:
+    """What text and streams are multiplied by on their way in (§6), as ``dtype`` holds it."""
+    return decoder.scaled(torch.ones(decoder.config.hidden_size, dtype=dtype, device="cpu"))[0].item()
+
+
+def head(decoder: Decoder) -> Head:
+    """The embedding or the head of its own, and what `Decoder.finished` does after it."""
+    weight_VD = (decoder.embed if decoder.head is None else decoder.head).weight.data
+    return Head(weight_VD, decoder.config.final_softcap, decoder.finished(weight_VD[:1, :1]).dtype)
 
 
 def decoder_layer(layer: nn.Module) -> LayerWeights:
     assert isinstance(layer, DecoderLayer)
     attention, mlp, config = layer.attention, layer.mlp, layer.attention.config
-    assert config.attn_softcap is not None  # Gemma 2 has it; `accelerate` refuses others
     qkv_XD = fuse([attention.q.weight, attention.k.weight, attention.v.weight])
     return LayerWeights(
         qkv_XD=qkv_XD,
@@ -122,11 +152,12 @@ def decoder_layer(layer: nn.Module) -> LayerWeights:
         o_DX=attention.o.weight.data,
         gate_up_2ID=fuse([mlp.gate.weight, mlp.up.weight]),
         down_DI=mlp.down.weight.data,
-        input_norm=gemma_weight(layer.input_norm),
-        post_attn_norm=gemma_weight(layer.post_attn_norm),
-        pre_ffn_norm=gemma_weight(layer.pre_ffn_norm),
-        post_ffn_norm=gemma_weight(layer.post_ffn_norm),
-        scores=Scores(config.scale, float(config.attn_softcap or 0), layer.window),
+        input_norm=norm_weight(layer.input_norm),
+        post_attn_norm=_after(layer.post_attn_norm),
+        pre_ffn_norm=norm_weight(layer.pre_ffn_norm),
+        post_ffn_norm=_after(layer.post_ffn_norm),
+        activation=_ACTIVATIONS[config.kind],
+        scores=Scores(config.scale, config.attn_softcap, layer.window),
     )
 
 

@@ -7,22 +7,25 @@ tokenised alone, and one bos stands in front.
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from stageparity import strict
 from vidi.config import VidiConfig
+from vidi.inputs import template_child
 from vidi.inputs.prompt import PLACEHOLDER_WORD, PromptError, library, load_tokenizer
 
 __all__ = ["Chat", "load", "tiny_files", "user_text"]
 
 CONFIG_NAME, TEMPLATE_NAME = "tokenizer_config.json", "chat_template.jinja"
 MAX_BYTES = 16 << 20
+WAIT_SEC = 5  #: for a template's process, which may compute for `template_child.SECONDS` of them
 _QUESTION = (
     "Given the frames from a video, answer the time range in percentage that corresponds to query text split by comma. "
     "Video length is: {duration_sec:.2f} and text query is: {query}."
@@ -41,14 +44,9 @@ class Chat:
     """A tokenizer with the chat template that its checkpoint brings."""
 
     def __init__(self, tokenizer: Tokenizer, template: str, bos: str, eos: str) -> None:
-        """Raises PromptError for a template that is none."""
-        self.tokenizer, self.bos, self.eos = tokenizer, bos, eos
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            self._template = environment.from_string(template)
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the chat template cannot be read: {error}") from None
+        """Raises PromptError for a template that is none, or takes too much to be read."""
+        self.tokenizer, self.template, self.bos, self.eos = tokenizer, template, bos, eos
+        _run_template(template, None)
 
     def ids(self, query: str, duration_sec: float, config: VidiConfig) -> list[int]:
         """bos, the text before the placeholder, the placeholder's id, the text after it. Raises PromptError for a query that
@@ -69,13 +67,10 @@ class Chat:
         return [config.bos_id, *before, config.image_placeholder, *after]
 
     def render(self, user: str) -> str:
+        """One user turn through the template. Raises PromptError where it refuses it, or takes too much."""
         turn = [{"role": "user", "content": user}]
-        try:
-            return self._template.render(
-                messages=turn, add_generation_prompt=False, bos_token=self.bos, eos_token=self.eos
-            )
-        except Exception as error:  # a template computes: it may divide by zero, or add a text to a number
-            raise PromptError(f"the chat template refuses one user turn: {strict.reason(error)}") from None
+        values = {"messages": turn, "add_generation_prompt": False, "bos_token": self.bos, "eos_token": self.eos}
+        return _run_template(self.template, values)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens).strip()
@@ -84,8 +79,36 @@ class Chat:
         return self.tokenizer.get_vocab_size(with_added_tokens=with_added_tokens)
 
 
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def _run_template(template: str, values: dict[str, Any] | None) -> str:
+    """What a chat template makes of ``values`` (none: it is only read), in a process with limits (`template_child`)."""
+    # -P: beside the script lie modules of this package that are called as some of Python's own.
+    command = [sys.executable, "-P", template_child.__file__]
+    request = json.dumps({"template": template, "values": values})
+    try:
+        done = subprocess.run(
+            command, input=request, capture_output=True, text=True, encoding="utf-8", timeout=WAIT_SEC, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise PromptError(f"the chat template took more than {WAIT_SEC} s; {_ENDLESS}") from None
+    if done.returncode:
+        raise PromptError(f"the chat template ended its process ({_ended(done)}); {_ENDLESS}")
+    told = json.loads(done.stdout)
+    if "unreadable" in told:
+        raise PromptError(strict.one_line(f"the chat template cannot be read: {told['unreadable']}"))
+    if "refused" in told:
+        raise PromptError(strict.one_line(f"the chat template refuses one user turn: {told['refused']}"))
+    return str(told["text"])
+
+
+_ENDLESS = f"it may compute for {template_child.SECONDS} s in {template_child.MEMORY_BYTES >> 20} MiB; use the checkpoint's own"
+
+
+def _ended(done: subprocess.CompletedProcess[str]) -> str:
+    """How a process ended, in one line: the signal that stopped it, or the last thing it said."""
+    if done.returncode < 0:
+        return signal.Signals(-done.returncode).name
+    said = done.stderr.strip().splitlines() or [""]
+    return strict.printable(f"status {done.returncode}: {said[-1][:200]}")
 
 
 def load(folder: str | Path, config: VidiConfig) -> Chat:

@@ -12,10 +12,9 @@ from stageparity.stage import NotHeld
 from stageparity.store import Case, Targets
 from stageparity.subject import Subject
 from vidi import __version__
-from vidi.fast import accelerate
+from vidi.fast import accelerate, refusal
 from vidi.parity import feed, varlen
 from vidi.parity.bench import Bench
-from vidi.parity.goldens import MODELS
 from vidi.parity.stages import SECTIONS, STAGES
 
 __all__ = ["VidiSubject"]
@@ -39,9 +38,9 @@ class VidiSubject(Subject):
     def build(self, case: Case) -> feed.Runner:
         if self.fast and "inputs.labels" in case.inputs:
             raise NotHeld("the fast path is for inference: no loss, no gradients, no position noise")
-        if self.fast and case.config.get("model_type") == MODELS["7b"]:
-            raise NotHeld("the fast path computes the layers of 1.5 9B alone")
         model = feed.load_model(case, feed.DTYPES[self.dtype], self.device, self.backend)
+        if self.fast and (refused := refusal(model.config, model.device)):
+            raise NotHeld(f"the fast path: {refused}")
         return accelerate(model) if self.fast else model
 
     def bench(self, case: Case, model: Any, targets: Targets) -> Bench:

@@ -13,19 +13,21 @@ from vidi.fast import measure
 
 
 @pytest.mark.slow
-def test_bench_on_a_cpu(tmp_path, capsys):
+@pytest.mark.parametrize("model", ["9b", "7b"])
+def test_bench_on_a_cpu(model, tmp_path, capsys):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     target = tmp_path / "bench.json"
-    args = parser.parse_args(
-        ["--device", "cpu", "--frames", "2,3,4", "--plain", "2", "--max-new-tokens", "2", "--json", str(target)]
-    )
-    assert bench.run(args) == 0
+    chosen = ["--device", "cpu", "--model", model, "--frames", "2,3,4", "--plain", "2", "--max-new-tokens", "2"]
+    assert bench.run(parser.parse_args([*chosen, "--json", str(target)])) == 0
     printed = capsys.readouterr().out
     assert "device: CPU" in printed
+    assert f"model: {model}, tiny" in printed
     assert "linear fit over 3 lengths" in printed
     report = json.loads(target.read_text())
     assert [row["frames"] for row in report["fast"]] == [2, 3, 4]
+    # 13 patches a side: 7×7 tokens of the 9B, 3×3 of the 7B.
+    assert [row["visual_tokens"] for row in report["fast"]] == [n * {"9b": 49, "7b": 9}[model] for n in (2, 3, 4)]
     assert [row["frames"] for row in report["plain"]] == [2]
     for row in report["fast"] + report["plain"]:
         for name, floor in row["floors"].items():
@@ -33,11 +35,26 @@ def test_bench_on_a_cpu(tmp_path, capsys):
             assert row[name] > 0
 
 
-def test_bench_of_a_file(tmp_path, capsys):
+def test_bench_where_the_fast_path_is_refused(tmp_path, capsys, monkeypatch):
+    # As a GPU refuses the 7B: the plain path is what there is to measure.
+    monkeypatch.setattr("vidi.fast.refusal", lambda config, device: "no kernel")
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    target = tmp_path / "bench.json"
+    chosen = ["--device", "cpu", "--model", "7b", "--frames", "2", "--max-new-tokens", "9", "--json", str(target)]
+    assert bench.run(parser.parse_args(chosen)) == 0
+    assert "no fast path: no kernel; the plain one is measured" in capsys.readouterr().out
+    report = json.loads(target.read_text())
+    assert report["fast"] == []
+    assert [row["frames"] for row in report["plain"]] == [2]
+
+
+@pytest.mark.parametrize("model", ["9b", "7b"])
+def test_bench_of_a_file(model, tmp_path, capsys):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     film, target = make_video(tmp_path / "film.mp4", num_frames=30, sound=Sound(3.0)), tmp_path / "bench.json"
-    arguments = ["--device", "cpu", "--max-new-tokens", "3", "--json", str(target), "--video"]
+    arguments = ["--device", "cpu", "--model", model, "--max-new-tokens", "3", "--json", str(target), "--video"]
     assert bench.run(parser.parse_args([*arguments, str(film)])) == 0
     assert "second question: prefill" in capsys.readouterr().out
     report = json.loads(target.read_text())

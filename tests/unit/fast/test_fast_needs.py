@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vidi import sizes_7b
 from vidi.config import VidiConfig
 from vidi.fast import needs
 from vidi.fast.model import FastModel
@@ -45,6 +46,14 @@ def test_room_is_what_fits(gib: int) -> None:
     assert inside == {n for n in range(1, longest + 1) if needs.count(FULL, n).fits(memory)}
     assert (gib == 20) == (not runs)
     assert all(after[0] > before[1] + 1 for before, after in itertools.pairwise(runs))
+
+
+def test_the_7b_has_as_many_tokens_a_frame_whatever_their_number() -> None:
+    """4 of each frame, 300 of 30 s of sound in windows of 5; its audio pool keeps 1,280 channels."""
+    found = needs.count(sizes_7b.config("full"), 600, text_tokens=24)
+    assert (found.visual_tokens, found.audio_tokens) == (2_400, 6_000)
+    assert found.terms["weights in a second layout"] == 2 * (4096 * 32 * 8 * 128 + 1280 * 5 * 1280)
+    assert needs.room(sizes_7b.config("full"), 80 << 30)[0][0] == 1
 
 
 def test_no_frames() -> None:

@@ -5,14 +5,14 @@ Importing this package imports Triton: `vidi.fast.ops` does it where the model i
 
 from vidi.fast.kernels.attention import attend
 from vidi.fast.kernels.product import gate_up_step, head_step, product_step, qkv_step
-from vidi.fast.kernels.rows import add_gemma_norm, cut_patches, gelu_mul, gelu_product, layer_norm, rms_norm
+from vidi.fast.kernels.rows import add_norm, cut_patches, gated_mul, gelu_product, layer_norm, rms_norm
 
 __all__ = [
-    "add_gemma_norm",
+    "add_norm",
     "attend",
     "cut_patches",
     "gate_up_step",
-    "gelu_mul",
+    "gated_mul",
     "gelu_product",
     "head_step",
     "layer_norm",

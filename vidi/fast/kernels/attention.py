@@ -114,7 +114,8 @@ def _join(
 
 
 def attend(queries: Queries, keys: Keys, scores: Scores, out_3TX: Tensor) -> None:
-    """See `twins.attend`."""
+    """See `twins.attend`. Capped scores alone."""
+    assert scores.cap is not None
     q_TX, plan = queries.q_TX, keys.plan
     rows, width = q_TX.shape
     groups, head_dim = keys.k_SGH.shape[1:]

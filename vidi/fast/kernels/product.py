@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vidi.fast.kernels.rows import gelu_tanh, rounded, tanh
-from vidi.fast.operands import Keys, Queries, Residual, Rotation
+from vidi.fast.operands import Activation, Head, Keys, Queries, Residual, Rotation
 
 __all__ = ["Shape", "gate_up_step", "head_step", "product_step", "qkv_step"]
 
@@ -114,6 +114,7 @@ def _launch(
 ) -> None:  # fmt: skip
     x_D, branches_KD, post, following = residual.x, residual.branches, residual.post, residual.following
     assert following is not None
+    assert residual.is_gemma
     assert all(x.is_contiguous() for x in (x_D, weight, *([] if branches_KD is None else [branches_KD])))
     width, pairs = x_D.shape[0], len(weight) // 2
     blocks = triton.cdiv(pairs, shape.rows)
@@ -136,15 +137,17 @@ def qkv_step(
     _launch(SHAPES["qkv"], "rope", residual, sum_D, qkv_XD, head_dim // 2, q_X, rope=rope, heads=heads)
 
 
-def gate_up_step(residual: Residual, sum_D: Tensor, gate_up_2ID: Tensor, out_I: Tensor) -> None:
-    """See `twins.gate_up_step`."""
+def gate_up_step(residual: Residual, sum_D: Tensor, gate_up_2ID: Tensor, activation: Activation, out_I: Tensor) -> None:
+    """See `twins.gate_up_step`. Gemma's activation alone."""
+    assert activation == "gelu_tanh"
     _launch(SHAPES["gate_up"], "gelu_mul", residual, sum_D, gate_up_2ID, len(out_I), out_I)
 
 
-def head_step(residual: Residual, sum_D: Tensor, embed_VD: Tensor, cap: float, out_V: Tensor) -> None:
-    """See `twins.head_step`. The vocabulary is even: its two halves are the pairs."""
+def head_step(residual: Residual, sum_D: Tensor, head: Head, out_V: Tensor) -> None:
+    """See `twins.head_step`. The vocabulary is even: its two halves are the pairs. A capped head alone."""
+    assert head.cap is not None
     assert len(out_V) % 2 == 0
-    _launch(SHAPES["head"], "softcap", residual, sum_D, embed_VD, len(out_V) // 2, out_V, cap)
+    _launch(SHAPES["head"], "softcap", residual, sum_D, head.weight_VD, len(out_V) // 2, out_V, head.cap)
 
 
 @triton.jit

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from vidi.bridge.norm import EPS
 from vidi.fast import twins
-from vidi.fast.operands import Affine, LayerNorm, Residual
+from vidi.fast.operands import Activation, Affine, LayerNorm, Residual
 
 __all__ = [
-    "add_gemma_norm",
+    "add_norm",
     "cut_patches",
-    "gelu_mul",
+    "gated_mul",
     "gelu_product",
     "gelu_tanh",
     "layer_norm",
@@ -74,8 +74,9 @@ def _add_gemma_norm(
         tl.store(out_ptr + row + d, n, mask=inside)
 
 
-def add_gemma_norm(residual: Residual, out_RD: Tensor) -> None:
-    """See `twins.add_gemma_norm`."""
+def add_norm(residual: Residual, out_RD: Tensor) -> None:
+    """See `twins.add_norm`. Gemma's norms alone."""
+    assert residual.is_gemma
     x_RD, branches_KRD = residual.x, residual.branches
     post_D, next_D = (None if norm is None else norm.weight_D for norm in (residual.post, residual.following))
     branches = 0 if branches_KRD is None else len(branches_KRD)
@@ -97,8 +98,9 @@ def _gelu_mul(in_ptr, out_ptr, inner, BLOCK: tl.constexpr):
     tl.store(out_ptr + row * inner + i, rounded(gelu_tanh(gate), in_ptr) * up, mask=inside)
 
 
-def gelu_mul(gate_up_R2I: Tensor, out_RI: Tensor) -> None:
-    """See `twins.gelu_mul`."""
+def gated_mul(gate_up_R2I: Tensor, activation: Activation, out_RI: Tensor) -> None:
+    """See `twins.gated_mul`. Gemma's activation alone."""
+    assert activation == "gelu_tanh"
     assert all(x.is_contiguous() for x in (gate_up_R2I, out_RI))
     rows, inner = out_RI.shape
     block = min(2048, triton.next_power_of_2(inner))
