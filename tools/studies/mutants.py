@@ -147,12 +147,10 @@ def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterato
 
 def run(mutants: list[tuple[Mutant, str]], log: Log, args: argparse.Namespace) -> dict[str, str]:
     """Verdict by key: what kills it, nothing where it lives. Raises GoldenError where sources without any edit die too."""
-    goldens, tests = Goldens.load(args.goldens), not args.no_tests
+    tests = not args.no_tests
     waiting = [(m, s) for m, s in mutants if _waits(m, log, tests)]
     say(f"{len(mutants)} mutants, {len(mutants) - len(waiting)} in {log.path} already")
-    groups = {(runs_of(m.file), tests_of(m.file)): m.file for m, _ in waiting}
-    for file in sorted(groups.values()):
-        _unharmed(file, goldens, log, tests)
+    goldens = Goldens.load(args.goldens) if waiting else Goldens({}, None)
     running: list[Child] = []
     start, judged, seconds = time.monotonic(), 0, 0.0
     try:
@@ -162,6 +160,8 @@ def run(mutants: list[tuple[Mutant, str]], log: Log, args: argparse.Namespace) -
                 running.append(Child(mutant, source, goldens, runs=mutant.key not in log.done, tests=tests))
             for child in [child for child in running if child.ended()]:
                 running.remove(child)
+                if child.verdict:
+                    _unharmed(child.mutant.file, goldens, log, tests=child.missed)
                 _enter(child, log, tests)
                 judged, seconds = judged + 1, seconds + child.seconds
                 if not child.verdict and tests:
@@ -203,13 +203,14 @@ def _tests_today(tests: tuple[str, ...]) -> str:
     return evidence.digest(json.dumps([tests, evidence.code(files, ROOT, FRAME)]))
 
 
-def _unharmed(file: str, goldens: Goldens, log: Log, tests: bool) -> None:
-    """Raises GoldenError where the file (one of those with the same judges) dies of them without any edit, printed anew by its
-    syntax tree, or takes more than half of the time that a mutant has."""
-    mutant = Mutant(file, 0, "unharmed", "", "", "")
-    if not _waits(mutant, log, tests):
+def _unharmed(file: str, goldens: Goldens, log: Log, *, tests: bool) -> None:
+    """A death counts where the same judges spare the file unharmed, printed anew by its syntax tree; asked once of all files that
+    have the same. Raises GoldenError where they do not, or take more than half of the time that a mutant has."""
+    key = f"unharmed {evidence.digest(repr(runs_of(file)))}" + f" | {_tests_today(tests_of(file))}" * tests
+    if key in log.done:
         return
-    child = Child(mutant, ast.unparse(ast.parse((ROOT / file).read_text("utf-8"))), goldens, runs=True, tests=tests)
+    source = ast.unparse(ast.parse((ROOT / file).read_text("utf-8")))
+    child = Child(Mutant(file, 0, "unharmed", "", "", ""), source, goldens, runs=True, tests=tests)
     while not child.ended():
         pass
     if child.verdict:
@@ -217,4 +218,4 @@ def _unharmed(file: str, goldens: Goldens, log: Log, tests: bool) -> None:
     if child.seconds > LIMIT / 2:
         raise GoldenError(f"{file}, without any edit: {child.seconds:.0f} s; at most half of {LIMIT} s tell a mutant")
     say(f"unharmed {file}: {child.seconds:.0f} s")
-    _enter(child, log, tests)
+    log.add(key, "")

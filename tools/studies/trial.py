@@ -2,7 +2,7 @@
 
 The first difference, exception or failed test ends it. A program that a test starts anew imports the file as it stands on the
 disk, and sees no mutant. A child has a limit of processor time (`LIMIT`), and one of ten times as much by the clock, for a
-mutant that waits; sources without any edit must take less than half of it (`tools/studies/mutants.py` asks them first).
+mutant that waits; sources without any edit must take less than half of it, before a death counts (`tools/studies/mutants.py`).
 """
 
 from __future__ import annotations
