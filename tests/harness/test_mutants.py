@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.studies import LEDGER, ROOT, edits, mutants, trial
+from tools.studies import LEDGER, ROOT, edits, mutants, seen_by, trial
 from tools.studies.log import Log
 
 STORED = json.loads((ROOT / "goldens" / LEDGER["mutants"]).read_text("utf-8"))
@@ -45,8 +45,8 @@ def test_every_edited_file_is_there_and_none_is_for_a_gpu_alone() -> None:
 
 
 def test_every_file_meets_tests_that_are_there_and_no_pattern_is_dead() -> None:
-    met = {trial.tests_of(file) for file in edits.SOURCES}
-    assert met == set(trial.TESTS.values())
+    met = {seen_by.tests_of(file) for file in edits.SOURCES}
+    assert met == set(seen_by.TESTS.values())
     assert {trial.runs_of(file) for file in edits.SOURCES} == set(trial.RUNS.values())
     assert [path for tests in met for path in tests if not mutants._files(path)] == []
 
@@ -163,7 +163,7 @@ def test_kinds_of_edit(before: str, after: set[str]) -> None:
 
 def test_a_new_test_calls_back_who_had_faced_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown, lived = (edits.Mutant("vidi/loss.py", 1, "swap", "f", text, "") for text in "ab")
-    log = Log(tmp_path / "log", mutants._basis(ROOT / "goldens", []))
+    log = Log(tmp_path / "log", mutants._before_tests(ROOT / "goldens"))
     assert mutants._waits(shown, log, tests=False)
     log.add(shown.key, "goldens: x")
     log.add(lived.key, mutants.MISSED)

@@ -1,8 +1,8 @@
 """Mutants: small arbitrary edits of the model's source, one at a time; does the CPU gate notice each?
 
-What is edited, and which edits are drawn: `tools/studies/edits.py`. What they meet, goldens first and then tests:
-`tools/studies/trial.py`. A difference, an exception, a failed test or no end in time kills a mutant; deaths are counted
-by what came first, for a file that cannot even be imported says little of the gate.
+What is edited, and which edits are drawn: `tools/studies/edits.py`. What they meet, goldens first and then the tests that can
+see the file: `tools/studies/trial.py`, `tools/studies/seen_by.py`. A difference, an exception, a failed test or no end in time kills a
+mutant; deaths are counted by what came first, for a file that cannot even be imported says little of the gate.
 
 A survivor needs a reason why it is no hole: `tools/studies/survivors.toml`. A stopped study goes on where it stopped; a test that
 is new sends only those back that had reached the tests of their file.
@@ -31,7 +31,8 @@ from stageparity.store import list_cases
 from tools.studies import FRAME, ROOT, counts, say
 from tools.studies.edits import SOURCES, Mutant, sample
 from tools.studies.log import Log
-from tools.studies.trial import LIMIT, MISSED, TESTS, Child, Goldens, golden_sets, runs_of, tests_of
+from tools.studies.seen_by import TESTS, tests_of
+from tools.studies.trial import LIMIT, MISSED, Child, Goldens, golden_sets, runs_of
 
 __all__ = ["moves", "problems", "reasons", "run", "summary"]
 
@@ -68,13 +69,18 @@ def part(args: argparse.Namespace) -> str:
 def basis(goldens: Path) -> Basis:
     """The model, what judges it, and the tests with all that they import."""
     tests = {file for paths in TESTS.values() for path in paths for file in _files(path)}
-    return _basis(goldens, sorted(tests))
+    return _basis(goldens, sorted(tests), FRAME)
 
 
-def _basis(goldens: Path, tests: list[str]) -> Basis:
+def _before_tests(goldens: Path) -> Basis:
+    """What the log depends on; each of its lines about tests says itself which."""
+    return _basis(goldens, [], (*FRAME, "tools/studies/seen_by.py"))
+
+
+def _basis(goldens: Path, tests: list[str], without: tuple[str, ...]) -> Basis:
     refs = [ref for name in golden_sets() for ref in list_cases(goldens / name)]
     return Basis(
-        evidence.code(["tools/studies/mutants.py", *SOURCES, *tests], ROOT, FRAME),
+        evidence.code(["tools/studies/mutants.py", *SOURCES, *tests], ROOT, without),
         evidence.goldens(refs),
         evidence.budgets(goldens, [f"{ref.set}/{ref.name}" for ref in refs]),
     )
@@ -91,7 +97,7 @@ def measure(args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str
     mutants = sample(args.count, args.seed)
     if args.only:
         mutants = [pair for pair in mutants if fnmatch.fnmatchcase(pair[0].key, args.only)]
-    log = Log(args.log, _basis(args.goldens, []), args.fresh)
+    log = Log(args.log, _before_tests(args.goldens), args.fresh)
     return summary([m for m, _ in mutants], run(mutants, log, args))
 
 

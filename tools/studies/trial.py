@@ -20,14 +20,15 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from stageparity.golden import GoldenError
 from tools.studies.edits import Mutant
+from tools.studies.seen_by import tests_of
 
-__all__ = ["LIMIT", "MISSED", "RUNS", "TESTS", "Child", "Goldens", "Run", "golden_sets", "runs_of", "tests_of"]
+__all__ = ["LIMIT", "MISSED", "RUNS", "Child", "Goldens", "Run", "golden_sets", "runs_of"]
 
 LIMIT = 120  #: seconds of processor time of one mutant, runs and tests together
 #: what tests import, loaded once before the first fork
@@ -52,6 +53,10 @@ class Run:
     keys: int = 0
     streams: int = 0
     frames: int = 0
+
+    def __str__(self) -> str:
+        own = [(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != f.default]
+        return " ".join(name if x is True else f"{name} {x}" if isinstance(x, int) else x for name, x in own)
 
 
 NINE = (
@@ -92,54 +97,9 @@ RUNS: dict[str, tuple[Run, ...]] = {
     "vidi/*": BOTH,
 }
 
-UNIT = "tests/unit"
-MODEL = (
-    *(f"{UNIT}/test_{name}.py" for name in ("rounding", "generate", "release", "long_inputs")),
-    "tests/harness/test_gaps.py",
-)
-CONFIG = tuple(f"{UNIT}/test_{name}.py" for name in ("config", "config_7b", "release"))
-PROMPT = (f"{UNIT}/inputs/test_inputs_prompt.py", f"{UNIT}/inputs/test_inputs_prompt_7b.py")
-TEXT = "tests/properties/test_property_text.py"
-VIDEO = tuple(f"{UNIT}/inputs/test_inputs_{name}.py" for name in ("video", "parallel", "large", "untrusted"))
-SOUND = tuple(f"{UNIT}/inputs/test_inputs_{name}.py" for name in ("audio", "large"))
-
-#: the tests that can see a file, by the first pattern that fits it; the most telling first, the slowest last
-TESTS: dict[str, tuple[str, ...]] = {
-    "vidi/bridge/*": (f"{UNIT}/bridge", "tests/properties/test_property_grid.py", *MODEL),
-    "vidi/towers/*": (f"{UNIT}/towers", *MODEL),
-    "vidi/attention/*": (f"{UNIT}/attention", *MODEL),
-    "vidi/decoder/*": (f"{UNIT}/decoder", *MODEL),
-    "vidi/fast/*": (f"{UNIT}/fast", *MODEL),
-    "vidi/cache.py": (f"{UNIT}/decoder", *MODEL),
-    "vidi/config.py": (*CONFIG, f"{UNIT}/checkpoint/test_checkpoint_names.py"),
-    "vidi/official*.py": (*CONFIG, f"{UNIT}/checkpoint/test_checkpoint_names.py"),
-    "vidi/release.py": CONFIG,
-    "vidi/loss.py": (f"{UNIT}/test_loss.py", *MODEL),
-    "vidi/model.py": (*(f"{UNIT}/test_{name}.py" for name in ("model", "loss", "tap")), *MODEL),
-    "vidi/precision.py": (f"{UNIT}/test_precision.py", *MODEL),
-    "vidi/tap.py": (f"{UNIT}/test_tap.py", *MODEL),
-    "vidi/retrieval.py": (f"{UNIT}/test_retrieval.py", TEXT, PROMPT[1]),
-    "vidi/checkpoint/names.py": (f"{UNIT}/checkpoint/test_checkpoint_names.py",),
-    "vidi/inputs/batch.py": (f"{UNIT}/inputs/test_inputs_batch.py", *MODEL),
-    "vidi/inputs/pixels.py": VIDEO[:1],
-    "vidi/inputs/audio.py": SOUND,
-    "vidi/inputs/dialect.py": (*PROMPT, f"{UNIT}/test_retrieval.py"),
-    "vidi/inputs/prompt.py": (*PROMPT, TEXT),
-    "vidi/inputs/prompt_7b.py": (*PROMPT[::-1], TEXT),
-    "vidi/inputs/tokenizer_file.py": (*PROMPT, TEXT),
-    "vidi/inputs/container.py": (*VIDEO, *SOUND),
-    "vidi/inputs/reader.py": (*VIDEO, f"{UNIT}/test_retrieval.py"),
-    "vidi/inputs/*": VIDEO,
-    "vidi/*": MODEL,
-}
-
 
 def runs_of(file: str) -> tuple[Run, ...]:
     return next(runs for glob, runs in RUNS.items() if fnmatch.fnmatchcase(file, glob))
-
-
-def tests_of(file: str) -> tuple[str, ...]:
-    return next(tests for glob, tests in TESTS.items() if fnmatch.fnmatchcase(file, glob))
 
 
 def golden_sets() -> list[str]:
