@@ -1,8 +1,8 @@
 """Mutants: small arbitrary edits of the model's source, one at a time; does the CPU gate notice each?
 
-What is edited, and which edits are drawn: `tools/studies/edits.py`. What they meet, goldens first and then the tests that can
-see the file: `tools/studies/trial.py`, `tools/studies/seen_by.py`. A difference, an exception, a failed test or no end in time kills a
-mutant; deaths are counted by what came first, for a file that cannot even be imported says little of the gate.
+What is edited, and which edits are drawn: `tools/studies/edits.py`. What they meet, goldens first and then the tests that can see
+the file: `tools/studies/trial.py`, `seen_by.py`. A difference, an exception, a failed test or no end in time kills a mutant;
+deaths are counted by what came first, for a file that cannot even be imported says little of the gate.
 
 A survivor needs a reason why it is no hole: `tools/studies/survivors.toml`. A stopped study goes on where it stopped; a test that
 is new sends only those back that had reached the tests of their file.
