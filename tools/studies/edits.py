@@ -1,14 +1,20 @@
 """Edits of the model's source for the study of mutants: where one can be made, what it makes, and a sample of them by seed.
 
 Drawn from the syntax trees of `SOURCES`: operators, comparisons, constants, conditions, arguments, slices, returned tuples,
-statements, twin functions such as sin and cos. Docstrings, annotations, imports, `__all__` and error texts are left alone.
+statements, twin functions such as sin and cos. Left alone is what can change no result on a CPU: docstrings, annotations,
+imports, `__all__`, error texts, types with a name, bounds on memory (`KNOBS`), invariants (``strict=True``), places of tensors
+(``device=``), what a CUDA device alone runs.
+
+The sample are the edits of lowest rank, and a rank is a hash of seed and key. A key holds the file, the function, and the edited
+piece as text: no line number, and nothing of any other function. So a change of one function reshuffles no other's edits.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import random
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +22,30 @@ from typing import Any
 
 from tools.studies import ROOT
 
-__all__ = ["SOURCES", "Mutant", "collect", "edits", "made", "sample", "walk"]
+__all__ = ["SOURCES", "Mutant", "collect", "edits", "made", "rank", "sample", "sources", "walk"]
 
-LEFT_OUT = ("__init__.py", "flash.py", "flex.py", "limits.py")  # what a CPU run does not enter, words for people
-SOURCES = (
-    *(
-        path.relative_to(ROOT).as_posix()
-        for folder in ("bridge", "towers", "attention", "decoder")
-        for path in sorted((ROOT / "vidi" / folder).glob("*.py"))
-        if path.name not in LEFT_OUT
-    ),
-    *(f"vidi/{x}.py" for x in ("cache", "generate", "loss", "model", "inputs/batch", "inputs/pixels")),
-)
+FOLDERS = ("bridge", "towers", "attention", "decoder", "fast", "inputs")
+FILES = (
+    *("cache", "checkpoint/names", "config", "generate", "loss", "model", "official", "official_7b", "precision", "release"),
+    *("retrieval", "stream", "tap"),
+)  # fmt: skip
+#: what a CPU run does not enter (flash, flex, what times a GPU; `fast/kernels` is a folder of its own), and words for people
+LEFT_OUT = ("__init__.py", "flash.py", "flex.py", "limits.py", "measure.py")
+CUDA_ONLY = ("_captured",)  #: functions
+#: names of bounds on memory and of shares of work: values that no result depends on, which tests vary
+KNOBS = ("_chunk", "_batch", "max_bytes", "max_kept", "many_keys", "programs")
+PLACES = ("device", "non_blocking", "pin_memory", "strict")  #: arguments that change no value on a CPU, and invariants
+SAME_VALUES = ("contiguous", "cpu", "cuda")  #: methods
+
+
+def sources() -> tuple[str, ...]:
+    """Every file that is edited."""
+    found = [path for folder in FOLDERS for path in sorted((ROOT / "vidi" / folder).glob("*.py"))]
+    found += [ROOT / "vidi" / f"{name}.py" for name in FILES]
+    return tuple(path.relative_to(ROOT).as_posix() for path in found if path.name not in LEFT_OUT)
+
+
+SOURCES = sources()
 
 OPERATORS: dict[type, tuple[type, ...]] = {
     getattr(ast, before): tuple(getattr(ast, name) for name in after.split())
@@ -54,77 +72,87 @@ TWINS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One edit. `before` and `after` are the edited piece; `place` the function around it."""
+    """One edit. `before` and `after` are the edited piece; `place` the function around it; `occurrence` counts equal edits of
+    that function."""
 
     file: str
     line: int
-    column: int
     kind: str
     place: str
     before: str
     after: str
+    occurrence: int = 1
 
     @property
     def key(self) -> str:
-        """Names the edit across other changes of the file."""
-        return f"{self.file} {self.place} [{self.kind}] {self.before} -> {self.after}"
-
-    @property
-    def spot(self) -> str:
-        """The edit at its place, for the log."""
-        return f"{self.key} @{self.line}:{self.column}"
+        """Names the edit, whatever else changes."""
+        again = f" #{self.occurrence}" if self.occurrence > 1 else ""
+        return f"{self.file} {self.place} [{self.kind}] {self.before} -> {self.after}{again}"
 
 
 Path_ = tuple[tuple[str, int | None], ...]  #: fields and list places that lead to a node
 Edit = Callable[[Any], ast.AST]
+Place = tuple[Path_, int]  #: of an edit: the node, and its number there
 
 
-def collect(file: str) -> list[tuple[Path_, int, str]]:
-    """Every place of a file that can be edited, with the number of the edit there, and the function around it."""
-    return [
-        (path, index, place)
-        for path, node, place in walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
-        for index, _ in enumerate(edits(node))
-    ]
+def collect(file: str, source: str | None = None) -> list[tuple[Mutant, Place]]:
+    """Every edit of a file (or of another text in its place), in the order of the text."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8") if source is None else source)
+    found: list[tuple[Mutant, Place]] = []
+    seen: Counter[tuple[str, ...]] = Counter()
+    for path, node, place in walk(tree):
+        for index, (kind, _) in enumerate(edits(node)):
+            twin = copy.deepcopy(node)
+            texts = kind, place, _text(node), _text(list(edits(twin))[index][1](twin))
+            seen[texts] += 1
+            found.append((Mutant(file, node.lineno, *texts, seen[texts]), (path, index)))
+    return found
+
+
+def rank(mutant: Mutant, seed: int) -> str:
+    """Its place in line; the sample takes the lowest."""
+    return hashlib.sha256(f"{seed} {mutant.key}".encode()).hexdigest()
 
 
 def sample(count: int, seed: int) -> list[tuple[Mutant, str]]:
-    """`count` of all edits, each with the source after it, drawn by seed without repetition."""
-    everything = [(file, *edit) for file in SOURCES for edit in collect(file)]
-    random.Random(seed).shuffle(everything)
+    """The ``count`` edits of lowest rank, each with the source after it. A smaller count is the start of a greater."""
+    everything = [pair for file in SOURCES for pair in collect(file)]
+    everything.sort(key=lambda pair: rank(pair[0], seed))
     trees = {file: ast.parse((ROOT / file).read_text(encoding="utf-8")) for file in SOURCES}
-    seen = {ast.unparse(tree) for tree in trees.values()}
+    seen = {(file, ast.unparse(tree)) for file, tree in trees.items()}
     drawn: list[tuple[Mutant, str]] = []
-    for file, path, index, place in everything:
+    for mutant, place in everything:
         if len(drawn) == count:
             break
-        new = made(file, trees[file], path, index, place)
-        if new is not None and new[1] not in seen:
-            seen.add(new[1])
-            drawn.append(new)
+        source = made(trees[mutant.file], place)
+        if source is not None and (mutant.file, source) not in seen:
+            seen.add((mutant.file, source))
+            drawn.append((mutant, source))
     return drawn
 
 
-def made(file: str, tree: ast.AST, path: Path_, index: int, place: str) -> tuple[Mutant, str] | None:
-    """The mutant of one edit; None where the outcome is no program."""
+def made(tree: ast.AST, place: Place) -> str | None:
+    """The source of a file after one edit; None where the outcome is no program."""
+    path, index = place
     twin = copy.deepcopy(tree)
     target = _at(twin, path)
-    kind, edit = list(edits(target))[index]
-    before, line, column = _text(target), target.lineno, target.col_offset
-    new = edit(target)
+    new = list(edits(target))[index][1](target)
     if new is not target:
         _put(twin, path, new)
     ast.fix_missing_locations(twin)
     try:
         source = ast.unparse(twin)
-        compile(source, file, "exec")
+        compile(source, "mutant", "exec")
     except (SyntaxError, ValueError):
         return None
-    return Mutant(file, line, column, kind, place, before, _text(new)), source
+    return source
 
 
 def _text(node: ast.AST) -> str:
-    text = " ".join(ast.unparse(node).split())
+    """The edited piece; of a condition without what depends on it."""
+    if isinstance(node, ast.If | ast.While):
+        node = ast.fix_missing_locations(type(node)(node.test, [ast.Pass()], []))
+    text = " ".join(ast.unparse(node).split()).removesuffix(" pass")
     return text if len(text) < 110 else text[:107] + "…"
 
 
@@ -136,31 +164,54 @@ def walk(tree: ast.AST) -> Iterator[tuple[Path_, Any, str]]:
             yield path, node, place
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             place = f"{place}.{node.name}".lstrip(".")
+        knobs = _knob_defaults(node) if isinstance(node, ast.arguments) else []
         for name, value in ast.iter_fields(node):
             if name in ("annotation", "returns", "decorator_list", "bases", "type_params", "ctx", "op", "ops"):
                 continue
             for index, child in enumerate(value) if isinstance(value, list) else ((None, value),):
-                if isinstance(child, ast.AST) and not _words(child):
+                if isinstance(child, ast.AST) and not _words(child) and child not in knobs:
                     yield from visit(child, (*path, (name, index)), place)
 
     yield from visit(tree, (), "")
 
 
 def _words(node: ast.AST) -> bool:
-    """Words for people, names for tools: docstrings, errors, messages, `__all__`, imports."""
+    """What no edit may touch: words for people, names for tools, types, bounds on memory, what a CUDA device alone runs."""
     if isinstance(node, ast.Import | ast.ImportFrom | ast.Raise | ast.JoinedStr | ast.Assert):
         return True
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True
-    if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+    if isinstance(node, ast.FunctionDef) and node.name in CUDA_ONLY:
         return True
+    if isinstance(node, ast.If):
+        return "cuda" in (test := ast.unparse(node.test)) or test == "TYPE_CHECKING"
+    if isinstance(node, ast.keyword):
+        return node.arg in PLACES or (_knob(node.arg or "") and isinstance(node.value, ast.Constant))
     if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        names = [x.id for x in targets if isinstance(x, ast.Name)]
-        return "__all__" in names or (
-            isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript) and "Noise" in names
-        )
+        return _left_alone(node)
     return False
+
+
+def _left_alone(node: ast.Assign | ast.AugAssign | ast.AnnAssign) -> bool:
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    names = [x.attr if isinstance(x, ast.Attribute) else getattr(x, "id", "") for x in targets]
+    if "__all__" in names or "cuda" in ast.unparse(node):
+        return True
+    if isinstance(node.value, ast.Subscript | ast.BinOp) and names[0].rstrip("_").istitle():
+        return True  # a type with a name
+    constant = node.value is not None and not any(isinstance(x, ast.Name | ast.Call) for x in ast.walk(node.value))
+    return constant and any(map(_knob, names))
+
+
+def _knob_defaults(node: ast.arguments) -> list[ast.AST]:
+    plain = [*node.posonlyargs, *node.args]
+    with_default = plain[len(plain) - len(node.defaults) :]
+    pairs = zip([*with_default, *node.kwonlyargs], [*node.defaults, *node.kw_defaults], strict=True)
+    return [default for argument, default in pairs if default is not None and _knob(argument.arg)]
+
+
+def _knob(name: str) -> bool:
+    return name.lower().endswith(KNOBS)
 
 
 def _at(tree: ast.AST, path: Path_) -> Any:
@@ -231,7 +282,7 @@ def edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
 
 def _call_edits(node: ast.Call) -> Iterator[tuple[str, Edit]]:
     for index, keyword in enumerate(node.keywords):
-        if keyword.arg:
+        if keyword.arg and keyword.arg not in PLACES:
             yield "argument", partial(_without_keyword, index=index)
     if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args):
         yield "argument", lambda n: _set(n, "args", n.args[:-1])
@@ -242,6 +293,8 @@ def _call_edits(node: ast.Call) -> Iterator[tuple[str, Edit]]:
             yield "twin", lambda n: _set(n, "func", _set(n.func, "attr", TWINS[n.func.attr]))
         else:
             yield "twin", lambda n: _set(n, "func", ast.Name(TWINS[n.func.id], ast.Load()))
+    if name in SAME_VALUES:
+        return
     if isinstance(node.func, ast.Attribute) and len(node.args) + len(node.keywords) <= 2:
         yield "call", lambda n: n.func.value  # x.f(…) -> x
     elif isinstance(node.func, ast.Name | ast.Attribute) and len(node.args) == 1 and not node.keywords:

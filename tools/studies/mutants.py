@@ -1,81 +1,44 @@
-"""Mutants: small arbitrary edits of the model's source, one at a time; does the harness notice each?
+"""Mutants: small arbitrary edits of the model's source, one at a time; does the CPU gate notice each?
 
-What is edited, and where: `tools/studies/edits.py`. Each mutant runs in a forked child, with the model imported afresh, over the
-small cases in float64, chained, and over the variants of `RUNS` that chunk, unpad and take the other backend. What all of
-it misses meets the unit tests of its own file (`UNIT_TESTS`). A difference, an exception or a timeout kills it.
+What is edited, and which edits are drawn: `tools/studies/edits.py`. What they meet, goldens first and then the tests that can see
+the file: `tools/studies/trial.py`, `seen_by.py`. A difference, an exception, a failed test or no end in time kills a mutant;
+deaths are counted by what came first, for a file that cannot even be imported says little of the gate.
 
-A survivor needs a reason why it is no hole: `tools/studies/survivors.toml`. A stopped study goes on where it stopped.
+A survivor needs a reason why it is no hole: `tools/studies/survivors.toml`. A stopped study goes on where it stopped; a test that
+is new sends only those back that had reached the tests of their file.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import fnmatch
-import importlib.abc
-import importlib.util
+import json
 import os
-import resource
-import select
-import sys
 import time
 import tomllib
-import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from stageparity import evidence
 from stageparity.evidence import Basis
 from stageparity.golden import GoldenError
-from stageparity.store import list_cases, open_case
+from stageparity.store import list_cases
 from tools.studies import FRAME, ROOT, counts, say
-from tools.studies.edits import Mutant, sample
+from tools.studies.edits import SOURCES, Mutant, sample
 from tools.studies.log import Log
+from tools.studies.seen_by import TESTS, tests_of
+from tools.studies.trial import LIMIT, MISSED, Child, Goldens, golden_sets, runs_of
 
-__all__ = ["RUNS", "UNIT_TESTS", "moves", "problems", "reasons", "run", "summary"]
+__all__ = ["moves", "problems", "reasons", "run", "summary"]
 
-COUNT, SEED, GOAL = 400, 1, 0.95
+COUNT, SEED, GOAL = 600, 1, 0.97
 SURVIVORS = Path(__file__).with_name("survivors.toml")
-
-#: tests of one folder or file, tried on mutants that the goldens miss
-UNIT_TESTS = {
-    "*": ("tests/harness/test_gaps.py",),
-    "vidi/bridge/*": ("tests/unit/bridge", "tests/properties/test_property_grid.py"),
-    "vidi/towers/*": ("tests/unit/towers",),
-    "vidi/attention/*": ("tests/unit/attention",),
-    "vidi/decoder/*": ("tests/unit/decoder",),
-    "vidi/inputs/batch.py": ("tests/unit/inputs/test_inputs_batch.py",),
-    "vidi/inputs/pixels.py": ("tests/unit/inputs/test_inputs_video.py",),
-    "vidi/loss.py": ("tests/unit/test_loss.py",),
-    "vidi/generate.py": ("tests/unit/test_generate.py",),
-    "vidi/model.py": ("tests/unit/test_model.py", "tests/unit/test_loss.py", "tests/unit/test_generate.py"),
-    "vidi/cache.py": ("tests/unit/test_generate.py", "tests/unit/decoder"),
-}
-
-#: (case, options): chained float64 runs, the most telling first
-RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("base", {}),
-    ("decode", {}),
-    ("absent", {}),
-    ("pervideo", {}),
-    ("train", {}),
-    ("holes", {}),
-    ("budget", {}),
-    ("oneframe", {}),
-    ("noaudio", {}),
-    ("novideo", {}),
-    ("base", {"frame_chunk": 1, "key_chunk": 5, "stream_chunk": 50}),
-    ("pervideo", {"frame_chunk": 2, "key_chunk": 7, "stream_chunk": 20}),
-    ("absent", {"unpadded": True}),
-    ("base", {"tower": "eager"}),
-    ("absent", {"key_chunk": 3}),
-)
-
-MISSED = "?"  #: all goldens agree; unit tests have not been asked yet
+WAYS = ("goldens", "tests", "import", "time")
 
 
 # ---- the study ----------------------------------------------------------------------------------------------------------
@@ -85,10 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=COUNT, help=f"so many mutants (default: {COUNT})")
     parser.add_argument("--seed", type=int, default=SEED, help="which (default: 1)")
     parser.add_argument("--only", metavar="GLOB", help="mutants whose key matches")
-    parser.add_argument("--no-unit", action="store_true", help="goldens alone: what they miss waits for unit tests")
-    parser.add_argument("--workers", type=int, default=2, help="mutants side by side (default: 2)")
-    seconds = "seconds of processor time for the goldens; unit tests get four times that (default: 20)"
-    parser.add_argument("--limit", type=int, default=20, help=seconds)
+    parser.add_argument("--no-tests", action="store_true", help="goldens alone: what they miss waits for tests")
+    parser.add_argument("--jobs", type=int, default=2, help="mutants side by side (default: 2)")
     parser.add_argument("--fresh", action="store_true", help="forget mutants that are finished")
     parser.add_argument(
         "--log", type=Path, default=ROOT / "build" / "mutants.jsonl", help="where finished mutants are kept"
@@ -100,20 +61,28 @@ def part(args: argparse.Namespace) -> str:
     asked = {
         f"--count {args.count} --seed {args.seed}": other,
         f"--only {args.only}": args.only,
-        "--no-unit": args.no_unit,
+        "--no-tests": args.no_tests,
     }
     return " ".join(text for text, given in asked.items() if given)
 
 
 def basis(goldens: Path) -> Basis:
-    """The model, what judges it, and the unit tests; the attention backends and fast kernels of a GPU too, as far as unit tests
-    reach them."""
-    tests = {t for paths in UNIT_TESTS.values() for path in paths for t in _files(path)}
-    refs = list_cases(goldens / "small")
+    """The model, what judges it, and the tests with all that they import."""
+    tests = {file for paths in TESTS.values() for path in paths for file in _files(path)}
+    return _basis(goldens, sorted(tests), FRAME)
+
+
+def _before_tests(goldens: Path) -> Basis:
+    """What the log depends on; each of its lines about tests says itself which."""
+    return _basis(goldens, [], (*FRAME, "tools/studies/seen_by.py"))
+
+
+def _basis(goldens: Path, tests: list[str], without: tuple[str, ...]) -> Basis:
+    refs = [ref for name in golden_sets() for ref in list_cases(goldens / name)]
     return Basis(
-        evidence.code(["tools/studies/mutants.py", *sorted(tests)], ROOT, FRAME),
+        evidence.code(["tools/studies/mutants.py", *SOURCES, *tests], ROOT, without),
         evidence.goldens(refs),
-        evidence.budgets(goldens, [f"small/{ref.name}" for ref in refs]),
+        evidence.budgets(goldens, [f"{ref.set}/{ref.name}" for ref in refs]),
     )
 
 
@@ -128,21 +97,27 @@ def measure(args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str
     mutants = sample(args.count, args.seed)
     if args.only:
         mutants = [pair for pair in mutants if fnmatch.fnmatchcase(pair[0].key, args.only)]
-    log = Log(args.log, basis(args.goldens), args.fresh)
+    log = Log(args.log, _before_tests(args.goldens), args.fresh)
     return summary([m for m, _ in mutants], run(mutants, log, args))
 
 
 def summary(mutants: list[Mutant], verdicts: Mapping[str, str]) -> dict[str, Any]:
-    """Counts by kind and by how they died, and each survivor."""
-    alive = [m for m in mutants if not verdicts[m.spot]]
-    kinds, living = Counter(m.kind for m in mutants), Counter(m.kind for m in alive)
+    """Counts by how they died, by kind and by file, and each survivor."""
+    alive = [m for m in mutants if not verdicts[m.key]]
+    ways = Counter(verdicts[m.key].partition(":")[0] for m in mutants)
     return {
         "total": len(mutants),
         "killed": len(mutants) - len(alive),
-        "killed_by_unit_tests": sum("tests/" in verdicts[m.spot] for m in mutants),
-        "kinds": {kind: {"total": n, "killed": n - living[kind]} for kind, n in sorted(kinds.items())},
+        "killed_by": {way: ways[way] for way in WAYS},
+        "kinds": _tally(mutants, alive, "kind"),
+        "files": _tally(mutants, alive, "file"),
         "survivors": [asdict(m) | {"key": m.key} for m in alive],
     }
+
+
+def _tally(mutants: list[Mutant], alive: list[Mutant], name: str) -> dict[str, Any]:
+    total, living = (Counter(getattr(m, name) for m in some) for some in (mutants, alive))
+    return {each: {"total": n, "killed": n - living[each]} for each, n in sorted(total.items())}
 
 
 def reasons() -> dict[str, str]:
@@ -154,7 +129,8 @@ def show(document: Mapping[str, Any], goldens: Path) -> Iterator[str]:
     known = reasons()
     for survivor in document["survivors"]:
         yield f"{survivor['key']}  (line {survivor['line']})\n    {known.get(survivor['key'], 'UNEXPLAINED')}"
-    yield "{killed} of {total} mutants killed, {killed_by_unit_tests} by unit tests alone".format_map(document)
+    ways = ", ".join(f"{n} by {way}" for way, n in document.get("killed_by", {}).items())
+    yield f"{document['killed']} of {document['total']} mutants killed: {ways or 'it is not stored by what'}"
 
 
 def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:
@@ -166,7 +142,7 @@ def problems(document: Mapping[str, Any], goldens: Path) -> list[str]:
 
 
 def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterator[str]:
-    yield from counts(before, after, ("total", "killed", "killed_by_unit_tests"))
+    yield from counts(before, after, ("total", "killed", "killed_by"))
     then, now = ({s["key"] for s in (d or {}).get("survivors", ())} for d in (before, after))
     yield from (f"survives: {key}" for key in sorted(now - then))
     yield from (f"dies now: {key}" for key in sorted(then - now))
@@ -176,177 +152,76 @@ def moves(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> Iterato
 
 
 def run(mutants: list[tuple[Mutant, str]], log: Log, args: argparse.Namespace) -> dict[str, str]:
-    """Verdict by mutant: what kills it, nothing where it lives. Raises GoldenError where sources without any edit die too."""
-    import pytest  # noqa: F401  (children inherit it)
-    import torch
-
-    from stageparity import run as runs  # noqa: F401
-    from stageparity import tolerance
-    from vidi.parity.stages import STAGES
-
-    torch.set_num_threads(1)
-    unit, limit, cases = not args.no_unit, args.limit, {}
-    tolerances = tolerance.load(args.goldens, STAGES)
-    for ref in list_cases(args.goldens / "small"):
-        case = cases[ref.name] = open_case(ref.folder, ref.name)
-        list(case.variant("none").items()), case.inputs  # read and verified here, once for all children
-        weights = case.weights()
-        case.__dict__["weights"] = lambda weights=weights: weights
-    waiting = [
-        (m, s) for m, s in mutants if log.done.get(m.spot, MISSED) == MISSED and (unit or m.spot not in log.done)
-    ]
+    """Verdict by key: what kills it, nothing where it lives. Raises GoldenError where sources without any edit die too."""
+    tests = not args.no_tests
+    waiting = [(m, s) for m, s in mutants if _waits(m, log, tests)]
     say(f"{len(mutants)} mutants, {len(mutants) - len(waiting)} in {log.path} already")
-    if waiting and (broken := _unmutated(cases, tolerances, limit, unit)):
-        raise GoldenError(f"without any edit: {broken}; mend that first, a mutant would die of it")
-    running: dict[int, tuple[Mutant, int]] = {}
-    start = time.monotonic()
-    while waiting or running:
-        while waiting and len(running) < args.workers:
-            mutant, source = waiting.pop(0)
-            asked = {} if mutant.spot in log.done else cases  # what the goldens missed waits for unit tests alone
-            pid, reader = _fork(mutant, source, asked, tolerances, limit * (4 if unit else 1), unit)
-            running[pid] = mutant, reader
-        ready, _, _ = select.select([reader for _, reader in running.values()], [], [], 1.0)
-        for pid, (mutant, reader) in list(running.items()):
-            if reader in ready:
-                del running[pid]
-                log.add(mutant.spot, (_ended(pid, reader) or f"no end within {limit} s").removeprefix("="))
-                if len(log.done) % 25 == 0:
-                    say(f"{len(waiting)} to go, {time.monotonic() - start:.0f} s")
-    return {m.spot: log.done[m.spot].removeprefix(MISSED) for m, _ in mutants}
-
-
-def _unmutated(cases: dict[str, Any], tolerances: Any, limit: int, unit: bool) -> str:
-    """What a child finds wrong with sources as they are (printed anew by the syntax tree), by group of unit tests."""
-    for file in (
-        "vidi/bridge/fold.py",
-        "vidi/towers/layer.py",
-        "vidi/attention/mask.py",
-        "vidi/inputs/batch.py",
-        "vidi/decoder/mlp.py",
-    ):
-        source = ast.unparse(ast.parse((ROOT / file).read_text(encoding="utf-8")))
-        verdict = (
-            _ended(*_fork(Mutant(file, 0, 0, "", "", "", ""), source, cases, tolerances, 4 * limit, unit)) or "no end"
-        )
-        if verdict not in ("=", "=" + MISSED):
-            return f"{file}: {verdict.removeprefix('=')}"
-    return ""
-
-
-# ---- one mutant in a child ----------------------------------------------------------------------------------------------
-
-
-def _fork(
-    mutant: Mutant, source: str, cases: dict[str, Any], tolerances: Any, limit: int, unit: bool
-) -> tuple[int, int]:
-    """(process, where its verdict can be read). A child that ends by its limit of processor time leaves nothing to read."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid:
-        os.close(writer)
-        return pid, reader
-    os.close(reader)
-    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
+    goldens = Goldens.load(args.goldens) if waiting else Goldens({}, None)
+    running: list[Child] = []
+    start, judged, seconds = time.monotonic(), 0, 0.0
     try:
-        verdict = _verdict(mutant, source, cases, tolerances, unit)
-    except BaseException as error:
-        verdict = f"{type(error).__name__}: {error}"[:160]
-    os.write(writer, ("=" + verdict).encode())
-    os._exit(0)
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                mutant, source = waiting.pop(0)
+                running.append(Child(mutant, source, goldens, runs=mutant.key not in log.done, tests=tests))
+            for child in [child for child in running if child.ended()]:
+                running.remove(child)
+                if child.verdict:
+                    _unharmed(child.mutant.file, goldens, log, tests=child.missed)
+                _enter(child, log, tests)
+                judged, seconds = judged + 1, seconds + child.seconds
+                if not child.verdict and tests:
+                    say(f"survives: {child.mutant.key}")
+                if judged % 10 == 0:
+                    clock = time.monotonic() - start
+                    say(f"{len(waiting)} to go; {judged} in {clock:.0f} s, of processor time {seconds:.0f} s")
+    finally:
+        for child in running:
+            child.kill()
+    return {m.key: _known(m, log) or "" for m, _ in mutants}
 
 
-def _ended(pid: int, reader: int) -> str:
-    verdict = os.read(reader, 65536).decode()
-    os.close(reader)
-    os.waitpid(pid, 0)
-    return verdict
+def _waits(mutant: Mutant, log: Log, tests: bool) -> bool:
+    known = _known(mutant, log)
+    return known is None and (tests or mutant.key not in log.done)
 
 
-class _Mutated(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module from mutated source."""
-
-    def __init__(self, module: str, source: str) -> None:
-        self.module, self.source = module, source
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        return importlib.util.spec_from_loader(name, self) if name == self.module else None
-
-    def exec_module(self, module: Any) -> None:
-        exec(compile(self.source, self.module, "exec"), module.__dict__)
+def _known(mutant: Mutant, log: Log) -> str | None:
+    """What the log knows: of the goldens, and of the tests as they stand today."""
+    found = log.done.get(mutant.key)
+    return log.done.get(_faced(mutant)) if found == MISSED else found
 
 
-def _import_anew(file: str, source: str) -> None:
-    """Forget all of the model and of its stages; the harness knows them by name alone, and stays."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "vidi"]:
-        del sys.modules[name]
-    sys.meta_path.insert(0, _Mutated(file.removesuffix(".py").replace("/", "."), source))
+def _enter(child: Child, log: Log, tests: bool) -> None:
+    log.add(child.mutant.key, MISSED if child.missed else child.verdict)
+    if child.missed and tests:
+        log.add(_faced(child.mutant), child.verdict)
 
 
-def _verdict(mutant: Mutant, source: str, cases: dict[str, Any], tolerances: Any, unit: bool) -> str:
-    """What kills the mutant: a case and stage, an exception, a unit test; nothing where nothing does."""
-    _import_anew(mutant.file, source)
-    try:
-        from stageparity.run import run_case
-        from vidi.parity.subject import VidiSubject
-
-        subject = VidiSubject("float64")
-        for name, options in RUNS if cases else ():
-            with subject.scope(), subject.setting("unpadded" if options.get("unpadded") else ""), _chunks(options):
-                model: Any = subject.build(cases[name])
-                model.frame_chunk = options.get("frame_chunk", model.frame_chunk)
-                model.tower_backend = options.get("tower", model.tower_backend)
-                done, _ = run_case(subject, cases[name], model, tolerances, alone=False)
-            row = done.first_divergence
-            if row is not None:
-                return f"{name}{options or ''}: {row.stage}"
-    except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__} in {where.name}: {error}"[:160]
-    return _unit_tests(mutant.file) if unit else MISSED
+def _faced(mutant: Mutant) -> str:
+    """The mutant before the tests of its file, as they stand today."""
+    return f"{mutant.key} | {_tests_today(tests_of(mutant.file))}"
 
 
-@contextlib.contextmanager
-def _chunks(options: dict[str, Any]) -> Iterator[None]:
-    """Other chunk sizes of keys and streams."""
-    from unittest import mock
-
-    from vidi.attention import eager
-    from vidi.decoder import decoder
-
-    with (
-        mock.patch.object(eager, "KEY_CHUNK", options.get("key_chunk", eager.KEY_CHUNK)),
-        mock.patch.object(decoder, "STREAM_CHUNK", options.get("stream_chunk", decoder.STREAM_CHUNK)),
-    ):
-        yield
+@cache
+def _tests_today(tests: tuple[str, ...]) -> str:
+    files = [file for path in tests for file in _files(path)]
+    return evidence.digest(json.dumps([tests, evidence.code(files, ROOT, FRAME)]))
 
 
-def _unit_tests(file: str) -> str:
-    """The name of the first unit test that the mutant fails, "" where it passes all."""
-    import pytest
-
-    tests = [
-        test
-        for glob, paths in UNIT_TESTS.items()
-        if fnmatch.fnmatchcase(file, glob)
-        for test in paths
-        if any((ROOT / test).rglob("test_*.py")) or (ROOT / test).is_file()
-    ]
-    failed: list[str] = []
-
-    class Listen:
-        def pytest_runtest_logreport(self, report: Any) -> None:
-            if report.failed:
-                failed.append(report.nodeid)
-
-        def pytest_collectreport(self, report: Any) -> None:
-            if report.failed:
-                failed.append(report.nodeid)
-
-    if not tests:
-        return ""
-    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", *tests], plugins=[Listen()])
-    return "" if code == 0 else failed[0] if failed else f"pytest ends with {int(code)}"
+def _unharmed(file: str, goldens: Goldens, log: Log, *, tests: bool) -> None:
+    """A death counts where the same judges spare the file unharmed, printed anew by its syntax tree; asked once of all files that
+    have the same. Raises GoldenError where they do not, or take more than half of the time that a mutant has."""
+    key = f"unharmed {evidence.digest(repr(runs_of(file)))}" + f" | {_tests_today(tests_of(file))}" * tests
+    if key in log.done:
+        return
+    source = ast.unparse(ast.parse((ROOT / file).read_text("utf-8")))
+    child = Child(Mutant(file, 0, "unharmed", "", "", ""), source, goldens, runs=True, tests=tests)
+    while not child.ended():
+        pass
+    if child.verdict:
+        raise GoldenError(f"{file}, without any edit: {child.verdict}; mend that first, a mutant would die of it")
+    if child.seconds > LIMIT / 2:
+        raise GoldenError(f"{file}, without any edit: {child.seconds:.0f} s; at most half of {LIMIT} s tell a mutant")
+    say(f"unharmed {file}: {child.seconds:.0f} s")
+    log.add(key, "")
