@@ -24,7 +24,7 @@ from stageparity.strict import Refused
 __all__ = ["H5File", "open_h5"]
 
 MAX_FILE_BYTES, MAX_ARRAY_BYTES = 8 << 30, 4 << 30
-MAX_PLACES, MAX_DEPTH, MAX_CHUNKS, MAX_CHUNK_BYTES = 100_000, 8, 100_000, 64 << 20
+MAX_PLACES, MAX_DEPTH, MAX_CHUNKS, MAX_CHUNK_BYTES = 10_000, 8, 100_000, 64 << 20
 # Compressed data may promise more memory than they take on disk: beyond this many bytes, no more than so many times.
 FREE_BYTES, MAX_RATIO = 64 << 20, 100
 # Little-endian, as every writer of ours stores them: an array then has the dtype that it names.
@@ -109,6 +109,8 @@ class H5File:
         try:
             data = self._dataset(place)
             kind, shape = data.id.get_type(), data.shape or ()
+        except Refused:
+            raise
         except _ERRORS as error:
             raise Refused(f"cannot be read ({strict.reason(error)})", file=self.path, field=place) from None
         return self.read(

@@ -335,9 +335,10 @@ def prompt_bytes(text: str) -> str:
 
 # ---- Ctrl-C -----------------------------------------------------------------------------------------------------------
 
-#: SIGINT is ignored where a shell started the tests in the background, and would be here too.
+#: SIGINT is ignored where a shell started the tests in the background, and would be here too. Before its first line the
+#: process is Python's own, which starts and reads one file.
 LISTENS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-PROGRAM = LISTENS + "import os, sys; os.write(1, b'!'); from vidi.cli import main; sys.exit(main())"
+PROGRAM = LISTENS + "import os, sys; from vidi.cli import main; os.write(1, b'!'); sys.exit(main())"
 
 
 def _interrupted(delay: float) -> tuple[int, str]:

@@ -289,6 +289,22 @@ def test_refused_before_it_is_read(
         assert np.array_equal(file.read("inputs/ids", dtype="int64", shape=(4, 6)), ARRAYS["inputs/ids"])
 
 
+def test_a_few_groups_under_many_names(tmp_path: Path) -> None:
+    """Hard links make six groups a tree of 299,592 places; walking it would take a minute."""
+
+    def linked(file: h5py.File, outside: Path) -> None:
+        for level in range(6):
+            group = file.create_group(f"level{level}")
+            for n in range(8):
+                group[f"link{n}"] = file[f"level{level - 1}" if level else "inputs"]
+
+    path = tmp_path / "set" / "a.h5"
+    path.parent.mkdir()
+    write(path, linked)
+    with open_h5(path) as file, pytest.raises(Refused, match="more than 10,000 groups and datasets"):
+        file.places()
+
+
 @pytest.mark.parametrize("make", [_external_link, _soft_link, _group_link, _named_type])
 def test_a_walk_stays_in_the_file(make: Callable[[h5py.File, Path], None], tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
