@@ -25,6 +25,12 @@ def run(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+def test_a_stage_of_decoding_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """No run hands it over, and it is named, judged and listed as any other."""
+    assert main(["parity", "--case", "small/oneframe", "--stage", "layer.*.t2t.cached"]) == 0
+    assert "3 stages of 1 cases in float32 with eager: all equal" in capsys.readouterr().out
+
+
 def test_equal_is_0_with_a_row_for_every_stage(capsys):
     code, out, _ = run(capsys, "--case", "small/oneframe")
     assert code == 0

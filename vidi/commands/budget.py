@@ -31,12 +31,13 @@ def run(args: argparse.Namespace) -> int:
     from vidi.commands import cases, outputs
     from vidi.parity.budgets import BLIND, budgets
     from vidi.parity.goldens import goldens_dir
+    from vidi.parity.stages import STAGES
 
     outputs.check(args.json)
     outputs.apart(goldens_dir(args.goldens), args.json)
     refs = cases.select(goldens_dir(args.goldens), args.case)
     if args.stage is not None:
-        cases.check_stages(args.stage, refs, "STAGE")
+        cases.check_stages(args.stage, refs, STAGES, "STAGE")
     found = list(budgets(goldens_dir(args.goldens), args.stage, args.dtype, args.case))
     if not found:
         raise ValueError(one_line(f"no stage {args.stage!r} has a golden that judges {args.dtype}"))

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from stageparity import manifest, store
 from stageparity.golden import GoldenError
+from stageparity.run import ids
+from stageparity.stage import Stages
 from stageparity.strict import one_line
 from vidi.parser import meant
 
@@ -24,14 +26,13 @@ def select(goldens: Path, globs: Sequence[str]) -> list[store.CaseRef]:
         raise GoldenError(f"{' '.join(near)} {error}".strip()) from None
 
 
-def check_stages(globs: str, refs: Sequence[store.CaseRef], what: str) -> None:
+def check_stages(globs: str, refs: Sequence[store.CaseRef], stages: Stages, what: str) -> None:
     """Raises ValueError for a pattern that no stage of these cases matches: a minute later the table is empty.
 
     what: how the line names the patterns.
     """
-    bodies = (manifest.parse(ref.folder / f"{ref.name}.json") for ref in refs)
-    known = {stage for body in bodies for stages in body["targets"].values() for stage in stages}
-    known |= {stage.replace(".nocache.", ".cached.") for stage in known}
+    cases = [store.Case(ref.folder, ref.name, manifest.parse(ref.folder / f"{ref.name}.json")) for ref in refs]
+    known = {stage for case in cases for v in case.variants for stage in ids(case.variant(v), stages, alone=True)}
     for glob in (part.strip() for part in globs.split(",")):
         if not any(fnmatch.fnmatchcase(stage, glob) for stage in known):
             none = f"{what} {glob!r} matches none of the {len(known)} stages of these {len(refs)} cases"

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     judged_by = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
     tolerances = tolerance.load(judged_by, STAGES)
     if args.stage is not None:
-        cases.check_stages(args.stage, refs, "--stage")
+        cases.check_stages(args.stage, refs, STAGES, "--stage")
     files = _files([f"{ref.set}/{ref.name}" for ref in refs])
     dump = Dump(Path(args.dump), list(files.values())) if args.dump else None
     subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")

@@ -11,6 +11,7 @@ from typing import Any
 from stageparity import rounding, store, tolerance
 from stageparity.faults import stored
 from stageparity.result import Rule
+from stageparity.run import ids
 from stageparity.subject import reference_of, unfit
 from vidi.parity.stages import STAGES
 
@@ -53,19 +54,20 @@ def budgets(goldens: Path, globs: str | None, dtype: str, cases: Iterable[str] =
         variant, gate = reference_of(case, dtype)
         if unfit(case, variant, dtype):
             continue
-        for stage in STAGES.matching(case.manifest["targets"][variant], globs):
-            found = STAGES.find(stage)
+        for stage in ids(case.variant(variant), STAGES, globs, alone=True):
+            found, judged_as = STAGES.find(stage), STAGES.judged_as(stage)
             assert found is not None
             entry, half = found[0], dtype in ("bfloat16", "float16") and variant == "cast"
             bits = entry.spreads.get(dtype, rounding.SHARE) if entry.rounded is not None and half else None
-            for kind in tolerance.KINDS[: 1 + (entry.run is not None and not entry.reads_raw)]:
+            chained, isolated = entry.alone_only is None, entry.run is not None and not entry.reads_raw
+            for kind in tolerance.KINDS[not chained : 1 + isolated]:
                 alone = kind == "isolated" or entry.reads_raw
                 yield Budget(
                     name,
                     stage,
                     kind,
-                    tolerances.rule(gate, stage, name, kind=kind),
-                    {} if entry.exact else tolerances.parts(gate, stage, name, kind=kind),
+                    tolerances.rule(gate, judged_as, name, kind=kind),
+                    {} if entry.exact else tolerances.parts(gate, judged_as, name, kind=kind),
                     faults.get((gate, STAGES.template_of(stage))),
                     bits if alone else None,
                 )
