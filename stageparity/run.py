@@ -333,8 +333,8 @@ class _Judge:
 
     def _tie(self, row: Row, places: Mapping[str, str], ties: Ties, chained: Mapping[str, Any]) -> Result | None:
         """Free-running tokens may part from the golden's where the golden's token and the other tie within the noise: the run's
-        own largest logit error, and never more than logits may err by. What follows the parting is another text and judges
-        nothing. None where that is no excuse."""
+        own logit error (at that step, where its logits follow the golden's text), and never more than logits may err by. What
+        follows the parting is another text and judges nothing. None where that is no excuse."""
         logits_id, tokens_id, lengths_id = (fill(each, places) for each in (ties.logits, ties.tokens, ties.lengths))
         logits, tokens = self.targets.get(logits_id), self.targets.get(tokens_id)
         own, mine = chained.get(logits_id), chained.get(tokens_id)
@@ -344,15 +344,18 @@ class _Judge:
         found = compare(logits_id, own, logits, rule)
         if not found.errors:  # logits of another shape, or NaN: there is no noise to speak of
             return None
-        noise, parted = min(found.errors["max"], found.budgets.get("max", np.inf)), set[int]()
+        error = np.abs(to_numpy(own)[0].astype(np.float64) - logits.array) / _rms(logits.array)
+        parted = set[int]()
         for b, golden_row in enumerate(tokens.array):
             said = to_numpy(mine)[0][b]
             same = said[: len(golden_row)] == golden_row[: len(said)]
             if not same.all():
                 parting = int(np.argmin(same))
                 parted.add(b)
-                margin = self._margin(tokens_id, tokens.array[b], logits.array[b], parting, int(said[parting]), b)
-                if not margin <= 2 * noise:
+                margin = self._margin(tokens_id, golden_row, logits.array[b], parting, int(said[parting]), b)
+                own_text = _follows(logits.array[b], golden_row, parting)
+                noise = float(error[b, parting].max()) if own_text else found.errors["max"]
+                if not margin <= 2 * min(noise, found.budgets.get("max", np.inf)):
                     return None
         lengths, ends, other = self.targets.get(lengths_id), chained.get(lengths_id), set[int]()
         if isinstance(lengths, Whole) and ends is not None:
@@ -367,11 +370,19 @@ class _Judge:
         else as the golden's logits do, so long as they speak of the golden's own text. Infinite where nothing tells."""
         if (held := self.tolerances.margins.get(self.case, {}).get(stage)) is not None:
             return held[row][step].get(token, np.inf) if row < len(held) and step < len(held[row]) else np.inf
-        upto = slice(0, step + 1)
-        if not np.array_equal(logits_SU[upto].argmax(-1), golden_S[upto]) or not 0 <= token < logits_SU.shape[-1]:
+        if not _follows(logits_SU, golden_S, step) or not 0 <= token < logits_SU.shape[-1]:
             return float(np.inf)
         best, other = logits_SU[step, [golden_S[step], token]].astype(np.float64)
-        return float((best - other) / np.sqrt(np.square(logits_SU, dtype=np.float64).mean()))
+        return float((best - other) / _rms(logits_SU))
+
+
+def _follows(logits_SU: np.ndarray, golden_S: np.ndarray, step: int) -> bool:
+    """Are the tokens up to a step those that the logits say?"""
+    return np.array_equal(logits_SU[: step + 1].argmax(-1), golden_S[: step + 1])
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
 
 
 def _machine(entry: Stage, golden: Golden, found: Any) -> str:
