@@ -361,3 +361,11 @@ def test_waits_for_the_taker_are_no_time_of_reading(shelf, monkeypatch):
         assert len(list(running.pictures())) > 1
     assert clock.now > 1
     assert running.seconds == 0
+
+
+def test_a_file_that_ends_before_its_last_segment_was_changed(shelf):
+    path = shelf("h264.mp4", H264)
+    plan = video.Video(path, fps=25.0)._survey
+    more = dataclasses.replace(plan, segments=(*plan.segments, survey.Segment((10_000,), (10_000,), (True,))))
+    with pytest.raises(codecs.Odd, match="changed while it was read"):
+        list(parallel.frames(path, more, lambda frame: np.zeros(1)))
