@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -35,6 +36,22 @@ def test_every_term_counts() -> None:
     large = [name for name, size in found.terms.items() if size > 0.01 * found.peak]
     assert len(large) >= 5
     assert found.terms["keys and values"] == (58_800 + 3_000 + BENCH_TEXT) * 344_064
+
+
+def test_terms_are_what_their_names_say() -> None:
+    """In numbers of the release: width 3,584, inner width 14,336; 61,800 tokens in two chunks of whole tiles."""
+    terms = needs.count(FULL, 300, text_tokens=BENCH_TEXT).terms
+    assert terms["visual and audio tokens, padded and in one row"] == 2 * 2 * 61_800 * 3584
+    assert terms["one chunk on its way through the layers"] == 2 * 30_976 * (2 * 3584 + 3 * 14_336)
+
+
+def test_encoding_is_the_peak_of_a_shallow_decoder() -> None:
+    shallow = dataclasses.replace(FULL, decoder=dataclasses.replace(FULL.decoder, num_layers=1, intermediate_size=8))
+    found = needs.count(shallow, 300, text_tokens=BENCH_TEXT)
+    assert found.phase == "encode"
+    assert found.terms["visual and audio tokens, while they are put together"] == 3 * 2 * 61_800 * 3584
+    assert found.terms["one batch in a tower"] == 2 * 100 * 27**2 * (7 * 1152 + 4304)
+    assert found.terms["features of all sound"] == 2 * 2 * 10 * 1500 * 1280
 
 
 @pytest.mark.parametrize("gib", [20, 24, 48, 80])

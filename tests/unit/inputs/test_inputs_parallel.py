@@ -14,7 +14,7 @@ import torch
 
 from tests.media import Film, make_film, truncate
 from vidi.config import VidiConfig
-from vidi.inputs import codecs, container, parallel, survey, video
+from vidi.inputs import codecs, container, parallel, reader, survey, video
 from vidi.inputs.reader import Reader
 
 SIZE = 26
@@ -338,3 +338,34 @@ def test_whoever_stops_early_is_not_kept_waiting(shelf):
     with Reader(shelf("h264.mp4", H264), VidiConfig.tiny(), fps=25.0) as reader:
         next(reader.pictures())
     assert threading.active_count() == threads
+
+
+def test_waits_for_the_taker_are_no_time_of_reading(shelf, monkeypatch):
+    """By a clock that goes only while a picture waits to be taken."""
+
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+    class Slow(reader.Queue):
+        def put(self, item: object) -> None:
+            clock.now += item is not None
+            super().put(item)
+
+    clock = Clock()
+    monkeypatch.setattr(reader, "time", clock)
+    monkeypatch.setattr(reader, "Queue", Slow)
+    with Reader(shelf("h264.mp4", H264), VidiConfig.tiny(), fps=25.0) as running:
+        assert len(list(running.pictures())) > 1
+    assert clock.now > 1
+    assert running.seconds == 0
+
+
+def test_a_file_that_ends_before_its_last_segment_was_changed(shelf):
+    path = shelf("h264.mp4", H264)
+    plan = video.Video(path, fps=25.0)._survey
+    more = dataclasses.replace(plan, segments=(*plan.segments, survey.Segment((10_000,), (10_000,), (True,))))
+    with pytest.raises(codecs.Odd, match="changed while it was read"):
+        list(parallel.frames(path, more, lambda frame: np.zeros(1)))

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from stageparity.strict import Refused
 from vidi.config import VidiConfig
-from vidi.inputs import prompt
+from vidi.inputs import prompt, tokenizer_file
 
 TINY = prompt.tiny_tokenizer()
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -160,6 +161,13 @@ def test_tokenizers_that_do_not_match_are_refused(tmp_path):
     bare = Tokenizer.from_str(TINY.to_str().replace("start_of_turn", "begin_of_turn"))
     with pytest.raises(prompt.PromptError, match="<start_of_turn> is missing"):
         prompt.check_tokenizer(bare, config)
+
+
+def test_a_file_with_a_field_of_another_kind_of_tokenizer_is_refused(tmp_path):
+    path = prompt.write_tiny_tokenizer(tmp_path) or next(tmp_path.glob("*.json"))
+    path.write_text(path.read_text().replace('"model"', '"unheard_of": 1, "model"', 1))
+    with pytest.raises(Refused, match="unheard_of: is no field known here"):
+        tokenizer_file.read(path)
 
 
 def test_too_small_a_vocabulary():

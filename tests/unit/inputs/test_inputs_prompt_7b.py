@@ -106,3 +106,15 @@ def test_answers_are_fractions_of_the_length() -> None:
     assert parse_ranges(text, pattern) == [(0.1, 0.25), (0.5, 1.0), (9.0, 10.0)]
     assert format_ranges(parse_ranges("0.1-0.25", pattern), 123.4) == "00:00:12-00:00:30"
     assert parse_ranges(text, dialect.of(VidiConfig.tiny()).ranges) == [(0.1, 0.25), (1.2, 0.3)]
+
+
+def test_tokens_that_were_added_count_among_those_that_the_checkpoint_must_embed(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    told = json.loads(path.read_text())
+    size = len(told["model"]["vocab"])
+    added = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    told["added_tokens"].append({"id": size, "content": "<added>", **added})
+    path.write_text(json.dumps(told))
+    config = VidiConfig.from_official(sizes_7b.TINY | {"vocab_size": size})
+    with pytest.raises(PromptError, match=f"{size + 1} tokens, but the checkpoint embeds {size}"):
+        prompt_7b.load(folder, config)

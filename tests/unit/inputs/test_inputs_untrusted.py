@@ -442,3 +442,14 @@ def test_streams_that_appear_midway_end_no_reading():
     packet, source = SimpleNamespace(size=1), container._Source(SimpleNamespace(name="x", tell=None), Path("a.ts"), 9)
     appearing = SimpleNamespace(demux=demux, file=SimpleNamespace(file=source))
     assert list(container.packets(appearing)) == [packet, packet]
+
+
+@pytest.mark.parametrize("version", [b"", bytes(4)], ids=["as in mov", "as in mp4"])
+def test_boxes_inside_meta_are_seen_with_and_without_its_version(version: bytes) -> None:
+    def box(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + len(content), kind) + content
+
+    lie = box(b"stsz", struct.pack(">III", 0, 0, 1_000_000))
+    data = box(b"meta", version + box(b"hdlr", bytes(8) + b"vide") + lie)
+    said = boxes.promises_too_much(io.BytesIO(data), len(data))
+    assert said == f"1,000,000 samples or more in a file of {len(data)} bytes"
