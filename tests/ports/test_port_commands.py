@@ -73,7 +73,7 @@ def test_two_bugs_are_both_named_and_the_rest_inherits(
     assert run(port, "--json", str(data), "--html", str(page), "--capsule", str(capsule)) == 1
     out = capsys.readouterr().out.splitlines()
     assert (
-        "WRONG: vision.norm{g} (vision.norm of official/single): 3.7e2× its budget, its own error (inputs equal)."
+        "WRONG: vision.norm{g} (vision.norm of official/single): 1.8e3× its budget, its own error (inputs equal)."
         in "".join(out[:2])
     )
     found = json.loads(data.read_text())
