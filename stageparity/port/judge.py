@@ -7,6 +7,7 @@ of what each hooked call was given, and they are held against the goldens that s
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -42,7 +43,10 @@ def judge(
     *,
     globs: str | None = None,
 ) -> CaseRun:
-    """One case of a candidate. inputs: stage id -> ids of what feeds it. What the dump lacks is NOT RUN, by name."""
+    """One case of a candidate. inputs: stage id -> ids of what feeds it. What the dump lacks is NOT RUN, by name.
+
+    A verdict does not depend on ``globs``: stages that are not asked for are judged where whose error it is hangs on them.
+    """
     variant, gate = reference_of(case, candidate.dtype)
     targets = case.variant(variant)
     wanted = ids(targets, stages, globs)
@@ -64,7 +68,14 @@ def judge(
     ]
     notes += [f"{name} is no stage of this case" for name in candidate.about.get("unknown", [])]
     notes += [f"STAGES: {name} is no stage of this case" for name in candidate.about.get("unused", [])]
-    return replace(result, rows=tuple(_settled(rows, inputs)), not_run=tuple(not_run), notes=tuple(notes))
+    asked = {row.stage for row in rows}
+    beside = [stage for stage in ids(targets, stages, None) if stage in candidate.chained and stage not in asked]
+    for stage in beside:
+        if any(stage in inputs(name) for name in asked) or any(name in asked for name in inputs(stage)):
+            with contextlib.suppress(tolerance.NoBudget):
+                rows.append(held.row(stage))
+    settled = (row for row in _settled(rows, inputs) if row.stage in asked)
+    return replace(result, rows=tuple(settled), not_run=tuple(not_run), notes=tuple(notes))
 
 
 @dataclass

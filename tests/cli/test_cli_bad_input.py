@@ -92,6 +92,7 @@ def test_no_output_takes_the_place_of_an_input_or_of_another_output(tmp_path: Pa
         ["port", "run", "ADAPTER", "--case", "official/single", "--out"],
         ["port", "run", "ADAPTER", "--case", "official/single", "--capsule"],
         ["port", "init", "official/single"],
+        ["synth"],
     ],
     ids=lambda words: f"{words[0]}-{words[-1]}",
 )
@@ -101,8 +102,10 @@ def test_a_wrong_folder_ends_a_command_at_its_start(words: list[str], tmp_path: 
     (tmp_path / "file").write_text("mine")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "nowhere").symlink_to("absent")
+    given = [str(adapter) if word == "ADAPTER" else word for word in words]
+    assert main([*given, "-"]) == 2
+    assert "- is no folder; choose another name" in capsys.readouterr().err
     for place in ("file", "pipe", "nowhere", "file/below", "pipe/far/below"):
-        given = [str(adapter) if word == "ADAPTER" else word for word in words]
         assert main([*given, str(tmp_path / place)]) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,29 @@ def test_a_wrong_tensor_is_named_and_the_rest_is_not_told_apart(dump: Path) -> N
     assert found.run.exit_code == 1
     assert guilty is not None
     assert guilty[1].stage == "layer.1.t2v"
+
+
+def test_the_rerun_of_a_chained_dump_says_whose_error_as_the_whole_run_did(
+    dump: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its line asks for one stage, and whose error that is hangs on what feeds it and on what reads it."""
+    rewrite(dump, lambda tensors: tensors.update({"vision.norm": tensors["vision.norm"] * 1.01}))
+    assert cli.main(["parity", "--candidate", str(dump), "--quiet"]) == 1
+    wrong, _, again = capsys.readouterr().out.splitlines()[-3:]
+    assert "its own error: in this run what feeds it is equal" in wrong
+    assert cli.main(shlex.split(again)[2:]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[-3] == wrong
+    assert "1 stages of 1 cases" in out
+
+
+def test_a_dtype_that_the_dump_is_not_in_is_refused(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["parity", "--candidate", str(dump), "--quiet", "--dtype"]
+    assert cli.main([*words, "bf16"]) == 2
+    out, err = capsys.readouterr()
+    said = f"vidi parity: {dump}: its tensors were computed in float32, --dtype says bfloat16; leave it out\n"
+    assert (out, err) == ("", said)
+    assert cli.main([*words, "float32"]) == 0
 
 
 def test_another_layout_is_tracing_and_the_mapping_mends_it(dump: Path, case: Case) -> None:

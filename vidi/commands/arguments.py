@@ -15,6 +15,7 @@ __all__ = [
     "Once",
     "add_checkpoint",
     "add_dtype",
+    "check_path",
     "checkpoint",
     "dtype",
     "memory",
@@ -89,6 +90,12 @@ def unread(args: argparse.Namespace, where: str, /, **defaults: object) -> None:
     for name, default in defaults.items():
         if getattr(args, name) != default:
             raise ValueError(f"--{name} means nothing {where}; leave it out")
+
+
+def check_path(path: str, backend: str | None) -> None:
+    """Raises ValueError for a backend of attention that the fast path would not read. backend: None where none is named."""
+    if path == "fast" and backend is not None:
+        raise ValueError(f"--backend {backend}: the fast path has kernels of its own; use --path plain")
 
 
 _UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}

@@ -94,9 +94,10 @@ def judged(
     globs: str | None = None,
     only: Sequence[str] = (),
     budget: str | None = None,
+    dtype: str | None = None,
 ) -> Judged:
-    """Dump folders, each of one case. only: globs of cases that count; budget: a file of declared budgets. Raises Unusable,
-    GoldenError, ValueError for a budget that cannot be used."""
+    """Dump folders, each of one case. only: globs of cases that count; budget: a file of declared budgets; dtype: what they
+    must be in (default: what they say). Raises Unusable, GoldenError, ValueError for a budget that cannot be used."""
     stages = port.load_table().stages
     tolerances: Any = tolerance.load(goldens if (goldens / "tolerances.toml").exists() else goldens_dir(), stages)
     tolerances = declared.load(Path(budget), tolerances) if budget else tolerances
@@ -116,6 +117,10 @@ def judged(
             raise Unusable(f"{folder}: {name} is judged twice, also from {candidates[name].folder}: keep one")
         if said["dtype"] not in arguments.DTYPES:
             raise Unusable(f"{folder}: dtype {said['dtype']!r}; choose {', '.join(arguments.DTYPES)}")
+        if dtype is not None and said["dtype"] != dtype:
+            raise Unusable(
+                f"{folder}: its tensors were computed in {said['dtype']}, --dtype says {dtype}; leave it out"
+            )
         dtypes[said["dtype"]] = folder
         targets = case.variant(reference_of(case, said["dtype"])[0])
         found = candidate.read(folder, case.identity, {stage: _shape(g) for stage, g in targets.items()}, stages)
@@ -138,11 +143,11 @@ def _shape(golden: Any) -> tuple[int, ...]:
 
 
 def tell(
-    found: Judged, args: Any, command: tuple[str, ...], options: tuple[str, ...], goldens: Path, *, failed: Sequence[str] = (),
+    found: Judged, args: Any, command: tuple[str, ...], options: tuple[str, ...], goldens: Path, *, failed: Sequence[Any] = (),
     lines: Sequence[str] = (),
 ) -> int:  # fmt: skip
-    """Report in terminal, JSON and page; the exit status. failed: on cases that the port could not run. lines: more on what is
-    wrong first."""
+    """Report in terminal, JSON and page; the exit status. failed: of cases that the port could not run, text and status.
+    lines: more on what is wrong first."""
     from stageparity.report import console as consoles
     from stageparity.report import terminal
 
@@ -171,9 +176,10 @@ def tell(
     if args.capsule and (guilty := found.first()):
         _encapsulate(Path(args.capsule), found, *guilty, table.weights)
         terminal.say(console, f"capsule: {args.capsule}: python check.py there needs NumPy alone")
-    for line in failed:
-        terminal.say(console, f"FAILED {line}", "red")
-    status = 1 if failed else found.run.exit_code
+    for one in failed:
+        terminal.say(console, f"FAILED {one.text}", "red")
+    # What differs outweighs what could not be judged.
+    status = min((s for s in (found.run.exit_code, *(one.status for one in failed)) if s), default=0)
     if status == 0 and args.require and (lacks := found.coverage.lacks(args.require)):
         terminal.say(console, f"NOT ENOUGH SEEN: {lacks}", "red")
         status = LACKING

@@ -35,6 +35,8 @@ def check(*names: str | Path | None) -> None:
 def check_folder(name: str | Path | None) -> None:
     """Raises ValueError for a path that cannot become a folder: something else is there, or above it."""
     if name is not None:
+        if str(name) == "-":
+            raise ValueError("- is no folder; choose another name")
         there = next(path for path in (Path(name).absolute(), *Path(name).absolute().parents) if os.path.lexists(path))
         if not there.is_dir():
             raise ValueError(one_line(f"{name}: {there} is no folder; choose another place"))

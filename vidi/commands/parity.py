@@ -21,7 +21,7 @@ NOTHING = 3
 MODEL = {"require": None, "budget": None, "capsule": None}
 CANDIDATE: dict[str, Any] = {
     "model": None,
-    "backend": "eager",
+    "backend": None,
     "device": "cpu",
     "path": "plain",
     "size": "tiny",
@@ -32,7 +32,8 @@ FULL: dict[str, Any] = {
     "case": [],
     "model": None,
     "stage": None,
-    "backend": "eager",
+    "backend": None,
+    "dtype": None,
     "path": "plain",
     "dump": None,
     "html": None,
@@ -53,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="only stages that match, such as 'layer.*.t2v,logits'; may be repeated",
     )
-    parser.add_argument("--backend", default="eager", help="attention of the decoder: eager, sdpa, flash, flex")
-    arguments.add_dtype(parser, "float32")
+    parser.add_argument("--backend", help="attention of the plain path: eager (default), sdpa, flash, flex")
+    names = ", ".join(arguments.DTYPES)
+    arguments.add_dtype(parser, None, help=f"{names}; bf16 and fp16 for short (default: float32, or the candidate's)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     parser.add_argument("--path", choices=("plain", "fast"), default="plain", help="the readable path, or vidi.fast")
     parser.add_argument(
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if args.size == "full":
         arguments.unread(args, "with --size full", **FULL)
     arguments.unread(args, "without --candidate", **MODEL)
+    arguments.check_path(args.path, args.backend)
     from rich.console import Console
     from rich.markup import escape
 
@@ -106,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     if args.size == "full":
         return _full(args, console)
     device.check(args.device)
+    backend, dtype = args.backend or "eager", args.dtype or "float32"
     goldens = goldens_dir(args.goldens)
     outputs.apart(goldens, None if to_stdout else args.json, args.html, args.dump)
     refs = of_model(cases.select(goldens, args.case), args.model)
@@ -116,9 +120,9 @@ def run(args: argparse.Namespace) -> int:
         cases.check_stages(args.stage, refs, STAGES, "--stage")
     files = _files([f"{ref.set}/{ref.name}" for ref in refs])
     dump = Dump(Path(args.dump), list(files.values())) if args.dump else None
-    subject = VidiSubject(args.dtype, device=args.device, backend=args.backend, fast=args.path == "fast")
+    subject = VidiSubject(dtype, device=args.device, backend=backend, fast=args.path == "fast")
     explained: dict[str, Any] = {}
-    context = _context(args, judged_by, explained)
+    context = _context(args, dtype, judged_by, explained)
     waiting = [f"{ref.set}/{ref.name}" for ref in reversed(refs)]
     with _named(waiting), status.status(f"{len(refs)} cases") as line:
 
@@ -129,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
                 dump.write(files[case.name], tensors)
             if case.first_divergence is not None:
                 ref = next(ref for ref in refs if (ref.set, ref.name) == (case.set, case.case))
-                explained[case.name] = _explained(ref, tensors, judged_by, tolerances, args.dtype)
+                explained[case.name] = _explained(ref, tensors, judged_by, tolerances, dtype)
 
         found = runs.run(subject, refs, tolerances, globs=args.stage, alone=not args.chained, on_case=on_case)
     if said := _circumstances(subject, found, refs):
@@ -168,7 +172,7 @@ def _candidate(args: argparse.Namespace) -> int:
         outputs.apart(read, *written, args.capsule)
     candidate.check(args)
     dumps = folders(Path(args.candidate))
-    found = candidate.judged(dumps, goldens, globs=args.stage, only=args.case, budget=args.budget)
+    found = candidate.judged(dumps, goldens, globs=args.stage, only=args.case, budget=args.budget, dtype=args.dtype)
     given = (("--goldens", args.goldens), ("--budget", args.budget))
     options = tuple(word for name, value in given if value for word in (name, value))
     return candidate.tell(found, args, ("vidi", "parity", "--candidate", args.candidate), options, goldens)
@@ -215,17 +219,18 @@ def _sketches(goldens: Path) -> Any:
     return Sketches.load(goldens)
 
 
-def _context(args: argparse.Namespace, judged_by: Path, explained: Mapping[str, Any]) -> Any:
+def _context(args: argparse.Namespace, dtype: str, judged_by: Path, explained: Mapping[str, Any]) -> Any:
     """What the report says beside figures; a rerun of one stage needs these options beside case, stage and dtype."""
     from stageparity.report.verdict import Context, References
     from vidi.parity.faults import FAULTS
     from vidi.parity.stages import SECTIONS, STAGES
 
-    given = [("--backend", args.backend), ("--goldens", args.goldens)]
+    backend = None if args.path == "fast" else args.backend or "eager"
+    given = [("--backend", backend), ("--goldens", args.goldens)]
     given += [("--device", args.device if args.device != "cpu" else None)]
     given += [("--path", args.path if args.path != "plain" else None)]
     options = tuple(word for name, value in given if value for word in (name, value))
-    references = References.load(judged_by / "measured", args.dtype, STAGES)
+    references = References.load(judged_by / "measured", dtype, STAGES)
     return Context(STAGES, SECTIONS, FAULTS, references, ("vidi", "parity"), options, explained=explained)
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,14 @@ PLAIN = {
     "ONEDNN_DEFAULT_FPMATH_MODE": "STRICT",
     "TORCHDYNAMO_DISABLE": "1",
 }
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What ended a port. status: 1 of a model that ends by itself, 2 where `build` gave none, which is no verdict on one."""
+
+    text: str
+    status: int = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +106,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 equal, 1 the model differs, 2 it is traced in another way, 3 nothing compared, 4 less seen than required."""
+    """Returns 0 equal, 1 the model differs or ends by itself, 2 it cannot be built or is traced in another way, 3 nothing
+    compared, 4 less seen than required."""
     return {"init": _init, "run": _trace, "explain": _explain}[args.verb](args)
 
 
@@ -183,7 +193,8 @@ def _trace(args: argparse.Namespace) -> int:
     refs, stages = cases.select(goldens, globs), port.load_table().stages
     out = Path(args.out) if args.out else adapter.parent / "trace"
     _copy_tracer(adapter.parent)
-    done, failed = [], []
+    done: list[Path] = []
+    failed: list[Failed] = []
     with consoles.console(stderr=True).status(f"{len(refs)} cases") as line:
         for n, ref in enumerate(refs):
             name = f"{ref.set}/{ref.name}"
@@ -191,11 +202,11 @@ def _trace(args: argparse.Namespace) -> int:
             folder = out / f"{ref.set}-{ref.name}"
             port.export(store.open_case(ref.folder, ref.name), folder / "case", args.dtype, stages)
             said = _run_port(args, adapter, folder)
-            done.append(folder) if said is None else failed.append(f"{name}: {said}")
+            done.append(folder) if said is None else failed.append(Failed(f"{name}: {said.text}", said.status))
     if not done:
-        for text in failed:
-            print(strict.printable(f"FAILED {text}"), file=sys.stderr)
-        return 1
+        for one in failed:
+            print(strict.printable(f"FAILED {one.text}"), file=sys.stderr)
+        return min(one.status for one in failed)
     found = candidate.judged(done, goldens, globs=args.stage, budget=args.budget)
     lines = [] if args.no_environment else _circumstances(args, adapter, found)
     command = ("vidi", "port", "run", args.adapter)
@@ -228,12 +239,12 @@ def _circumstances(args: argparse.Namespace, adapter: Path, found: Any) -> list[
     for name, more in (("float64", {}), ("one thread", ONE_THREAD), ("plain", PLAIN)):
         folder = found.candidates[run.name].folder / f"again-{name.replace(' ', '-')}"
         port.export(case, folder / "case", "float64" if name == "float64" else args.dtype, stages, judged_in=args.dtype)
-        try:
-            said = _run_port(args, adapter, folder, more)
-        except ValueError as error:
-            said = str(error)
         ratios[name] = None
-        if said is None:
+        try:
+            ended = _run_port(args, adapter, folder, more)
+        except ValueError:  # of the adapter
+            continue
+        if ended is None:
             array = load(strict.read_bytes(folder / f"{kind}.safetensors", limit=MAX_BYTES)).get(row.stage)
             ratios[name] = compare(row.stage, array, golden, row.failed.rule, stages.axes(row.stage)).ratio
     return [environment.sentence(row.failed.ratio, ratios)]
@@ -257,7 +268,7 @@ def _copy_tracer(folder: Path) -> None:
         atomic.write_text(place, text)
 
 
-def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mapping[str, str] = {}) -> str | None:
+def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mapping[str, str] = {}) -> Failed | None:
     """Trace one case; None, or what ended the port. more: environment variables. Raises ValueError where the
     adapter is at fault."""
     import os
@@ -274,7 +285,7 @@ def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mappi
         try:
             status = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=args.timeout).returncode
         except subprocess.TimeoutExpired:
-            return f"the port did not end within {args.timeout} seconds (--timeout)"
+            return Failed(f"the port did not end within {args.timeout} seconds (--timeout)")
         except OSError as error:
             raise ValueError(f"{args.python}: {error.strerror}; --python names the port's interpreter") from None
         log.seek(max(0, log.tell() - LOG_BYTES))
@@ -288,7 +299,9 @@ def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mappi
         said = {}
     if not isinstance(said.get("failed"), dict):
         ended = f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"
-        return strict.one_line(f"the port's interpreter {ended}: {' '.join(said_last.strip().splitlines()[-1:])}")
+        text = f"the port's interpreter {ended}: {' '.join(said_last.strip().splitlines()[-1:])}"
+        return Failed(strict.one_line(text))
     if said["failed"].get("adapter"):
         raise ValueError(strict.one_line(f"{adapter}: {said['failed']['step']}: {said['failed']['error']}"))
-    return strict.one_line(f"{port.failure(said)} ({folder / 'trace.json'} holds the traceback)")
+    text = strict.one_line(f"{port.failure(said)} ({folder / 'trace.json'} holds the traceback)")
+    return Failed(text, 2 if said["failed"].get("step") == "build" else 1)

@@ -80,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
     fast = args.path == "fast" or (args.path == "auto" and worth_it)
     if fast and refused:
         raise ValueError(f"--path fast: {refused}")
-    if fast and args.backend is not None:
-        raise ValueError(f"--backend {args.backend}: the fast path has kernels of its own; use --path plain")
+    arguments.check_path("fast" if fast else "plain", args.backend)
     backend = dispatch.check(args.backend or "eager")
     decoder = config.decoder
     limits.check(backend, dtype=dtype, device=where, head_dim=decoder.head_dim, softcap=decoder.attn_softcap)

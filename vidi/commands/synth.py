@@ -25,8 +25,10 @@ def run(args: argparse.Namespace) -> int:
 
     from vidi import sizes_7b
     from vidi.checkpoint import progress, synthetic
+    from vidi.commands import outputs
     from vidi.config import VidiConfig
 
+    outputs.check_folder(args.out)
     if args.model == "7b":
         config = sizes_7b.config(args.size)
     else:
