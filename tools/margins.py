@@ -15,7 +15,7 @@ from stageparity import atomic, store
 from stageparity.golden import Whole
 from stageparity.store import Case
 from stageparity.tolerance import MARGINS
-from vidi.cli import guarded
+from vidi import cli
 from vidi.parity import feed
 from vidi.parity.goldens import goldens_dir, inputs_of
 
@@ -60,9 +60,10 @@ def _near(below_U: np.ndarray, own: int) -> dict[int, float]:
 
 def run(argv: list[str]) -> int:
     """Write the file."""
+    cli.parser(description=__doc__).parse_args(argv)
     atomic.write_text(goldens_dir() / MARGINS, text())
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run))
+    sys.exit(cli.guarded(run))

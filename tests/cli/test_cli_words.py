@@ -260,7 +260,7 @@ def test_a_hostile_case_is_shown_and_obeyed_by_nobody(tmp_path: Path, capsys: py
         (["budget", "logits", "--dtype", "float64", "--goldens", str(goldens), "--case", case], 0),
         (["parity", "--stage", "pos.freq", "--goldens", str(goldens)], 0),
         (["port", "init", case, str(out), "--goldens", str(goldens)], 0),
-        (["port", "run", str(out / "adapter.py"), "--case", case, "--goldens", str(goldens)], 1),
+        (["port", "run", str(out / "adapter.py"), "--case", case, "--goldens", str(goldens)], 2),
     ):
         assert main(words) == status, (words, capsys.readouterr().err)
         said = capsys.readouterr()

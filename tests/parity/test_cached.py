@@ -44,6 +44,10 @@ def _wide_root(self: Decoder, x: torch.Tensor) -> torch.Tensor:
     return (x.float() * math.sqrt(self.config.hidden_size)).to(x.dtype)
 
 
+def _wide_head(self: Decoder, x: torch.Tensor, *given: Any) -> torch.Tensor:
+    return self.finished(x.float() @ self.embed.weight.float().T).to(x.dtype)
+
+
 def _rows_in_bfloat16(original: Callable[..., Any]) -> Callable[..., Any]:
     def text_rows(self: Decoder, pos_BT: torch.Tensor, rows: Any, *given: Any) -> Any:
         made = original(self, pos_BT, rows, *given)
@@ -65,6 +69,7 @@ BUGS = {
         GemmaNorm, "forward", _in_steps(GemmaNorm.forward, _narrow_norm), "layer.0.t2t.cached",
     ),
     "sqrt(D) not rounded": (Decoder, "scaled", _in_steps(Decoder.scaled, _wide_root), "layer.0.input.cached"),
+    "a head in float32": (Decoder, "logits", _in_steps(Decoder.logits, _wide_head), "logits.cached"),
     "cosines from rounded sines": (Decoder, "text_rows", _rows_in_bfloat16(Decoder.text_rows), "layer.0.t2t.cached"),
 }  # fmt: skip
 
