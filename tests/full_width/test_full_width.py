@@ -57,6 +57,13 @@ NEAR = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _plain_convolutions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whisper's in float32 without oneDNN, which on some processors errs there 4 times as much as torch's own code does."""
+    if "[audio" in request.node.name and "float32" in request.node.name:
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+
+
 def far(stage: str, found: Tensor, naive: np.ndarray, wanted: np.ndarray) -> str | None:
     """What the second rule says against a stage in bfloat16."""
     most = next(most for globs, most in NEAR if any(fnmatch.fnmatchcase(stage, glob) for glob in globs.split(",")))
