@@ -82,7 +82,12 @@ def judged(part: str, dtype: str, found: Mapping[str, Tensor], *, near: bool = T
             same = np.array_equal(found[stage].numpy(), wanted[stage])
             verdicts[stage] = None if same else f"{stage}: differs, and is exact"
             continue
-        result = judge(found[stage], wanted[stage], [naive[stage]], candidate.DTYPES[dtype], stage, fed=True)
+        ways = (
+            [naive[stage], truth.in_turn(part)[stage]]
+            if stage == "audio.pool" and dtype == "float32"
+            else [naive[stage]]
+        )
+        result = judge(found[stage], wanted[stage], ways, candidate.DTYPES[dtype], stage, fed=True)
         verdicts[stage] = None if result.ok else result.text()
         if result.ok and near and dtype == "bfloat16" and part != "window":
             verdicts[stage] = far(stage, found[stage], naive[stage], wanted[stage])

@@ -23,7 +23,7 @@ from goldens.oracle.pointwise import gelu_erf, layer_norm
 from tests import released
 from tests.full_width import weights
 
-__all__ = ["PARTS", "SEED", "fed", "forget", "held", "naive", "truth"]
+__all__ = ["PARTS", "SEED", "fed", "forget", "held", "in_turn", "naive", "truth"]
 
 SEED = 3
 CONFIG = released.config(vision_layers=2, audio_layers=1, num_hidden_layers=2, vocab_size=weights.VOCABULARY)
@@ -52,7 +52,7 @@ def held(part: str) -> Mapping[str, np.ndarray]:
 
 def forget() -> None:
     """Gives the memory back: some gigabytes."""
-    for kept in (_made, held, fed, truth, naive):
+    for kept in (_made, held, fed, truth, naive, in_turn):
         kept.cache_clear()
 
 
@@ -193,6 +193,22 @@ def _run(part: str, ar: Arithmetic) -> Run:
 def truth(part: str) -> Run:
     """Every stage of a part in float64."""
     return _run(part, Arithmetic())
+
+
+class _InTurn(Arithmetic):
+    """Products summed term by term, as torch's convolutions do on some processors."""
+
+    def contract(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        total = np.zeros((*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1]), a.dtype)
+        for k in range(a.shape[-1]):
+            total += a[..., :, k, None] * b[..., k, None, :]
+        return total
+
+
+@cache
+def in_turn(part: str) -> Run:
+    """A float32 run whose products are summed term by term."""
+    return _run(part, _InTurn("cast", "fp32", 4))
 
 
 @cache
