@@ -5,8 +5,8 @@
 
 The first four are its *basis*: a result is stale where one of them is not what it was. code: the files that it ran, found by
 following imports; comments, docstrings and layout do not count, for they change no number. goldens: all that a case is made
-of. budgets: the tolerances, and a case's baselines. plan: what was asked for, such as the settings of its runs. The others
-are for the reader.
+of. budgets: the tolerances, and a case's baselines and margins. plan: what was asked for, such as the settings of its runs.
+The others are for the reader.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 from stageparity import atomic, strict
 from stageparity.manifest import parse
 from stageparity.store import CaseRef
-from stageparity.tolerance import BASELINES, read_baselines
+from stageparity.tolerance import BASELINES, MARGINS, read_baselines, read_margins
 
 __all__ = [
     "ASIDE", "Basis", "budgets", "code", "code_of", "commit", "digest", "goldens", "measured_on", "read", "render", "stale",
@@ -191,12 +191,14 @@ def _golden(path: Path, age: int) -> str:
 
 
 def budgets(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Hashes of a golden folder's tolerances, their reasons left out, and of the baselines of cases (SET/CASE)."""
+    """Hashes of a golden folder's tolerances, their reasons left out, and of cases' (SET/CASE) baselines and margins."""
     tables = strict.read_toml(folder / "tolerances.toml")
     found = {"tolerances": digest(json.dumps(_without_why(tables), sort_keys=True))}
     path = folder / BASELINES
     stored = _baselines(path, _age(path)) if path.exists() else {}
-    return found | {f"baselines of {name}": stored.get(name, "none") for name in names}
+    found |= {f"baselines of {name}": stored.get(name, "none") for name in names}
+    margins = read_margins(folder / MARGINS)
+    return found | {f"margins of {name}": digest(repr(margins[name])) for name in names if name in margins}
 
 
 @cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import stat
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -202,6 +201,8 @@ def parse_toml(
     """TOML in UTF-8; refused as by `parse_json`, and a line of more than 10,000 bytes: dotted keys cost their square."""
     if any(len(line) > _LONGEST_TOML_LINE for line in data.split(b"\n")):
         raise Refused(f"a line of more than {_LONGEST_TOML_LINE:,} bytes", file=file)
+    import tomllib  # not at once: the pytest plugin is loaded where nobody asked for it
+
     try:
         value = tomllib.loads(data.decode("utf-8"), parse_float=_float)
     except RecursionError:

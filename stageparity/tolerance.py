@@ -28,6 +28,7 @@ __all__ = [
     "gate_name",
     "load",
     "read_baselines",
+    "read_margins",
 ]
 
 BASELINES = Path("measured") / "baselines.json"  # in a golden folder

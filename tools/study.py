@@ -42,7 +42,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common = cli.parser(add_help=False)
     common.add_argument(
         "--goldens", type=Path, default=ROOT / "goldens", help="golden folder (default: the repository's)"
     )

@@ -18,10 +18,28 @@ _COMPARED = 100  # of a word: difflib takes time by the square
 _LONG = re.compile(r"(\S{60})\S{20,}")  # a word of 5,000 digits is cut, not what follows it
 
 
+class _Once(argparse.Action):
+    """What argparse calls store, which keeps the last value and forgets the others in silence."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.option_strings and self.dest in parser.given:
+            raise argparse.ArgumentError(self, "is given twice, and one of them would be forgotten")
+        parser.given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
 class Parser(argparse.ArgumentParser):
-    """Beside argparse's own: words may follow options, none may be empty, and the command whose option is unknown says so."""
+    """Beside argparse's own: words may follow options, none may be empty, an option of one value is given once, and the command
+    whose option is unknown says so."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.given: set[str] = set()  # options of the command line that is being read
+        for name in ("store", None):
+            self.register("action", name, _Once)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        self.given.clear()
         words = sys.argv[1:] if args is None else list(args)
         found, rest = super().parse_known_args(words, namespace)
         if rest and not self._taken(found, rest):

@@ -61,7 +61,7 @@ def test_a_budget_that_judges_nothing_is_named(tmp_path: Path, capsys: pytest.Ca
     (goldens / "tolerances.toml").write_text(text[:first] + wide + text[first:], "utf-8")
     assert main(["budget", "--goldens", str(goldens), "--dtype", "float32"]) == 1
     said = capsys.readouterr().out
-    assert "judged by nothing else: small/oneframe layer.1.t2v\n" in said
+    assert "judged by nothing else: small/oneframe layer.1.t2v, small/oneframe layer.1.t2v.cached\n" in said
     assert main(["budget", "logits", "--goldens", str(goldens), "--dtype", "float32"]) == 0
 
 

@@ -161,6 +161,8 @@ def test_a_tool_says_it_alike(capsys: pytest.CaptureFixture[str]) -> None:
         ("parity --json a --json b", "is given twice"),
         ("port run x --html a --html b", "is given twice"),
         ("budget --json a --json b", "is given twice"),
+        ("budget --dtype float32 --dtype float16", "argument --dtype: is given twice"),
+        ("retrieve v.mp4 q --checkpoint a --checkpoint b", "argument --checkpoint: is given twice"),
         ("faults --list --json x", "--json means nothing with --list"),
         ("faults --list --dtype bf16", "--dtype means nothing with --list"),
     ],

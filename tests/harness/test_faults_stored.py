@@ -32,10 +32,6 @@ WITHOUT = {
     "layer.{i}.input": "the output of the layer before; nothing computes it",
     "{n}.nocache.logits": "whole passes over a longer text, whose stages are judged one by one",
     "{n}.prompt_ids": "an input",
-    **dict.fromkeys(
-        ("layer.{i}.output.cached", "final.norm.cached", "lm_head.cached", "logits.cached"),
-        "the code of whole passes, where its faults are first reported; tests/parity/test_cached.py has one of steps alone",
-    ),
     "grad.{n}": "differentiated, not computed",
     "xattn.{i}.{m}.q_mask": "told from the text mask after the run; what attention received shows in out",
     "xattn.{i}.{m}.kv_mask": "told from the stream's mask after the run; what attention received shows in out",

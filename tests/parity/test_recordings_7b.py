@@ -92,13 +92,16 @@ def test_the_unsampled_rows_of_the_convolution_need_not_be_computed(imported: Pa
 
 def test_float16_errs_no_more_than_the_release(imported: Path, record_property) -> None:
     """Against float64, stage by stage, at most 1.5 times the release's own error (measured 0.93 to 1.05). The position
-    MLPs' outputs are equal bit for bit: their weights pass through float16 first, as in the release's loader."""
+    MLPs' outputs are the release's, or its neighbours where a processor adds a product in another order (of 1,792 values one
+    differs on one, none on another): their weights pass through float16 first, as in its loader. Without, half of them differ."""
     exact, low = (store.open_case(imported, f"single.{short}") for short in ("f64", "f16"))
     found, ratios = trace.capture(low, feed.load_model(low, torch.float16)), {}
     embeds = [stage for stage in low.targets if ".embed" in stage and stage != "text.embeds"]
     assert len(embeds) == 4
     for stage in embeds:
-        assert np.array_equal(found[stage].float().numpy(), low.targets[stage].array), stage
+        own, theirs = found[stage].numpy().astype(np.float16), low.targets[stage].array
+        assert np.mean(own != theirs) < 0.01, stage
+        assert np.all((own == theirs) | (np.nextafter(own, theirs) == theirs)), stage
     for stage, golden in low.targets.items():
         truth = exact.targets[stage].array.astype(np.float64)
         if stage != "pos.freq" and truth.dtype.kind == "f" and np.any(golden.array != truth):

@@ -12,7 +12,6 @@ from typing import Any
 __all__ = [
     "DTYPES",
     "Joined",
-    "Once",
     "add_checkpoint",
     "add_dtype",
     "check_path",
@@ -55,15 +54,6 @@ class Joined(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest)
         setattr(namespace, self.dest, values if before is None else f"{before},{values}")
-
-
-class Once(argparse.Action):
-    """An option that names an output: given again, it would be left out in silence."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if getattr(namespace, self.dest) is not None:
-            raise argparse.ArgumentError(self, "is given twice, and one output is written")
-        setattr(namespace, self.dest, values)
 
 
 def text(word: str) -> str:

@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="measure the way from this file to an answer instead of made-up frames",
     )
-    parser.add_argument(
-        "--json", action=arguments.Once, metavar="FILE", type=Path, help="write all figures to this file"
-    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write all figures to this file")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", metavar="GLOB", action="append", default=[], help="case, set or SET/CASE; repeatable")
     arguments.add_dtype(parser, "bfloat16")
     parser.add_argument("--goldens", metavar="DIR", help="golden folder (default: embedded)")
-    parser.add_argument("--json", action=arguments.Once, metavar="FILE", help="write the budgets as JSON")
+    parser.add_argument("--json", metavar="FILE", help="write the budgets as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

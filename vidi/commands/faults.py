@@ -20,7 +20,9 @@ SEEN = 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--fault", metavar="GLOB", help="only faults that match, such as 'masks.*,*window*'")
+    parser.add_argument(
+        "--fault", action=arguments.Joined, metavar="GLOB", help="only faults that match, such as 'masks.*,*window*'"
+    )
     parser.add_argument(
         "--model", choices=("9b", "7b"), help="only faults of Vidi 1.5 9B or of Vidi 7B (default: both)"
     )
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run every fault there, to see which are below its noise; those named in faults.json may be (default: each in"
         " its own dtype)",
     )
-    parser.add_argument("--json", action=arguments.Once, metavar="FILE", help="write the verdicts as JSON")
+    parser.add_argument("--json", metavar="FILE", help="write the verdicts as JSON")
 
 
 def run(args: argparse.Namespace) -> int:

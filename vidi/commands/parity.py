@@ -70,13 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_judged(parser)
     parser.add_argument("--chained", action="store_true", help="only from raw inputs on: no forced run, no stage alone")
-    parser.add_argument(
-        "--json", action=arguments.Once, metavar="FILE", help="write the whole result as JSON; - is standard output"
-    )
-    parser.add_argument("--html", action=arguments.Once, metavar="FILE", help="write a self-contained page")
-    parser.add_argument(
-        "--dump", action=arguments.Once, metavar="DIR", help="write this run's chained tensors to DIR/CASE.safetensors"
-    )
+    parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
+    parser.add_argument("--dump", metavar="DIR", help="write this run's chained tensors to DIR/CASE.safetensors")
     parser.add_argument("--quiet", action="store_true", help="no table, only what differs and the verdict")
 
 

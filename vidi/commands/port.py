@@ -51,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case", metavar="GLOB", action="append", default=[], help="golden cases (default: the adapter's)"
     )
     trace.add_argument("--stage", action=arguments.Joined, metavar="GLOB", help="judge only stages that match")
-    trace.add_argument(
-        "--out", action=arguments.Once, metavar="DIR", help="where dumps go (default: trace/ beside the adapter)"
-    )
+    trace.add_argument("--out", metavar="DIR", help="where dumps go (default: trace/ beside the adapter)")
     trace.add_argument(
         "--timeout", metavar="SECONDS", type=arguments.positive, default=600, help="of one case (default: 600)"
     )
@@ -65,9 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--case", metavar="GLOB", action="append", default=[], help="golden cases (default: all of the dump)"
     )
     why.add_argument("--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)")
-    why.add_argument(
-        "--json", action=arguments.Once, metavar="FILE", help="write the matches as JSON; - is standard output"
-    )
+    why.add_argument("--json", metavar="FILE", help="write the matches as JSON; - is standard output")
     for verb in (init, trace):
         verb.add_argument(
             "--goldens", metavar="DIR", help="folder of golden cases or sets (default: the embedded ones)"
@@ -91,17 +87,14 @@ def add_judged(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--capsule",
-        action=arguments.Once,
         metavar="DIR",
         help="of a candidate: its first wrong stage as files, with a check.py",
     )
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json", action=arguments.Once, metavar="FILE", help="write the whole result as JSON; - is standard output"
-    )
-    parser.add_argument("--html", action=arguments.Once, metavar="FILE", help="write a self-contained page")
+    parser.add_argument("--json", metavar="FILE", help="write the whole result as JSON; - is standard output")
+    parser.add_argument("--html", metavar="FILE", help="write a self-contained page")
     parser.add_argument("--quiet", action="store_true", help="no table, only what differs and the verdict")
 
 

@@ -176,6 +176,51 @@ def embedding_not_scaled_in_steps(original: Any) -> Any:
     return step
 
 
+@plant(STEP["output"], case="decode")
+def mlp_left_out_in_steps(original: Any) -> Any:
+    """Steps go through attention alone."""
+
+    def step(self: Any, ids: Any, cache: Any, **rest: Any) -> Any:
+        for layer in self.layers:
+            layer.feed_forward = lambda x: x
+        try:
+            return original(self, ids, cache, **rest)
+        finally:
+            for layer in self.layers:
+                del layer.feed_forward
+
+    return step
+
+
+@plant(STEP["norm"], case="decode")
+def final_norm_left_out_in_steps(original: Any) -> Any:
+    """The head reads what the last layer of a step gives."""
+
+    def step(self: Any, ids: Any, cache: Any, **rest: Any) -> Any:
+        self.norm.forward = lambda x: x
+        try:
+            return original(self, ids, cache, **rest)
+        finally:
+            del self.norm.forward
+
+    return step
+
+
+@plant(STEP["head"], case="decode")
+def head_off_by_one_in_steps(original: Any) -> Any:
+    """A step's logits stand one id further."""
+
+    def step(self: Any, ids: Any, cache: Any, **rest: Any) -> Any:
+        finished = self.finished
+        self.finished = lambda raw, *tap: finished(raw.roll(1, -1), *tap)
+        try:
+            return original(self, ids, cache, **rest)
+        finally:
+            del self.finished
+
+    return step
+
+
 @plant("vidi.decoder.layer.DecoderLayer.text_to_text[cached]", case="decode")
 def keys_cached_unrotated(original: Any) -> Any:
     """Keys of steps are cached before they are rotated."""

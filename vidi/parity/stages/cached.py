@@ -20,11 +20,11 @@ STEP = {
 }
 #: whose code it is beside that of a whole pass
 OWN = {
-    "layer.{i=0}.input": (decoder.step["input"],),
+    "layer.{i=0}.input": (decoder.step["input"], decoder.embed_tokens),
     "layer.{i}.t2t": (decoder.step["text"], decoder.text_rows, code("vidi.attention.rope"), code("vidi.cache")),
     "layer.{i}.t2{m}": (decoder.step["streams"],),
-    "layer.{i}.output": (decoder.step["streams"],),
-    "final.norm": (decoder.step["head"],),
+    "layer.{i}.output": (decoder.step["streams"], decoder.step["output"]),
+    "final.norm": (decoder.step["norm"],),
     "lm_head": (decoder.step["head"],),
     "logits": (decoder.step["head"],),
 }
