@@ -25,8 +25,8 @@ def test_a_whole_run_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         TEST.format("b", ERROR.format("nan")),
         TEST.format("c", "<skipped/>"),
     ]
-    out = tmp_path / "out.json"
-    assert gpu.main([junit(tmp_path / "x.xml", *tests), str(out)]) == 0
+    out, halves = tmp_path / "out.json", (junit(tmp_path / "x", *tests[:1]), junit(tmp_path / "y", *tests[1:]))
+    assert gpu.main([*halves, "--out", str(out)]) == 0
     stored = json.loads(out.read_text())
     held = {"passed": 2, "failed": [], "not_run": ["c"], "worst_error_over_budget": 0.25}
     assert stored["files"] == {"tests.gpu.test_fast": held}
@@ -37,8 +37,9 @@ def test_a_whole_run_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ("tests", "said"),
     [
         ([TEST.format("a", ""), TEST.format("b", "<failure/>")], "1 tests failed, the first is tests.gpu.test_fast::b"),
-        ([TEST.format("a", "")], "holds 1 tests and there are 2: only a run of all is stored"),
-        ([], "holds 0 tests and there are 2"),
+        ([TEST.format("a", "")], "1 tests ran and there are 2: all of them are needed"),
+        ([TEST.format("a", "")] * 2, "tests.gpu.test_fast::a ran twice"),
+        ([], "0 tests ran and there are 2"),
     ],
 )
 def test_what_is_not_whole_and_green_is_refused(
@@ -46,7 +47,7 @@ def test_what_is_not_whole_and_green_is_refused(
 ) -> None:
     monkeypatch.setattr(gpu, "num_tests", lambda: 2)
     out = tmp_path / "out.json"
-    assert gpu.main([junit(tmp_path / "x.xml", *tests), str(out)]) == 2
+    assert gpu.main([junit(tmp_path / "x.xml", *tests), "--out", str(out)]) == 2
     assert said in capsys.readouterr().err
     assert not out.exists()
 

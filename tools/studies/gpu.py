@@ -2,9 +2,9 @@
 
 Whoever writes one puts `measured_on(NAME)` into it, on the machine and in the checkout that it is measured in.
 
-    python -m tools.studies.gpu JUNIT [OUT]      the tests of a GPU run as OUT (default: where it is stored)
+    python -m tools.studies.gpu JUNIT... [--out OUT]      the tests of a GPU run as OUT (default: where it is stored)
 
-refuses a run in which a test failed, or that was not of all tests; exits 2 then.
+A run may be several sessions of pytest. Refused where a test failed, or ran twice, or not all did; exits 2 then.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RESULTS: Mapping[str, Result] = {
     "gpu_tests.json": Result(
         ("tests/gpu/*.py", *BACKENDS),
         "tox -e gpu && python -m tools.studies.gpu .tox/gpu/junit.xml",
-        ("official", "small"),
+        ("official", "official-7b", "small", "small-7b"),
     ),
     "kernels.json": Result(
         ("tests/benchmarks/*.py", *BACKENDS), f"pytest -m bench --benchmark-json {PLACE}/kernels.json tests/benchmarks"
@@ -108,14 +108,14 @@ def stale(folder: Path = FOLDER) -> dict[str, list[str]]:
 # ---- the tests' own result ------------------------------------------------------------------------------------------------
 
 
-def tests_of(junit: Path) -> dict[str, dict[str, Any]]:
+def tests_of(junits: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """Test file -> what passed, failed and was not run, the last two by name, and the worst error over its budget."""
     found: dict[str, dict[str, Any]] = {}
-    try:
-        root = ElementTree.fromstring(strict.read_bytes(junit, limit=evidence.MAX_BYTES))
-    except ElementTree.ParseError as error:
-        raise GoldenError(f"{junit}: damaged XML ({error})") from None
-    for test in root.iter("testcase"):
+    seen: set[tuple[str, str]] = set()
+    for test in (test for junit in junits for test in _read(junit).iter("testcase")):
+        if (key := (test.get("classname", "?"), test.get("name", "?"))) in seen:
+            raise GoldenError(f"{'::'.join(key)} ran twice")
+        seen.add(key)
         file = found.setdefault(test.get("classname", "?"), {"passed": 0, "failed": [], "not_run": []})
         kinds, name = {child.tag for child in test}, test.get("name", "?")
         if kinds & {"failure", "error"}:
@@ -128,6 +128,13 @@ def tests_of(junit: Path) -> dict[str, dict[str, Any]]:
             if "over budget" in entry.get("name", "") and math.isfinite(value := float(entry.get("value", "nan"))):
                 file["worst_error_over_budget"] = max(value, file.get("worst_error_over_budget", 0.0))
     return dict(sorted(found.items()))
+
+
+def _read(junit: Path) -> ElementTree.Element:
+    try:
+        return ElementTree.fromstring(strict.read_bytes(junit, limit=evidence.MAX_BYTES))
+    except ElementTree.ParseError as error:
+        raise GoldenError(f"{junit}: damaged XML ({error})") from None
 
 
 def num_tests() -> int:
@@ -144,15 +151,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> None:
     parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("junit", type=Path, help="what pytest --junitxml wrote")
-    parser.add_argument("out", type=Path, nargs="?", default=FOLDER / "gpu_tests.json")
+    parser.add_argument("junit", type=Path, nargs="+", help="what pytest --junitxml wrote")
+    parser.add_argument("--out", type=Path, default=FOLDER / "gpu_tests.json")
     args = parser.parse_args(arguments)
     files = tests_of(args.junit)
     if failed := [f"{file}::{name}" for file, tests in files.items() for name in tests["failed"]]:
         raise GoldenError(f"{len(failed)} tests failed, the first is {failed[0]}")
     ran = sum(tests["passed"] + len(tests["not_run"]) for tests in files.values())
     if ran != (wanted := num_tests()):
-        raise GoldenError(f"{args.junit} holds {ran} tests and there are {wanted}: only a run of all is stored")
+        raise GoldenError(f"{ran} tests ran and there are {wanted}: all of them are needed")
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
