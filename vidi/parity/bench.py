@@ -140,7 +140,7 @@ class Bench:
             found = self.stages.find(stage_id)
             return self.golden(stage_id) if found and found[0].template in judged and self.holds(stage_id) else None
 
-        keep_BT = self.golden("text.mask")
+        ids_BT, keep_BT = ids_BT.to(self.model.device), self.golden("text.mask")
         return stepped.run(self.model.decoder, ids_BT, keep_BT, list(self._cross()), golden, self.model.backend)
 
     def _cross(self) -> Iterator[dict[str, CrossKeys]]:
