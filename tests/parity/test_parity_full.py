@@ -10,7 +10,7 @@ from stageparity import sketch, store, writer
 from stageparity.golden import GoldenError, Sketched, Whole
 from vidi.config import VidiConfig
 from vidi.fast import twins
-from vidi.parity import full
+from vidi.parity import faults, full
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,42 @@ def test_a_fault_of_the_fast_path_is_seen(folder, monkeypatch):
     assert "<-- over" in found.text()
 
 
+@pytest.fixture(scope="module")
+def case(folder):
+    """Its noise is that of the run as it is."""
+    found = full.FullCase(device="cpu", folder=folder)
+    rows = full.judge(found.golden, *found.passes(found.build()), found.limits, {})
+    found.noise = {row.stage: dict(row.plain) for row in rows if row.plain}
+    return found
+
+
+def test_a_run_is_within_what_is_stored_of_it(case):
+    plain, fast = case.passes(case.build())
+    assert case.first_over(plain) is None
+    assert not [row.text() for row in case.judge(plain, plain) if not row.ok]
+    del case.noise["logits"], fast["vision.tower"]
+    wrong = {row.stage: row.text() for row in case.judge(plain, fast) if row.problem}
+    assert wrong.keys() == {"logits", "vision.tower"}
+
+
+SHARED = [(stage, name) for stage, own in full.SHARED.items() for name in own]
+
+
+def test_twenty_faults_of_both_paths() -> None:
+    planted = [name for _, name in SHARED if "." in name]
+    assert len(SHARED) >= 30
+    assert set(planted) <= set(faults.FAULTS)
+
+
+@pytest.mark.parametrize(("stage", "name"), SHARED)
+def test_a_fault_of_both_paths_is_seen_in_both(case, stage, name):
+    """By the ratio of the two none would be."""
+    change = full.SHARED[stage][name]
+    model = case.build(change(case.config) if change else None)
+    plain, fast = case.passes(model, None if change else faults.FAULTS[name], upto=stage)
+    assert (case.first_over(plain), case.first_over(fast)) == (stage, stage)
+
+
 def test_inputs_that_moved_are_refused(folder, monkeypatch):
     monkeypatch.setattr(full, "_words", lambda seed, stream, count: np.arange(count, dtype=np.uint64))
     with pytest.raises(GoldenError, match="regenerate the case"):
@@ -74,7 +110,7 @@ def test_inputs_that_moved_are_refused(folder, monkeypatch):
 
 def test_missing_and_nan_are_failures():
     truth = {"layer.0.output": Whole(np.ones((1, 2, 3), np.float32), "float32")}
-    rows = full.judge(truth, truth, {}, {"rms": 1.2, "max": 2.0, "row": 1.2, "floor": 1e-6})
+    rows = full.judge(truth, truth, {}, {"rms": 1.2, "max": 2.0, "row": 1.2, "floor": 1e-6}, {})
     assert not rows[0].ok
     assert "missing" in rows[0].text()
     with pytest.raises(GoldenError, match="NaN"):

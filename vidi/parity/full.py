@@ -1,19 +1,20 @@
 """The full-size case: 60 frames through the full-size synthetic checkpoint, kept as sketches (`parity.sketch`).
 
-Its goldens come from the plain path in float32, over weights rounded to bfloat16: they prove that the fast path computes
-what the plain one does, at the released size. The judge is a ratio: at every stage the fast bfloat16 run's error must
-stay within a factor of the plain bfloat16 run's own error (`goldens/tolerances.toml`, gate bfloat16-self), both measured
-in the same run against the same sketch.
+Its goldens come from the plain path in float32, over weights rounded to bfloat16. Two budgets at every stage, both multiples
+of an error in bfloat16 (`goldens/tolerances.toml`, gate bfloat16-self). *Stored*: the plain run errs no more than it did when
+`NOISE` was measured, so what both paths get wrong shows. *Ratio*: the fast run errs no more than the plain one of the same run.
+`SHARED` are faults of both paths that the first must see.
 
 Frames, sound and ids come from the project's counter-based generator and are not stored; their hashes are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stageparity import evidence, fingerprint, sketch, store, tolerance, writer
+from stageparity import evidence, fingerprint, sketch, store, strict, tolerance, writer
+from stageparity.faults.plant import Fault, planted
 from stageparity.golden import Golden, GoldenError, Sketched, Whole
 from stageparity.manifest import content_sha256
 from stageparity.sketch import Sketch, SketchSpec
@@ -30,12 +32,17 @@ from vidi.checkpoint import synthetic
 from vidi.config import VidiConfig
 from vidi.fast import accelerate
 from vidi.inputs.batch import Batch
+from vidi.model import VidiModel
 from vidi.parity.goldens import goldens_dir
 from vidi.parity.stages import STAGES
 
-__all__ = ["CASE", "FOLDER", "FullRun", "StageRatio", "inputs", "judge", "make", "provenance", "run", "sketched"]
+__all__ = [
+    "CASE", "FOLDER", "NOISE", "SHARED", "FullCase", "FullRun", "StageRatio", "inputs", "judge", "make", "provenance", "run",
+    "sketched",
+]  # fmt: skip
 
 CASE, FOLDER = "frames60", Path("large") / "full"  # two folders down: the suite of whole tensors does not see it
+NOISE = Path("measured") / "full.json"  # in a golden folder; tools/make_full_golden.py --noise
 GATE, VARIANT, SEED = "bfloat16-self", "self", 0
 SPEC = SketchSpec(block_rows=4096, column_buckets=128)  # 2 MB for 400 stages; norms within 2.3 %
 WHOLE = 4096  # tensors of up to so many values are kept whole
@@ -114,12 +121,14 @@ def sketched(stage: str, x: Tensor, spec: SketchSpec = SPEC, like: Golden | None
     return Sketched(tuple(x.shape), name, made)
 
 
-def _sketch_run(runner: Any, batch: Batch, like: Mapping[str, Golden] | None = None) -> dict[str, Golden]:
-    """Every stage of one pass; attention taken apart is left out (its results are `t2v` and `t2a`)."""
+def _sketch_run(
+    runner: Any, batch: Batch, like: Mapping[str, Golden] | None = None, wanted: Collection[str] | None = None
+) -> dict[str, Golden]:
+    """Every stage of one pass, or those wanted; attention taken apart is left out (its results are `t2v` and `t2a`)."""
     found: dict[str, Golden] = {}
 
     def tap(stage: str, x: Tensor) -> Tensor:
-        if not stage.startswith("xattn."):
+        if not stage.startswith("xattn.") and (wanted is None or stage in wanted):
             assert stage not in found, f"{stage} came in parts; frames must pass in one batch"
             found[stage] = sketched(stage, x, like=None if like is None else like.get(stage))
         return x
@@ -177,29 +186,39 @@ def provenance(ran_on: Mapping[str, Any], seed: int, commit: str) -> dict[str, A
 
 @dataclass(frozen=True)
 class StageRatio:
-    """Errors of both bfloat16 runs at one stage, as multiples of the golden's rms, the limit of each ratio, and
-    the floor below which none counts."""
+    """Errors of both bfloat16 runs at one stage, as multiples of the golden's rms, the plain path's stored one (none: not
+    judged by it), the limit of each ratio, and the floor below which none counts."""
 
     stage: str
     plain: Mapping[str, float]
     fast: Mapping[str, float]
     limits: Mapping[str, float]
     problem: str = ""
+    stored: Mapping[str, float] = field(default_factory=dict)
+
+    def within(self, found: Mapping[str, float], unit: Mapping[str, float]) -> bool:
+        """Are errors within the limits, as multiples of those of ``unit``?"""
+        return not self.problem and all(
+            e <= self.limits[m] * unit[m] + self.limits["floor"] for m, e in found.items() if m in unit
+        )
 
     @property
     def ok(self) -> bool:
-        return not self.problem and all(
-            e <= self.limits[m] * self.plain[m] + self.limits["floor"] for m, e in self.fast.items()
-        )
+        return self.within(self.fast, self.plain) and self.within(self.plain, self.stored)
 
     def text(self) -> str:
         if self.problem:
             return f"{self.stage}: {self.problem}"
-        parts = (
-            f"{m} {e:.2e} / {self.plain[m]:.2e} = {e / max(self.plain[m], self.limits['floor']):.2f} (of {self.limits[m]})"
-            for m, e in self.fast.items()
+        said = [f"fast over plain {self._ratios(self.fast, self.plain)}"]
+        if self.stored:
+            said.append(f"plain over stored {self._ratios(self.plain, self.stored)}")
+        return f"{self.stage}: {'; '.join(said)}{'' if self.ok else '   <-- over'}"
+
+    def _ratios(self, found: Mapping[str, float], unit: Mapping[str, float]) -> str:
+        return ", ".join(
+            f"{m} {e:.2e} / {unit[m]:.2e} = {e / max(unit[m], self.limits['floor']):.2f} (of {self.limits[m]})"
+            for m, e in found.items()
         )
-        return f"{self.stage}: {', '.join(parts)}{'' if self.ok else '   <-- over'}"
 
 
 @dataclass(frozen=True)
@@ -224,12 +243,20 @@ class FullRun:
         worst = max(judged, key=lambda s: s.fast["rms"] / s.plain["rms"], default=None)
         return None if worst is None else worst.text()
 
+    @property
+    def most_moved(self) -> str | None:
+        """The stage with the largest ratio of rms errors, plain over stored; None where none is stored."""
+        judged = [s for s in self.stages if s.stored.get("rms")]
+        worst = max(judged, key=lambda s: s.plain["rms"] / s.stored["rms"], default=None)
+        return None if worst is None else worst.text()
+
     def text(self) -> str:
-        """Failures first, then the largest ratio."""
+        """Failures first, then the largest ratios."""
         lines = [f"full size on {self.device}: {len(self.stages)} stages, {len(self.over)} over"]
         lines += ["  " + line for line in self.over]
         if self.largest is not None:
             lines.append("  largest ratio of rms errors, fast over plain: " + self.largest)
+            lines.append(f"  plain over stored: {self.most_moved or f'NOT RUN, {NOISE} is not in {self.goldens}'}")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, Any]:
@@ -245,27 +272,38 @@ class FullRun:
             "stages": len(self.stages),
             "over": self.over,
             "largest": self.largest,
+            "most_moved": self.most_moved,
             "figures": {s.stage: [s.fast, s.plain] for s in self.stages},
         }
 
 
 def judge(
-    golden: Mapping[str, Golden], plain: Mapping[str, Golden], fast: Mapping[str, Golden], limits: Mapping[str, float]
+    golden: Mapping[str, Golden],
+    plain: Mapping[str, Golden],
+    fast: Mapping[str, Golden],
+    limits: Mapping[str, float],
+    noise: Mapping[str, Mapping[str, float]],
 ) -> list[StageRatio]:
-    """Every golden stage: exact ones bit for bit, the others by the ratio of errors."""
+    """Every golden stage: exact ones bit for bit, in both runs, the others by the ratios of errors. noise: stage -> errors of
+    the plain path, as stored; a stage that it lacks is a failure where it has others."""
     rows = []
     for stage in STAGES.sort(golden):
         if stage not in plain or stage not in fast:
             rows.append(StageRatio(stage, {}, {}, {}, "missing: a run produced no tensor of this id"))
             continue
-        truth, mine = golden[stage], fast[stage]
-        if truth.shape != mine.shape:
-            rows.append(StageRatio(stage, {}, {}, {}, f"shape {mine.shape}, golden has {truth.shape}"))
+        truth, both = golden[stage], (plain[stage], fast[stage])
+        if wrong := [found.shape for found in both if found.shape != truth.shape]:
+            rows.append(StageRatio(stage, {}, {}, {}, f"shape {wrong[0]}, golden has {truth.shape}"))
         elif STAGES.is_exact(stage):
-            same = isinstance(truth, Whole) and isinstance(mine, Whole) and np.array_equal(truth.array, mine.array)
+            same = isinstance(truth, Whole) and all(
+                isinstance(found, Whole) and np.array_equal(truth.array, found.array) for found in both
+            )
             rows.append(StageRatio(stage, {}, {}, {}, "" if same else "exact values differ"))
+        elif noise and stage not in noise:
+            rows.append(StageRatio(stage, {}, {}, {}, f"{NOISE} does not have it: measure it again"))
         else:
-            rows.append(StageRatio(stage, _errors(plain[stage], truth), _errors(mine, truth), limits))
+            errors = [_errors(found, truth) for found in both]
+            rows.append(StageRatio(stage, *errors, limits, stored=noise.get(stage, {})))
     return rows
 
 
@@ -290,26 +328,122 @@ def _errors(found: Golden, truth: Golden) -> dict[str, float]:
     }
 
 
-def run(goldens: Path | str | None = None, *, device: str = "cuda", folder: Path | None = None) -> FullRun:
-    """Both bfloat16 runs against the stored case. ``folder``: where the case lies, if not among the goldens.
+class FullCase:
+    """The stored case, the budgets that judge it, and both bfloat16 paths over its inputs.
 
     Raises GoldenError where the case cannot be trusted, or its inputs are no longer those that the generator makes.
     """
-    root = goldens_dir(goldens)
-    case = store.open_case(folder or root / FOLDER, CASE)
-    gate = tolerance.load(root, STAGES).gates[GATE]
-    limits = {m: float(gate[f"c_{m}"]) for m in METRICS} | {"floor": float(gate["floor_ulp"] * gate["eps"])}
-    config, where = VidiConfig.from_official(case.config), torch.device(device)
-    arrays = inputs(config, case.info["num_frames"])
-    for name, wanted in case.info["inputs_sha256"].items():
-        if content_sha256(arrays[name]) != wanted:
-            raise GoldenError(f"{case.name}: {name} is not what the case was made from: regenerate the case")
-    golden = dict(case.variant(VARIANT).items())
-    batch = _batch(arrays, where, torch.bfloat16)
-    model = synthetic.create(config, SEED, device=where, dtype=torch.bfloat16)
-    model.frame_chunk = case.info["num_frames"]
-    plain = _sketch_run(model, batch, golden)
-    gc.collect()
-    fast = _sketch_run(accelerate(model, frame_batch=case.info["num_frames"]), batch, golden)
-    name = torch.cuda.get_device_name(where) if where.type == "cuda" else "CPU"
-    return FullRun(tuple(judge(golden, plain, fast, limits)), name, root)
+
+    def __init__(self, goldens: Path | str | None = None, *, device: str = "cuda", folder: Path | None = None) -> None:
+        self.goldens, self.device = goldens_dir(goldens), torch.device(device)
+        case = store.open_case(folder or self.goldens / FOLDER, CASE)
+        gate = tolerance.load(self.goldens, STAGES).gates[GATE]
+        self.limits = {m: float(gate[f"c_{m}"]) for m in METRICS} | {"floor": float(gate["floor_ulp"] * gate["eps"])}
+        #: of the plain path, by stage and metric; that of another folder's case is another
+        self.noise = stored_noise(self.goldens) if folder is None else {}
+        self.config, self.num_frames = VidiConfig.from_official(case.config), case.info["num_frames"]
+        arrays = inputs(self.config, self.num_frames)
+        for name, wanted in case.info["inputs_sha256"].items():
+            if content_sha256(arrays[name]) != wanted:
+                raise GoldenError(f"{case.name}: {name} is not what the case was made from: regenerate the case")
+        self.golden = dict(case.variant(VARIANT).items())
+        self.batch = _batch(arrays, self.device, torch.bfloat16)
+
+    def build(self, config: VidiConfig | None = None) -> VidiModel:
+        """The case's weights, under its configuration or another that they fit."""
+        model = synthetic.create(config or self.config, SEED, device=self.device, dtype=torch.bfloat16)
+        model.frame_chunk = self.num_frames
+        return model
+
+    def passes(
+        self, model: VidiModel, fault: Fault | None = None, upto: str | None = None
+    ) -> tuple[dict[str, Golden], dict[str, Golden]]:
+        """What the plain and the fast path make of it, sketched, up to a stage (in pipeline order)."""
+        wanted = {x for x in self.golden if upto is None or STAGES.order(x) <= STAGES.order(upto)}
+        with planted(fault, model) if fault else contextlib.nullcontext():
+            plain = _sketch_run(model, self.batch, self.golden, wanted)
+            gc.collect()
+            runner = accelerate(model, frame_batch=self.num_frames)
+            return plain, _sketch_run(runner, self.batch, self.golden, wanted)
+
+    def judge(self, plain: Mapping[str, Golden], fast: Mapping[str, Golden]) -> list[StageRatio]:
+        """All stages of the case."""
+        return judge(self.golden, plain, fast, self.limits, self.noise)
+
+    def first_over(self, stages: Mapping[str, Golden]) -> str | None:
+        """The first stage at which one path leaves what is stored of the plain one, by the limits of both ratios: what the fast
+        path may err at most."""
+        limits = {m: x * x if m != "floor" else x for m, x in self.limits.items()}
+        golden = {stage: truth for stage, truth in self.golden.items() if stage in stages}
+        rows = judge(golden, stages, stages, limits, self.noise)
+        return next((row.stage for row in rows if not row.within(row.plain, row.stored)), None)
+
+
+def run(goldens: Path | str | None = None, *, device: str = "cuda", folder: Path | None = None) -> FullRun:
+    """Both bfloat16 runs against the stored case. ``folder``: where the case lies, if not among the goldens. Raises as `FullCase`."""
+    case = FullCase(goldens, device=device, folder=folder)
+    rows = case.judge(*case.passes(case.build()))
+    name = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else "CPU"
+    return FullRun(tuple(rows), name, case.goldens)
+
+
+def stored_noise(goldens: Path) -> dict[str, dict[str, float]]:
+    """`NOISE` of a golden folder: stage -> error of the plain path in bfloat16 by metric; empty without the file."""
+    try:
+        body = strict.read_json(goldens / NOISE, inside=goldens)
+        return {stage: {m: float(e) for m, e in own.items()} for stage, own in body["stages"].items()}
+    except strict.Missing:
+        return {}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise GoldenError(f"{goldens / NOISE}: damaged ({type(error).__name__})") from None
+
+
+# ---- faults of both paths -------------------------------------------------------------------------------------------
+
+
+def _heads(config: VidiConfig, tower: str) -> VidiConfig:
+    """The next number of heads that divides the tower's width: real weights load, and answers are wrong."""
+    own = getattr(config, tower)
+    heads = next(n for n in range(own.num_heads + 1, own.hidden_size + 1) if own.hidden_size % n == 0)
+    return replace(config, **{tower: replace(own, num_heads=heads)})
+
+
+def _decoder(**change: Callable[[Any], Any]) -> Callable[[VidiConfig], VidiConfig]:
+    """Fields of the decoder's configuration, each made of itself."""
+
+    def changed(config: VidiConfig) -> VidiConfig:
+        own = {name: make(getattr(config.decoder, name)) for name, make in change.items()}
+        return replace(config, decoder=replace(config.decoder, **own))
+
+    return changed
+
+
+#: Stage that must report it -> faults of what both paths read: code, by name in `vidi.parity.faults`, or a configuration.
+SHARED: Mapping[str, Mapping[str, Callable[[VidiConfig], VidiConfig] | None]] = {
+    "vision.tower": {
+        "more heads": lambda config: _heads(config, "vision"),
+        "towers.positions_transposed": None,
+        "towers.positions_shifted": None,
+    },
+    "vision.pad": {"bridge.pad_top_left": None, "bridge.pad_columns_first": None, "bridge.pad_by_stretching": None},
+    "vision.space_to_depth": {"bridge.fold_channels_last": None, "bridge.fold_dx_before_dy": None},
+    "vision.llm_norm": {"norms.llm_norm_initial": None},
+    "vision.pos_h.embed": {
+        "position.extent_off_by_one": None,
+        "position.halves_not_interleaved": None,
+        "position.cosine_first": None,
+        "position.mlp_skipped": None,
+        "position.height_and_width_exchanged": None,
+    },
+    "vision.pos_t.embed.0": {"position.time_in_frames": None, "dtypes.positions_in_half": None},
+    "vision.packed": {"packing.flattened_columns_first": None},
+    "audio.tower": {"more heads": lambda config: _heads(config, "audio"), "towers.whisper_positions_reversed": None},
+    "audio.trim": {"audio.one_position_late": None, "audio.trimmed_at_the_front": None},
+    "audio.pool": {"audio.pool_backwards": None},
+    "audio.pos_t.embed.0": {"position.audio_time_in_visual_steps": None},
+    "text.embeds": {"text.ids_off_by_one": None, "text.packed_backwards": None, "text.embedding_scaled_early": None},
+    "layer.0.input": {"text.factor_omitted": None, "text.factor_is_width": None},
+    "rope.cos": {"rotation.rope_exponent": None, "theta": _decoder(rope_theta=lambda theta: theta / 2)},
+    "layer.0.t2t": {"scale": _decoder(query_pre_attn_scalar=lambda scalar: scalar / 2)},
+    "logits": {"a final cap of 18": _decoder(final_softcap=lambda cap: 0.6 * cap)},
+}
