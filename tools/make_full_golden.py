@@ -4,6 +4,9 @@
     python tools/make_full_golden.py --accept --reason "..."        write it, whole or not at all, and the ledger
     python tools/make_full_golden.py --restate COMMIT [--accept --reason "..."]
                                                                     stored numbers, provenance written anew (any machine)
+    python tools/make_full_golden.py --noise RUN.json [--accept --reason "..."]
+                                                                    what `vidi parity --size full --json RUN.json` had of the
+                                                                    plain path is the error that later runs are held to
 
 This golden is our own model's, so it proves nothing about the mathematics; it is the one that loads the model.
 """
@@ -18,12 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from stageparity import ledger, store
-from stageparity.evidence import commit
+from stageparity import evidence, ledger, store, strict
 from stageparity.golden import Golden, GoldenError, Sketched, Whole
 from stageparity.manifest import set_sha256
 from stageparity.strict import printable
-from stageparity.writer import NewCase, replaced, write_case
+from stageparity.writer import NewCase, locked, replaced, write_case
 from vidi import cli, device
 from vidi.config import VidiConfig
 from vidi.parity import full
@@ -93,6 +95,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--restate", metavar="COMMIT", help="keep the numbers, which COMMIT's code made")
+    parser.add_argument("--noise", type=Path, metavar="RUN.json", help="store the plain path's errors of that run")
     parser.add_argument("--accept", action="store_true", help="write it")
     parser.add_argument("--reason", default="", help="why; needed for writing")
     args = parser.parse_args(arguments)
@@ -101,6 +104,8 @@ def _run(arguments: list[str]) -> int:
         raise GoldenError("goldens are not written from within pytest: a test run must not turn itself green")
     if args.accept and not args.reason.strip():
         raise GoldenError('writing needs --reason "..."')
+    if args.noise:
+        return _noise(args)
     old = store.open_case(folder, full.CASE) if (folder / f"{full.CASE}.json").exists() else None
     if args.restate and old is None:
         raise GoldenError(f"{folder}: no case to restate")
@@ -109,11 +114,36 @@ def _run(arguments: list[str]) -> int:
     if args.restate and old is not None:
         new = restated(old, args.restate)
     else:
-        new = full.make(getattr(VidiConfig, args.size)(), device=args.device, commit=commit(ROOT))
+        new = full.make(getattr(VidiConfig, args.size)(), device=args.device, commit=evidence.commit(ROOT))
     lines = changes(old, new)
     print(printable("\n".join(lines), keep="\n") or "nothing would change")
     if args.accept and (lines or ledger.stale(args.goldens, full.FOLDER.as_posix(), set_sha256(folder))):
         write(args.goldens, new, args.reason, lines)
+    return 0
+
+
+def _noise(args: argparse.Namespace) -> int:
+    body = strict.read_json(args.noise)
+    try:
+        errors = {stage: plain for stage, (_, plain) in body["figures"].items() if plain}
+        new = {"measured_on": body["measured_on"], "stages": errors}
+        before = full.stored_noise(args.goldens)
+        moved = [
+            f"{stage}: {own['rms']:.3g} of rms" + (f", before {before[stage]['rms']:.3g}" if stage in before else "")
+            for stage, own in errors.items()
+            if before.get(stage) != own
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise GoldenError(f"{args.noise}: not what `vidi parity --size full --json` writes") from None
+    print(printable("\n".join(moved), keep="\n") or "nothing would change")
+    if args.accept and moved:
+        with locked(args.goldens):
+            path = args.goldens / full.NOISE
+            evidence.write(path, new)
+            more = [f"and {len(moved) - LISTED} more"] if len(moved) > LISTED else []
+            ledger.append(
+                args.goldens, full.NOISE.as_posix(), ledger.file_sha256(path), args.reason, [*moved[:LISTED], *more]
+            )
     return 0
 
 

@@ -39,7 +39,8 @@ MODEL = ("torch", "vidi.model", "vidi.generate")  # and what lies in a folder of
 FOLDERS = ("vidi.towers.", "vidi.bridge.", "vidi.attention.", "vidi.decoder.")
 LISTED = 40  # changes written out in one ledger entry
 WRITTEN = ("tolerances", "pos.freq")
-LEDGER_FILES = {"tolerances": "tolerances.toml", "pos.freq": "pos_freq.safetensors", **studies.LEDGER}
+FULL = "measured/full.json"  # vidi.parity.full.NOISE
+LEDGER_FILES = {"tolerances": "tolerances.toml", "pos.freq": "pos_freq.safetensors", FULL: FULL, **studies.LEDGER}
 
 
 def check(goldens: Path) -> list[str]:

@@ -302,8 +302,8 @@ def judge(
         elif noise and stage not in noise:
             rows.append(StageRatio(stage, {}, {}, {}, f"{NOISE} does not have it: measure it again"))
         else:
-            errors = [_errors(found, truth) for found in both]
-            rows.append(StageRatio(stage, *errors, limits, stored=noise.get(stage, {})))
+            first, second = (_errors(found, truth) for found in both)
+            rows.append(StageRatio(stage, first, second, limits, stored=noise.get(stage, {})))
     return rows
 
 
@@ -380,7 +380,7 @@ class FullCase:
 
 
 def run(goldens: Path | str | None = None, *, device: str = "cuda", folder: Path | None = None) -> FullRun:
-    """Both bfloat16 runs against the stored case. ``folder``: where the case lies, if not among the goldens. Raises as `FullCase`."""
+    """Both bfloat16 runs against the stored case. ``folder``: where it lies, if not among the goldens. Raises as `FullCase`."""
     case = FullCase(goldens, device=device, folder=folder)
     rows = case.judge(*case.passes(case.build()))
     name = torch.cuda.get_device_name(case.device) if case.device.type == "cuda" else "CPU"
