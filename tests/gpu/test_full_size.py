@@ -3,6 +3,8 @@ times the plain one's; and faults of both that the first must see."""
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -20,6 +22,14 @@ pytestmark = pytest.mark.full
 def _case() -> tuple[full.FullCase, VidiModel]:
     case = full.FullCase(device="cuda")
     return case, case.build()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _memory() -> Iterator[None]:
+    yield
+    _case.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture
