@@ -1,6 +1,6 @@
 """Which stages, goldens, tests and faults belong to a line of the model.
 
-    python tools/where.py vidi/bridge/fold.py:31        also a whole file, a dotted name or a stage id: fold.pad, vision.pad
+    python tools/where.py vidi/bridge/fold.py:20    also a whole file, a dotted name or a stage id: bridge.fold.pad, vision.pad
 
 Told from the one table of stages (`vidi/parity/stages/`), the manifests of the goldens and the table of faults. Exits 2 where
 nothing belongs to it.

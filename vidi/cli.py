@@ -162,8 +162,10 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 
 def _own_process(name: str) -> None:
-    """What concerns the process as a whole: its standard streams, and signals, also while a module is being imported."""
+    """What concerns the process as a whole: its standard streams and their width, and signals, also while a module is being
+    imported."""
     import os
+    import re
     import signal
     from contextlib import suppress
 
@@ -202,6 +204,10 @@ def _own_process(name: str) -> None:
     # A destructor cannot pass it on; what Python would say of it would stand beside our own line.
     others = sys.unraisablehook
     sys.unraisablehook = lambda lost: None if lost.exc_type in (KeyboardInterrupt, Ended) else others(lost)
+    for size in ("COLUMNS", "LINES"):
+        # At a width of 0 rich prints nothing at all, and takes ² for a number.
+        if not re.fullmatch(r"[1-9]\d{0,3}", os.environ.get(size, "80"), re.ASCII):
+            del os.environ[size]
 
 
 def _heard() -> None:

@@ -22,7 +22,7 @@ from vidi.inputs.reader import Reader, Recounted
 from vidi.stream import Stream
 
 __all__ = ["Answer", "Display", "Film", "Progress", "ask", "check_request", "decode", "encode", "format_ranges"]
-__all__ += ["format_time", "parse_ranges", "progress_on_stderr", "retrieve", "stage_progress"]
+__all__ += ["format_time", "parse_ranges", "progress_on", "retrieve", "stage_progress"]
 
 LONG_SEC = 99999.0  #: a question that names the video's length is checked with this one before the file is open
 _RANGE = re.compile(r"(\d\.\d+)-(\d\.\d+)")
@@ -291,15 +291,14 @@ class Display:
 
 
 @contextmanager
-def progress_on_stderr() -> Iterator[Display]:
-    """A display, ended when it is left."""
-    from rich.console import Console
+def progress_on(console: Any) -> Iterator[Display]:
+    """A display on a console of rich, of stderr; ended when it is left."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
     count = TextColumn("{task.completed:.0f}")
     columns = (TextColumn("{task.description:<8}"), BarColumn(), count, TimeElapsedColumn())
-    bars = Bars(*columns, console=Console(stderr=True))
+    bars = Bars(*columns, console=console)
     try:
         yield Display(bars)
     finally:

@@ -12,12 +12,19 @@ __all__ = ["console"]
 
 
 def console(*, stderr: bool = False) -> Any:
-    """A rich console; without rich an object with what reports ask of one, in one colour."""
+    """A rich console; without rich an object with what reports ask of one, in one colour.
+
+    FORCE_COLOR and its like mean colours: no cursor is moved but on a terminal.
+    """
     try:
         from rich.console import Console
     except ImportError:
         return _Plain(stderr)
-    return Console(stderr=stderr)
+    found = Console(stderr=stderr)
+    if not found.is_terminal or found.file.isatty():
+        return found
+    colours: Any = found.color_system
+    return Console(stderr=stderr, force_terminal=False, color_system=colours)
 
 
 class _Plain:

@@ -19,6 +19,7 @@ from stageparity.strict import printable
 
 __all__ = ["render", "worst_case"]
 
+_WHOLE = 14  # letters that a phone's column holds
 _TEXTS = 12  # failure texts shown per case; the rest is one command away
 
 
@@ -85,7 +86,7 @@ def _finding(found: verdict.Finding, run: Run, context: Context) -> dict[str, An
         "stage": row.stage,
         "name": found.name,
         "places": len(found.rows),
-        "ratio": found.ratio,
+        "over": verdict.over(found),
         "what": entry[0].what if entry else "",
         "spec": entry[0].spec if entry else "",
         "whose": found.whose,
@@ -187,8 +188,9 @@ def _sections(context: Context) -> list[dict[str, Any]]:
 
 
 def _parted(stage: str) -> markupsafe.Markup:
-    """A stage id that may break after its dots."""
-    return markupsafe.Markup(".<wbr>").join(stage.split("."))
+    """A stage id that may break after its dots; within a long word of it after its underscores too, never between letters."""
+    words = (word.split("_") if len(word) > _WHOLE else [word] for word in stage.split("."))
+    return markupsafe.Markup(".<wbr>").join(markupsafe.Markup("_<wbr>").join(parts) for parts in words)
 
 
 def _anchor(case: CaseRun) -> str:

@@ -20,7 +20,7 @@ from stageparity.stage import Stages
 
 __all__ = [
     "GUILTY", "WORDS", "Context", "Finding", "References", "conclusion", "findings", "headline", "inherited", "lookalikes",
-    "number", "rerun", "short", "some", "split", "summary", "whose",
+    "number", "over", "rerun", "short", "some", "split", "summary", "whose",
 ]  # fmt: skip
 
 WORDS = {0: "equal", 1: "different", 2: "traced in another way", 3: "nothing compared"}  #: of a run's exit code
@@ -175,13 +175,13 @@ def conclusion(run: Run, context: Context) -> list[str]:
         sure.append(f"known faults of this stage: {some(alike)}")
     word = "TRACED IN ANOTHER WAY" if first.kind == "tracing" else "WRONG"
     return [
-        f"{word}: {first.name} ({where}): {_over(first)}, {first.whose}.{also}",
+        f"{word}: {first.name} ({where}): {over(first)}, {first.whose}.{also}",
         f"how sure: {'; '.join([*context.sure, *sure, rest])}",
         f"next: {rerun(case, row, run, context)}",
     ]
 
 
-def _over(found: Finding) -> str:
+def over(found: Finding) -> str:
     """How far over; where no multiple of a budget tells that (exact bits, padding that holds values, NaN), in what way."""
     failed = found.first[1].failed
     if math.isfinite(found.ratio):  # what is said beside it, of other circumstances, is of the first place

@@ -314,6 +314,14 @@ def test_the_first_divergence_is_on_top(planted: Run) -> None:
     assert "✗ Different" in text[: text.index("<main>")]
 
 
+def test_a_stage_id_breaks_between_its_words() -> None:
+    """A phone's column holds some 17 letters."""
+    stages = ("generate_nowindow.nocache.logits", "vision.space_to_depth")
+    text = page.render(run_of(*(Row(stage, result(stage, 1e-12)) for stage in stages)), CONTEXT)
+    assert ">generate_<wbr>nowindow.<wbr>nocache.<wbr>logits</code>" in text
+    assert ">vision.<wbr>space_to_depth</code>" in text
+
+
 def test_an_inherited_divergence_is_said_to_be_one() -> None:
     text = page.render(run_of(Row("logits", result("logits", 5e-9), None, result("logits", 1e-12))), CONTEXT)
     assert "<b>inherited: fed its golden inputs, it is within its budget</b>" in text
@@ -450,6 +458,7 @@ def test_how_far_over_is_told_where_no_multiple_of_a_budget_tells_it() -> None:
         line = verdict.conclusion(run, Context(STAGES))[0]
         assert said in line
         assert "∞" not in line
+        assert f"</a>: {verdict.over(verdict.findings(run, STAGES)[0])}</h3>" in page.render(run, Context(STAGES))
         assert json.loads(terminal.to_text(run, Context(STAGES)))["headline"] == line
 
 
@@ -464,7 +473,9 @@ def test_the_figure_of_the_place_that_is_named_stands_beside_the_worst() -> None
     """What other circumstances make of it is told of the first place: 1.5 there beside 32 read as if it had fallen."""
     rule = replace(RULE, max=0.1, row=None)
     small, large = (result(f"layer.{i}.t2t", error, rule) for i, error in ((0, 0.15), (1, 3.2)))
-    line = verdict.conclusion(run_of(*(Row(r.stage, r, r, r) for r in (small, large))), Context(STAGES))[0]
+    both = run_of(*(Row(r.stage, r, r, r) for r in (small, large)))
+    line = verdict.conclusion(both, Context(STAGES))[0]
     assert "(layer.0.t2t of set/case, in 2 places): 32× its budget at most, 1.5× there, its own error" in line
+    assert "set/case</a>: 32× its budget at most, 1.5× there</h3>" in page.render(both, Context(STAGES))
     line = verdict.conclusion(run_of(Row(large.stage, large, large, large)), Context(STAGES))[0]
     assert "(layer.1.t2t of set/case): 32× its budget, its own error" in line

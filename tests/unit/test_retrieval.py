@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from tests.media import Sound, make_video
 from vidi import generate, retrieval
@@ -144,7 +145,7 @@ def test_a_file_with_other_frames_than_announced_is_read_once_more(tmp_path, tol
 
 def test_progress_leaves_stdout_alone(tmp_path, told, capsys):
     model, _ = told
-    with retrieval.progress_on_stderr() as progress:
+    with retrieval.progress_on(Console(stderr=True)) as progress:
         retrieval.retrieve(model, TINY, make_video(tmp_path / "a.mp4"), "a car", progress=progress)
     out, err = capsys.readouterr()
     assert out == ""
@@ -153,7 +154,7 @@ def test_progress_leaves_stdout_alone(tmp_path, told, capsys):
 
 
 def test_answers_are_printed_while_progress_is_shown(capsys):
-    with retrieval.progress_on_stderr() as display:
+    with retrieval.progress_on(Console(stderr=True)) as display:
         for number in (1, 2):
             display("answer", number, 9)
             display.say(f"answer {number}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from stageparity import strict
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.folder import CONFIG_NAME, INDEX_NAME
+from vidi.release import RELEASE as SIZES
 
 __all__ = ["RELEASE", "resolve"]
 
@@ -31,8 +32,11 @@ def resolve(given: str, *, download: bool = False) -> Path:
     try:
         import huggingface_hub
     except ImportError:
-        text = "no such folder; to use it as a public name, pip install huggingface_hub"
-        raise CheckpointError(text, file=given) from None
+        raise CheckpointError(
+            f"is no folder, and without huggingface_hub no public name is looked up or fetched{_size(given)}. Nothing was "
+            "downloaded: pip install -e '.[hub]', or pip install huggingface_hub",
+            file=given,
+        ) from None
     try:
         found = Path(
             huggingface_hub.snapshot_download(given, allow_patterns=list(FILES), local_files_only=not download)
@@ -49,5 +53,9 @@ def resolve(given: str, *, download: bool = False) -> Path:
 
 
 def _instead(name: str, problem: str) -> str:
-    size = " (about 20 GB)" if name == RELEASE else ""
-    return f"{problem}. Nothing was downloaded: add --download{size}, or run hf download {name}"
+    return f"{problem}. Nothing was downloaded: add --download{_size(name)}, or run hf download {name}"
+
+
+def _size(name: str) -> str:
+    """What a download takes, two bytes a parameter, where that is known without asking anyone."""
+    return f" (about {SIZES['facts']['parameters'] * 2 / 1e9:.0f} GB)" if name == RELEASE else ""

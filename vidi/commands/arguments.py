@@ -106,7 +106,7 @@ def add_checkpoint(parser: argparse.ArgumentParser, name: str, **options: object
     parser.add_argument(
         "--download",
         action="store_true",
-        help="fetch a public name that is not in the Hugging Face cache yet (20 GB); without it nothing is downloaded",
+        help="fetch a public name that is not in the Hugging Face cache yet (21 GB); without it nothing is downloaded",
     )
 
 

@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(shown: list[Any], dtype: str) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from stageparity.report import console as consoles
     from stageparity.strict import printable
 
     table = Table(title=f"budgets in {dtype}, of the golden's rms")
@@ -69,7 +69,7 @@ def _print(shown: list[Any], dtype: str) -> None:
         bits = "-" if b.bits is None else f"{b.bits:.0%}"
         cells = (b.case, b.stage, b.kind, *metrics, floor, bits, _fault(b))
         table.add_row(*(escape(printable(cell)) for cell in cells))
-    out = Console()
+    out = consoles.console()
     out.print(table)
     for name, why in sorted({(b.rule.name, b.rule.why) for b in shown}):
         out.print(printable(f"{name}: {why}"), soft_wrap=True, highlight=False, markup=False)

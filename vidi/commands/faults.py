@@ -91,9 +91,10 @@ def _chosen(known: dict[str, Any], globs: str | None) -> list[Any]:
 
 
 def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None, known: list[str]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from stageparity.report import console as consoles
 
     table = Table(title="faults" + (f" in {dtype}" if dtype else ""))
     for column in ("fault", "first reported at", "as", "expected", "error/tolerance", "verdict"):
@@ -101,7 +102,7 @@ def _print(verdicts: list[Any], result: dict[str, Any], dtype: str | None, known
     for v in verdicts:
         cells = (v.fault.name, v.stage or "-", v.kind or "-", _expected(v), _margin(v), _verdict(v, known))
         table.add_row(*(escape(printable(cell)) for cell in cells))
-    out = Console()
+    out = consoles.console()
     out.print(table)
     for name, text in _named(verdicts, known).items():
         out.print(printable(f"{name}: {text}"), soft_wrap=True, highlight=False, markup=False)

@@ -85,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
         arguments.unread(args, "with --size full", **FULL)
     arguments.unread(args, "without --candidate", **MODEL)
     arguments.check_path(args.path, args.backend)
-    from rich.console import Console
     from rich.markup import escape
 
     from stageparity import run as runs
     from stageparity import tolerance
     from stageparity.dump import Dump
+    from stageparity.report import console as consoles
     from stageparity.report import page, terminal
     from vidi import device
     from vidi.commands import cases, outputs
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from vidi.parity.subject import VidiSubject
 
     to_stdout = args.json == "-"
-    console, status = Console(stderr=to_stdout), Console(stderr=True)
+    console, status = consoles.console(stderr=to_stdout), consoles.console(stderr=True)
     outputs.check(None if to_stdout else args.json, args.html)
     outputs.check_folder(args.dump)
     if args.size == "full":

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """
     import torch
 
+    from stageparity.report import console as consoles
     from vidi import device, retrieval
     from vidi.attention import dispatch, limits
     from vidi.checkpoint import load
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from vidi.inputs.reader import Reader
 
     dtype = getattr(torch, args.dtype)
-    # What is wrong with a word on the command line is said before 20 GB are read.
+    # What is wrong with a word on the command line is said before 21 GB are read.
     where = device.check(args.device)
     if not Path(args.video).exists():
         raise ValueError(f"{args.video}: no such file")
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if made := read_folder(folder).synthetic:
         print(f"NOTE: synthetic weights ({made}): this model speaks nonsense", file=sys.stderr)
     costs = Costs()
-    with retrieval.progress_on_stderr() as display:
+    with retrieval.progress_on(consoles.console(stderr=True)) as display:
         with Reader(
             args.video,
             config,

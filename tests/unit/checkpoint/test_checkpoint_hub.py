@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def test_the_cache_is_read(filled: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_what_is_not_there_is_not_downloaded(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = (
         "bytedance-research/Vidi1.5-9B: is neither a folder nor in the Hugging Face cache. Nothing was downloaded: "
-        "add --download (about 20 GB), or run hf download bytedance-research/Vidi1.5-9B"
+        "add --download (about 21 GB), or run hf download bytedance-research/Vidi1.5-9B"
     )
     with pytest.raises(CheckpointError) as refused:
         hub.resolve(hub.RELEASE)
@@ -103,14 +103,17 @@ def test_folders_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         hub.resolve("folder", download=True)
 
 
-def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any, **options: Any) -> Any:
-        if name == "huggingface_hub":
-            raise ImportError(name)
-        return real(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(CheckpointError, match="pip install huggingface_hub"):
-        hub.resolve(hub.RELEASE)
+@pytest.mark.parametrize("download", [[], ["--download"]])
+@pytest.mark.parametrize("command", [["inspect"], ["retrieve", "film.mp4", "a car", "--checkpoint"]])
+def test_without_the_library(
+    command: list[str], download: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    Path("film.mp4").touch()
+    for name, size in ((hub.RELEASE, " (about 21 GB)"), ("someone/else", "")):
+        assert main([*command, name, *download]) == 2
+        said = f"{name}: is no folder, and without huggingface_hub no public name is looked up or fetched{size}. "
+        said += "Nothing was downloaded: pip install -e '.[hub]', or pip install huggingface_hub\n"
+        assert capsys.readouterr().err.endswith(f": {said}")
+    assert [path.name for path in tmp_path.iterdir()] == ["film.mp4"]

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from vidi.checkpoint import names
 from vidi.checkpoint.errors import CheckpointError
 from vidi.checkpoint.folder import INDEX_NAME
 from vidi.checkpoint.inspect import inspect_folder
+from vidi.cli import main
 from vidi.commands import inspect as command
 from vidi.config import VidiConfig
 
@@ -104,6 +106,21 @@ def test_full_size_in_milliseconds(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "position MLPs are stored as BF16" in text
     assert seconds < 1.0, f"inspect took {seconds:.3f} s"
     print(f"inspect of 20 GB: {seconds * 1e3:.0f} ms")
+
+
+@pytest.mark.parametrize(("frames", "measured"), [(60, 25.6), (300, 44.0), (1800, 45.1), (3600, 66.9)])
+def test_what_a_full_size_run_needs(
+    frames: int, measured: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Within 5 % of the peaks measured (`docs/performance.md`), as the command prints them and as JSON has them."""
+    folder = str(sparse_folder(tmp_path / "full", VidiConfig.full()))
+    assert main(["inspect", folder, "--frames", str(frames)]) == 0
+    printed = re.search(r"^ *([\d.]+) GiB  peak, and about 0\.59 GiB for CUDA", capsys.readouterr().out, re.MULTILINE)
+    assert main(["inspect", folder, "--frames", str(frames), "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)["needs"]["peak_bytes"] / 2**30
+    assert printed is not None
+    assert float(printed[1]) == pytest.approx(counted, abs=0.005)
+    assert counted == pytest.approx(measured, rel=0.05)
 
 
 def test_json_holds_the_same(broken: Path, capsys: pytest.CaptureFixture[str]) -> None:
