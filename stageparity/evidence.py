@@ -221,7 +221,9 @@ def _without_why(value: Any) -> Any:
 def commit(root: Path) -> str:
     """The commit of the tree, `unknown` outside a checkout."""
     try:
-        asked = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        asked = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:  # no git here
         return "unknown"
     return asked.stdout.strip() or "unknown"

@@ -23,7 +23,6 @@ COMMANDS = {
     "help": "-m vidi --help",
     "inspect": '-m vidi inspect "$1"',
     "parity": "-m vidi parity --case small/oneframe --stage 'text.*'",
-    "tool": "tools/where.py bridge.fold.pad",
 }
 #: What a shell does before, where it does not matter.
 ODD = {
@@ -40,6 +39,7 @@ ODD = {
     "optimised": "export PYTHONOPTIMIZE=2",
     "no permissions": "umask 0777",
     "stdin and stderr closed": "exec <&- 2>&-",
+    "no git": "export PATH=/nonexistent",
     "no terminal": "exec setsid -w",
 }
 COLOUR = re.compile(r"\x1b\[[\d;]*m")
