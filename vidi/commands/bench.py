@@ -58,12 +58,13 @@ def run(args: argparse.Namespace) -> int:
     from vidi.commands import outputs
     from vidi.config import VidiConfig
     from vidi.fast import accelerate, measure, refusal
-    from vidi.inputs import container
 
     outputs.check(args.json)
     device = devices.check(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dispatch.check(args.plain_backend)
     if args.video is not None:
+        from vidi.inputs import container  # PyAV: lengths of synthetic frames are measured without it
+
         container.open_regular(args.video).close()  # before weights are made
         outputs.apart(args.video, args.json)
     size = args.size or ("full" if device.type == "cuda" else "tiny")
