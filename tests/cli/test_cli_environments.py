@@ -89,7 +89,7 @@ def test_what_does_not_matter(command: str, before: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "statuses"),
     [
-        ("export LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", (0,)),
+        ("unset PYTHONIOENCODING; export LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0", (0,)),
         ("export PYTHONIOENCODING=ascii:strict", (0,)),
         ("export COLUMNS=1", (0,)),
         ('d=$(mktemp -d); cd "$d"; rmdir "$d"', (0, 2)),  # help needs no folder, parity says that it needs one

@@ -72,8 +72,12 @@ def test_an_empty_word_is_no_option_left_out(command: str, capsys: pytest.Captur
     found = options(command, capsys)
     assert len(found) >= {"synth": 4, "inspect": 2}.get(command, 4), found
     for option in found:
+        least = LEAST[command]
+        if option in least:  # once, or it would be refused for that
+            at = least.index(option)
+            least = [*least[:at], *least[at + 2 :]]
         for empty in ([option, ""], [f"{option}="]):
-            assert re.search("is empty|''", refused([command, *LEAST[command], *empty], capsys)), (option, empty)
+            assert re.search("is empty|''", refused([command, *least, *empty], capsys)), (option, empty)
 
 
 def lines(seed: int, command: str, known: list[str]) -> Iterator[list[str]]:

@@ -193,7 +193,7 @@ CPU = {"noise", "faults", "alarms", "mutants", "sketches"}
     ("file", "stale"),
     [
         ("vidi/bridge/fold.py", CPU | set(gpu.RESULTS)),
-        ("vidi/parity/faults/masks.py", {"faults", "sketches"}),
+        ("vidi/parity/faults/masks.py", {"faults", "sketches", "gpu_tests.json"}),  # planted at full size too
         ("vidi/parity/stages/alone.py", CPU | {"gpu_tests.json", "parity-full.json"}),
         ("stageparity/run.py", CPU | {"gpu_tests.json", "kernels.json", "parity-full.json"}),
         # At full width and in long inputs the oracle is the reference; those tests judge mutants.

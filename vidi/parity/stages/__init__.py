@@ -26,8 +26,12 @@ PLACES = {
     "n": Place(r".+"),
 }
 STAGES = Stages(
-    (*visual.STAGES, *audio.STAGES, *text.STAGES, *layers.STAGES, *cached.LAYERS, *head.STAGES, *cached.HEAD), PLACES
-)
+    (
+        *visual.STAGES, *audio.STAGES, *text.STAGES, *layers.STAGES, *cached.LAYERS,
+        *head.STAGES, *cached.HEAD, *head.DECODING,
+    ),
+    PLACES,
+)  # fmt: skip
 SECTIONS = {
     "§1": "Sizes of the released checkpoint",
     "§2": "Inputs",

@@ -7,7 +7,7 @@ from stageparity.stage import Stage, Ties
 from vidi.parity.stages.code import ALONE, DECODER, TEXT, decoder, layer, mask, norm
 from vidi.parity.stages.visual import rounded
 
-__all__ = ["STAGES"]
+__all__ = ["DECODING", "STAGES"]
 
 generate, loss = code("vidi.generate"), code("vidi.loss")
 LOSSES = code("vidi.model.VidiModel.losses")
@@ -57,6 +57,9 @@ STAGES: tuple[Stage, ...] = (
         code=(loss.mean_above, loss.mean_of, loss.shift),
     ),
     Stage("grad.{n}", "gradient of a loss for a parameter", "§8", rows=(0,), least=2, when=("loss",), own_chain=True),
+)  # fmt: skip
+
+DECODING: tuple[Stage, ...] = (
     Stage(
         "{n}.nocache.logits", "logits along the golden's tokens, by whole passes", "§7", own_chain=True, when=("decoding",),
         inputs=("logits",),
