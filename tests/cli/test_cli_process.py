@@ -217,6 +217,7 @@ def test_every_tool_is_here() -> None:
     assert commands == {Path(tool).name for tool in TOOLS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["../bench/probe_fast.py"], ["make_full_golden.py", "--goldens", "nowhere"]])
 def test_a_tool_without_a_gpu_says_so(words: list[str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / words[0]), *words[1:]]
@@ -248,6 +249,7 @@ def test_reports_under_an_ascii_locale(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) in ((0, b""), (1, b""))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tool", TOOLS)
 def test_a_tool_ends_in_one_line(tool: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), *TOOLS[tool]]

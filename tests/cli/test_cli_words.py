@@ -94,7 +94,9 @@ def lines(seed: int, command: str, known: list[str]) -> Iterator[list[str]]:
             yield [command, *least[:place], least[place].replace("nowhere", f"nowhere{word}"), *least[place + 1 :]]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=pytest.mark.slow if name == "budget" else ()) for name in COMMANDS]
+)
 def test_hostile_words(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     known = [
         option for option in options(command, capsys) if command != "faults" or option not in {"--json", "--goldens"}

@@ -135,7 +135,7 @@ def _outcome(inside: Path) -> str:
 
 @pytest.mark.slow
 def test_hostile_configs(tmp_path: Path) -> None:
-    outcomes = run_cases("tests.harness.test_fuzz_config", 1500, tmp_path)
+    outcomes = run_cases("tests.harness.test_fuzz_config", 1000, tmp_path)
     assert outcomes["refused"] > 500
     assert outcomes["does not fit"] + outcomes["run"] > 75
     assert min(outcomes["does not fit"], outcomes["run"]) > 50

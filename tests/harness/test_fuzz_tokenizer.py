@@ -254,7 +254,7 @@ def case(seed: int, folder: Path) -> str:
     return "used"
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_hostile_tokenizers(number: int, tmp_path: Path) -> None:
     outcomes = run_cases("tests.harness.test_fuzz_tokenizer", number, tmp_path)
     assert outcomes["refused"] > number // 3

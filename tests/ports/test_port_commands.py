@@ -116,6 +116,7 @@ def _check_capsule(folder: Path) -> None:
         assert words in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_what_lies_between_traced_stages_convicts_the_next(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The streams are scaled by the same function as the text, and the adapter does not trace them: what reads them is named."""
     plant(port, "    scaled = model.decoder.scaled\n    model.decoder.scaled = lambda x: scaled(x) / 8\n")
@@ -136,6 +137,7 @@ def test_a_crash_is_the_ports(port: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "the port's own: its chained run ended, after stage layer.1.t2t: RuntimeError: no kernel" in err
 
 
+@pytest.mark.slow
 def test_a_port_that_is_not_built_is_no_different_one(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """1 is a verdict on a model; here there was none to judge."""
     text = OURS.read_text().replace("def plant(model):\n    pass\n", "def plant(model):\n{}\n")
@@ -172,6 +174,7 @@ def test_bad_options(options: tuple[str, ...], words: str, port: Path, capsys: p
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_unknown_adapter_and_a_timeout(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["port", "run", str(port / "none.py")]) == 2
     plant(port, "    import time; time.sleep(60)\n")

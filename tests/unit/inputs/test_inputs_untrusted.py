@@ -331,6 +331,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.slow
 def test_files_of_nothing_end_early(tmp_path):
     """8 GiB that take no place on a disk: a demuxer would look through them for a packet, for minutes."""
     paths = []
