@@ -7,7 +7,7 @@ import dataclasses
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 
 from vidi import sizes_7b
 from vidi.bridge import conv_pool, fold, position, visual
@@ -91,7 +91,8 @@ def test_the_7b_has_one_grid_for_any_number_of_frames(frames):
     assert (group.num_frames, grid.tokens_side(group)) == (sum(frames), config.image_pool_size)
 
 
-@given(st.integers(2, 5000), st.sampled_from([2, 10000]), st.sampled_from([torch.float32, torch.float64]))
+@given(st.integers(2, 200_000), st.sampled_from([2, 10000]), st.sampled_from([torch.float32, torch.float64]))
+@example(144_000, 10000, torch.float32)  # four hours of sound
 def test_positions_span_the_whole_interval_at_any_length(length, extent, dtype):
     p = position.positions(length, extent, dtype)
     assert p.dtype == dtype

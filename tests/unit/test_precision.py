@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests import tiny
+from tests import seven, tiny
 from vidi import precision
 
 
@@ -26,6 +26,19 @@ def test_position_mlps_stay_at_least_float32(dtype):
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (wide if ".pos_" in name else dtype), name
     assert model.bridge.pos_t.freq_K.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_position_mlps_keep_every_bit(dtype):
+    """A float32 checkpoint's are used as they are; those of the 7B pass through the model's dtype, as in its loader."""
+    for plain, rounded in ((tiny.model(), False), (seven.model(), True)):
+        given = {name: x.detach().float() for name, x in plain.named_parameters() if ".pos_" in name}
+        model = precision.cast_model(copy.deepcopy(plain).float(), dtype)
+        found = {name: x for name, x in model.named_parameters() if name in given}
+        assert len(found) >= 4
+        for name, x in found.items():
+            assert torch.equal(x, given[name].to(dtype).float() if rounded else given[name]), name
+            assert rounded or not torch.equal(x, x.to(dtype).float()), name
 
 
 class Dtypes(TorchDispatchMode):

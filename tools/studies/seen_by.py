@@ -11,7 +11,7 @@ __all__ = ["TESTS", "tests_of"]
 
 UNIT = "tests/unit"
 MODEL = (
-    *(f"{UNIT}/test_{name}.py" for name in ("rounding", "generate", "release", "long_inputs")),
+    *(f"{UNIT}/test_{name}.py" for name in ("rounding", "generate", "release", "long_inputs", "gradients")),
     "tests/harness/test_gaps.py",
 )
 CONFIG = tuple(f"{UNIT}/test_{name}.py" for name in ("config", "config_7b", "release"))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
-from tests.unit.attention import cases
+from tests.unit.attention import cases, naive
 from vidi.attention import dispatch, eager, mask
 from vidi.attention.call import AttentionCall
 from vidi.attention.unpad import Rows
@@ -83,6 +85,22 @@ def test_masks_are_as_drawn(window: int | None, drawing: list[str]) -> None:
 def test_a_window_w_keeps_w_plus_1_keys() -> None:
     for window in (0, 1, 4):
         assert mask.sees(torch.tensor([[9]]), torch.arange(12), window).sum() == window + 1
+
+
+@pytest.mark.parametrize("window", [None, 4096])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("cross", [True, False])
+def test_long_keys_are_the_formula_too(cross: bool, queries: int, window: int | None) -> None:
+    """9,000 keys, a cap that bites, a step's one query as well: what is right for twelve keys must not depend on how many."""
+    keys = 9000
+    draw = torch.Generator().manual_seed(queries)
+    q, k, v = (torch.randn(1, n, 2, 4, generator=draw, dtype=torch.float64) for n in (queries, keys, keys))
+    options: dict[str, Any] = {"scale": 2.0, "softcap": 3.0}
+    own = options if cross else options | {"q_pos": np.arange(keys - queries, keys)[None], "window": window}
+    wanted = naive.attention(*(x.numpy() for x in (q, k, v)), **own)
+    if not cross:
+        options |= {"q_pos_BT": torch.arange(keys - queries, keys)[None], "window": window}
+    np.testing.assert_allclose(dispatch.attend(AttentionCall(q, k, v, **options)).numpy(), wanted, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

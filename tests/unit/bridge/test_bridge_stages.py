@@ -183,6 +183,18 @@ def test_pieces_of_a_sample_are_joined_then_cut():
     assert not found[1, 3:].any()
 
 
+def test_an_hours_pieces_are_all_joined():
+    """480 pieces of 30 s, four hours: nothing is cut but the end, and a sample counts as heard for its last value alone."""
+    tower = torch.arange(480 * 3.0).view(480, 3, 1)
+    found = audio.trim(tower, [479, 1], [479 * 3 - 1, 2])
+    assert torch.equal(found[0], tower[:479].flatten(0, 1)[:-1])
+    assert found[1, :3].flatten().tolist() == [479 * 3, 479 * 3 + 1, 0]
+    tower = torch.zeros(480, 2, 2)
+    assert not mask.has_signal([tower])
+    tower[-1, -1, -1] = 1
+    assert mask.has_signal([tower])
+
+
 def test_pooling_is_one_strided_convolution():
     conv = torch.nn.Conv1d(2, 3, 5, stride=5, bias=False).double()
     x = noise(1, 11, 2)

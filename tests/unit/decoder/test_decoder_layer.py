@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as nnf
@@ -144,6 +145,15 @@ def test_rope_turns_pairs_of_halves():
         (x[0, 2, 1, 0] * math.cos(5) - x[0, 2, 1, 2] * math.sin(5)).item(), rel=1e-12
     )
     tiny.assert_close(found.square().sum(-1), x.square().sum(-1), 1e-12)
+
+
+def test_rope_counts_every_position_of_the_release():
+    """To the last of 8,192, which no recording reaches: each rotary factor against one computed by NumPy."""
+    pos, width, theta = np.arange(8192), 256, 10000.0
+    angle = pos[:, None] * theta ** (-2 * np.arange(width // 2) / width)
+    cos, sin = rope.angles(torch.from_numpy(pos)[None], width, theta, torch.float64)
+    for found, wanted in ((cos, np.cos(angle)), (sin, np.sin(angle))):
+        np.testing.assert_allclose(found[0].numpy(), np.concatenate([wanted, wanted], 1), rtol=0, atol=1e-11)
 
 
 def test_text_visual_and_audio_features_get_the_same_factor():
