@@ -13,7 +13,7 @@ from tests.media import Sound, make_video
 from vidi import generate, retrieval
 from vidi.config import VidiConfig
 from vidi.costs import Costs
-from vidi.inputs import audio, prompt, video
+from vidi.inputs import audio, dialect, prompt, video
 from vidi.inputs.reader import Reader
 
 CONFIG = VidiConfig.tiny()
@@ -160,3 +160,13 @@ def test_answers_are_printed_while_progress_is_shown(capsys):
             display("answer", number, 9)
             display.say(f"answer {number}")
     assert capsys.readouterr().out == "answer 1\nanswer 2\n"
+
+
+def test_a_question_and_its_answer_fit_the_decoders_positions_to_the_last():
+    most = CONFIG.max_positions
+    room = most - len(dialect.of(CONFIG).ids(TINY, "a car", retrieval.LONG_SEC, CONFIG))
+    retrieval.check_request(TINY, "a car", CONFIG, room)
+    with pytest.raises(ValueError, match=f"up to {room + 1} new ones pass the decoder's {most} positions"):
+        retrieval.check_request(TINY, "a car", CONFIG, room + 1)
+    with pytest.raises(ValueError, match="at least 1"):
+        retrieval.check_request(TINY, "a car", CONFIG, 0)

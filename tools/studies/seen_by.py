@@ -27,6 +27,7 @@ SOUND = (
 TESTS: dict[str, tuple[str, ...]] = {
     "vidi/bridge/*": (f"{UNIT}/bridge", "tests/properties/test_property_grid.py", *MODEL),
     "vidi/towers/*": (f"{UNIT}/towers", *MODEL),
+    "vidi/attention/rope.py": (f"{UNIT}/decoder/test_decoder_layer.py", f"{UNIT}/attention", *MODEL),
     "vidi/attention/*": (f"{UNIT}/attention", *MODEL),
     "vidi/decoder/*": (f"{UNIT}/decoder", *MODEL),
     "vidi/fast/*": (f"{UNIT}/fast", *MODEL),
@@ -50,6 +51,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vidi/inputs/codecs.py": (f"{UNIT}/inputs/test_inputs_codecs.py", *VIDEO),
     "vidi/inputs/container.py": (*VIDEO, SOUND[0]),
     "vidi/inputs/reader.py": (*VIDEO, f"{UNIT}/test_retrieval.py"),
+    "vidi/inputs/template*.py": (PROMPT[1], "tests/harness/test_fuzz_template.py"),
     "vidi/inputs/*": VIDEO,
     "vidi/*": MODEL,
 }

@@ -32,3 +32,46 @@ def test_vp9_of_profiles_that_are_read(profile: int) -> None:
 def test_vp9_of_profile_3_has_another_header() -> None:
     with pytest.raises(Odd, match="profile 3"):
         codecs.looker("vp9", None, "yuv420p")(bytes([2 << 6 | 3 << 4, 0]), True)
+
+
+def _h264(*kinds: int) -> bytes:
+    """NAL units of these types, each of the highest importance."""
+    return b"".join(START + bytes([3 << 5 | kind, 1, 2, kind]) for kind in kinds)
+
+
+def _hevc(*kinds: int, layer: int = 0) -> bytes:
+    return b"".join(START + bytes([kind << 1 | layer >> 5, (layer & 31) << 3 | 1, 2, kind]) for kind in kinds)
+
+
+@pytest.mark.parametrize(
+    ("codec", "packet", "picture", "sets"),
+    [("h264", _h264, 5, (7, 8, 13, 15)), ("hevc", _hevc, 19, (32, 33, 34)), ("hevc", _hevc, 21, (32, 33, 34))],
+)
+def test_decoding_starts_where_all_parameter_sets_are_sent_anew(codec, packet, picture, sets) -> None:
+    """A set that was ever sent may be what the next pictures refer to: without it a cut would decode others, or nothing."""
+    opens = Start.OPEN if picture == 21 else Start.CLOSED
+    for left_out in sets:
+        look = codecs.looker(codec, None, "yuv420p")
+        assert look(packet(*sets, picture), True).start is opens
+        assert look(packet(*(kind for kind in sets if kind != left_out), picture), True).start is Start.NO
+        assert look(packet(*sets, picture), True).start is opens
+    look = codecs.looker(codec, None, "yuv420p")
+    assert look(packet(picture), True).start is opens  # none was ever sent in the packets
+
+
+@pytest.mark.parametrize(("codec", "at", "kind"), [("h264", 4, 3 << 5 | 5), ("hevc", 21, 19 << 1)])
+def test_the_size_of_lengths_stands_in_its_own_byte(codec: str, at: int, kind: int) -> None:
+    """Lengths of one to four bytes, told by the byte of the record that holds it, whatever stands beside it."""
+    unit = bytes([kind, 1, 2, 3])
+    for size in (1, 2, 3, 4):
+        record = bytearray([1, *[4 - size] * 24])
+        record[at] = 0xFC | size - 1
+        look = codecs.looker(codec, bytes(record), "yuv420p")
+        assert look(len(unit).to_bytes(size, "big") + unit, True).start is Start.CLOSED
+
+
+def test_units_of_another_layer_are_not_the_pictures() -> None:
+    look = codecs.looker("hevc", None, "yuv420p")
+    assert look(_hevc(19) + _hevc(1, layer=1), True).start is Start.CLOSED
+    assert look(_hevc(19) + _hevc(1, layer=33), True).start is Start.CLOSED
+    assert look(_hevc(19) + _hevc(1), True).start is Start.NO
