@@ -124,6 +124,7 @@ def test_keys_of_the_first_question_serve_the_second(tmp_path, told):
     assert [seconds["loading"] for seconds in own] == [5.0] * 3
     assert costs.seconds["prefill"] == pytest.approx(sum(seconds["prefill"] for seconds in own))
     assert own[2]["prefill"] < costs.seconds["prefill"]
+    assert all(spent >= 0 for seconds in (costs.seconds, *own) for spent in seconds.values())
     assert [reuse for *_, reuse in calls] == [None, "kept keys", "kept keys"]
 
 

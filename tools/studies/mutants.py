@@ -27,12 +27,11 @@ from typing import Any
 from stageparity import evidence
 from stageparity.evidence import Basis
 from stageparity.golden import GoldenError
-from stageparity.store import list_cases
 from tools.studies import FRAME, ROOT, counts, say
 from tools.studies.edits import SOURCES, Mutant, sample
 from tools.studies.log import Log
 from tools.studies.seen_by import TESTS, tests_of
-from tools.studies.trial import LIMIT, MISSED, Child, Goldens, golden_sets, runs_of
+from tools.studies.trial import LIMIT, MISSED, Child, Goldens, golden_cases, runs_of
 
 __all__ = ["moves", "problems", "reasons", "run", "summary"]
 
@@ -78,7 +77,7 @@ def _before_tests(goldens: Path) -> Basis:
 
 
 def _basis(goldens: Path, tests: list[str], without: tuple[str, ...]) -> Basis:
-    refs = [ref for name in golden_sets() for ref in list_cases(goldens / name)]
+    refs = golden_cases(goldens)
     return Basis(
         evidence.code(["tools/studies/mutants.py", *SOURCES, *tests], ROOT, without),
         evidence.goldens(refs),

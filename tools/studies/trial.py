@@ -28,7 +28,7 @@ from stageparity.golden import GoldenError
 from tools.studies.edits import Mutant
 from tools.studies.seen_by import tests_of
 
-__all__ = ["LIMIT", "MISSED", "RUNS", "Child", "Goldens", "Run", "golden_sets", "runs_of"]
+__all__ = ["LIMIT", "MISSED", "RUNS", "Child", "Goldens", "Run", "golden_cases", "runs_of"]
 
 LIMIT = 120  #: seconds of processor time of one mutant, runs and tests together
 #: what tests import, loaded once before the first fork
@@ -70,11 +70,13 @@ NINE = (
     Run("small/base", "float32"),
     Run("small/base", "bfloat16", alone=True),
     Run("small/decode", "bfloat16"),
+    Run("official/loss", "float32"),  # gradients
 )
 SEVEN = (
     *(Run(f"small-7b/{case}") for case in ("base", "decode", "train", "absent", "trainvideo", "oneframe")),
     *(Run(f"small-7b/{case}") for case in ("noaudio", "textonly", "oneid")),
     Run("small-7b/base", "float16", alone=True),
+    Run("official-7b/loss", "float32"),
 )
 FAST = (
     *(Run(f"small/{case}", fast=True) for case in ("base", "decode", "absent", "pervideo", "holes", "budget", "odd")),
@@ -102,9 +104,13 @@ def runs_of(file: str) -> tuple[Run, ...]:
     return next(runs for glob, runs in RUNS.items() if fnmatch.fnmatchcase(file, glob))
 
 
-def golden_sets() -> list[str]:
-    """Sets that runs take cases of."""
-    return sorted({run.case.split("/")[0] for runs in RUNS.values() for run in runs})
+def golden_cases(folder: Path) -> list[Any]:
+    """The cases that runs take, as `stageparity.store.list_cases` gives them."""
+    from stageparity.store import list_cases
+
+    taken = {run.case for runs in RUNS.values() for run in runs}
+    sets = sorted({case.split("/")[0] for case in taken})
+    return [ref for name in sets for ref in list_cases(folder / name) if f"{ref.set}/{ref.name}" in taken]
 
 
 @dataclass(frozen=True)
@@ -119,16 +125,16 @@ class Goldens:
         import torch
 
         from stageparity import tolerance
-        from stageparity.store import list_cases, open_case
+        from stageparity.store import open_case
         from vidi.parity.stages import STAGES
 
         torch.set_num_threads(1)
         for name in HEAVY:
             importlib.import_module(name)
         cases = {}
-        for ref in (ref for name in golden_sets() for ref in list_cases(folder / name)):
+        for ref in golden_cases(folder):
             case = cases[f"{ref.set}/{ref.name}"] = open_case(ref.folder, ref.name)
-            for variant in ("none", "cast"):
+            for variant in case.variants:
                 list(case.variant(variant).items())
             weights, _ = case.weights(), case.inputs
             case.__dict__["weights"] = lambda weights=weights: weights

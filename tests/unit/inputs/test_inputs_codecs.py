@@ -75,3 +75,48 @@ def test_units_of_another_layer_are_not_the_pictures() -> None:
     assert look(_hevc(19) + _hevc(1, layer=1), True).start is Start.CLOSED
     assert look(_hevc(19) + _hevc(1, layer=33), True).start is Start.CLOSED
     assert look(_hevc(19) + _hevc(1), True).start is Start.NO
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize(("existing", "inter", "shown"), [(0, 0, 1), (0, 0, 0), (0, 1, 1), (1, 0, 0), (1, 1, 1)])
+def test_vp9_starts_at_key_frames_that_are_shown(existing: int, inter: int, shown: int, several: bool) -> None:
+    """Of several frames in a packet the last is shown, whatever the first says of itself."""
+    head = 2 << 6 | existing << 3 | inter << 2 | shown << 1
+    look = codecs.looker("vp9", None, "yuv420p")(bytes([head, 0, 6 << 5 if several else 0]), True)
+    assert (look.start is Start.CLOSED) == (not existing and not inter and bool(shown))
+    assert look.shown == (several or bool(existing or shown))
+
+
+def _obu(kind: int, content: bytes, *, extended: bool = False, long: bool = False) -> bytes:
+    """A unit of AV1 with its size, in two bytes where one would do."""
+    size = bytes([len(content) | 128, 0]) if long else bytes([len(content)])
+    return bytes([kind << 3 | extended << 2 | 2]) + b"\x08" * extended + size + content
+
+
+SHOWN_KEY, HIDDEN_KEY, SHOWN_INTER, SHOWN_AGAIN = b"\x10\0", b"\0\0", b"\x30\0", b"\x80\0"
+
+
+@pytest.mark.parametrize("extended", [False, True])
+@pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize("frame", [3, 6])
+def test_av1_starts_at_a_shown_key_frame_behind_its_sequence(frame: int, long: bool, extended: bool) -> None:
+    def starts(*units: tuple[int, bytes]) -> bool:
+        data = b"".join(_obu(kind, content, extended=extended, long=long) for kind, content in units)
+        return codecs.looker("av1", None, "yuv420p")(data, True).start is Start.CLOSED
+
+    delimiter, sequence = (2, b""), (1, bytes(range(11)))
+    assert starts(delimiter, sequence, (frame, SHOWN_KEY))
+    assert starts(sequence, (5, b"metadata"), (frame, SHOWN_KEY))
+    assert not starts(delimiter, (frame, SHOWN_KEY))
+    for other in (HIDDEN_KEY, SHOWN_INTER, SHOWN_AGAIN):
+        assert not starts(delimiter, sequence, (frame, other))
+        assert not starts(delimiter, sequence, (frame, other), (frame, SHOWN_KEY))
+    assert not starts(delimiter, sequence)
+
+
+def test_av1_units_of_200_bytes_take_two_for_their_size() -> None:
+    metadata = bytes([5 << 3 | 2, 200 & 127 | 128, 200 >> 7]) + bytes(200)
+    data = _obu(1, bytes(11)) + metadata + _obu(6, SHOWN_KEY)
+    assert codecs.looker("av1", None, "yuv420p")(data, True).start is Start.CLOSED
+    unsized = bytes([6 << 3]) + SHOWN_KEY  # the last unit of a packet may leave its size out
+    assert codecs.looker("av1", None, "yuv420p")(_obu(1, bytes(11)) + unsized, True).start is Start.CLOSED
