@@ -340,7 +340,7 @@ class Hooks:
                 if (stage := self._stage(path, where, ids, args, kwargs))
             ]
             if trace.goldens is not None:
-                given = [fingerprint(to_numpy(x)[0]) for x in _arrays((args, kwargs))]
+                given = known(_arrays((args, kwargs)))
                 for _, stage in stages:
                     trace.fed.setdefault(stage, given)
             for where, stage in stages:
@@ -378,6 +378,12 @@ def _member(owner, name):
     if isinstance(owner, dict) and name in owner:
         return owner[name]
     return getattr(owner, name)
+
+
+def known(arrays):
+    """Fingerprints of the arrays that can be goldens: a mask of -inf is none, nor is NaN, and JSON has no word for them."""
+    arrays = [to_numpy(x)[0] for x in arrays]
+    return [fingerprint(x) for x in arrays if np.isfinite(np.asarray(x, np.float64)).all()]
 
 
 def _arrays(given):

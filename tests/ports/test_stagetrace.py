@@ -141,6 +141,12 @@ def test_what_a_call_was_given_is_remembered(tmp_path: Path) -> None:
     assert "layer.0.v" in said["fed"]
 
 
+def test_what_is_not_finite_is_given_and_not_remembered() -> None:
+    """A mask of -inf is an argument like others. JSON has no word for it, and a trace that held it could not be read."""
+    x = np.ones((3, 4))
+    assert stagetrace.known([x, np.full((4, 4), -np.inf), x * np.nan]) == [stagetrace.fingerprint(x)]
+
+
 @pytest.mark.parametrize(
     ("edit", "status", "step", "words"),
     [
