@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,30 @@ def test_init_begins_what_a_user_fills_in(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert cli.main(["port", "init", "official/none", str(tmp_path / "q")]) == 2
     assert not (tmp_path / "q").exists()
+
+
+def test_what_is_no_tracer_and_no_case_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "p"
+    tracer, words = folder / "stagetrace.py", ["port", "init", "official/single", str(folder)]
+    (folder / "case").mkdir(parents=True)
+    (folder / "case" / "weights.safetensors").write_text("mine")
+    assert cli.main(words) == 2
+    (folder / "case" / "weights.safetensors").unlink()
+    tracer.write_bytes(b"mine \xff")
+    assert cli.main(words) == 2
+    (folder / "adapter.py").write_text("")
+    assert run(folder, "--case", "official/single") == 2
+    assert tracer.read_bytes() == b"mine \xff"
+    tracer.unlink()
+    os.mkfifo(tracer)  # reading one would wait for ever
+    assert run(folder, "--case", "official/single") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(str(folder))[2].partition(" ")[0] for line in said] == [
+        "/case",
+        *["/stagetrace.py"] * 2,
+        "/stagetrace.py:",
+    ]
+    assert not list((folder / "case").iterdir())
 
 
 def test_an_adapter_not_filled_in_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
