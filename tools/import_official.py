@@ -198,7 +198,7 @@ def _check_target(dst: Path) -> None:
         raise GoldenError(f"{dst}: a file; give a folder for the golden set")
     manifests = {path: parse(path) for path in dst.glob("*.json") if path.with_suffix(".h5").exists()}
     own = {path.name for path in manifests} | {path.with_suffix(".h5").name for path in manifests}
-    own |= {body["weights"]["file"] for body in manifests.values()}
+    own |= {body["weights"].get("file") for body in manifests.values()}
     if foreign := sorted(path.name for path in dst.iterdir() if path.name not in own):
         some = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise GoldenError(
@@ -429,6 +429,8 @@ def _run(arguments: list[str]) -> int:
     in_ledger = (args.dst.parent / "ledger.toml").exists()
     if in_ledger and not args.reason:
         raise GoldenError(f'{args.dst.parent} has a ledger: give --reason "..." for this import')
+    if in_ledger:
+        ledger.check_reason(args.reason)
     names = import_recordings(
         *(args.src, args.dst),
         full=args.full,
