@@ -20,7 +20,7 @@ from tests.cli import talking
 from tests.limited import one_line
 from tests.media import make_video
 from tests.unit.checkpoint.breaking import write_shard
-from tools import study
+from tools import demo_video, study
 from vidi import cli
 from vidi.checkpoint import synthetic
 from vidi.commands import arguments, inspect
@@ -256,6 +256,17 @@ def test_a_tool_ends_in_one_line(tool: str, tmp_path: Path) -> None:
     assert done.stderr.startswith(f"{Path(tool).name}: ")
     assert "unexpected" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_film_that_is_not_finished_takes_no_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("a:b.mp4")  # FFmpeg would look for a protocol `a`
+    demo_video.make(path, 0.1)
+    before = path.read_bytes()
+    monkeypatch.setattr(demo_video, "picture", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo_video.make(path, 0.2)
+    assert [(found.name, found.read_bytes()) for found in tmp_path.iterdir()] == [("a:b.mp4", before)]
 
 
 @pytest.mark.slow

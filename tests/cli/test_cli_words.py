@@ -223,6 +223,11 @@ def test_a_file_of_questions_is_not_called_a_video(tmp_path: Path, capsys: pytes
         assert "video" not in refused([*words, name], capsys).removeprefix("vidi retrieve: ")
 
 
+def test_the_mark_of_an_editor_is_no_part_of_a_question(tmp_path: Path) -> None:
+    (tmp_path / "questions.txt").write_bytes(b"\xef\xbb\xbfa car\r\n\r\na cat\n")
+    assert retrieve._queries(tmp_path / "questions.txt") == ["a car", "a cat"]
+
+
 def test_no_memory_at_all_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """0 GiB was taken for no question, and "fits" said of it."""
     synthetic.synth(tmp_path / "tiny", VidiConfig.tiny())

@@ -128,6 +128,6 @@ def _queries(path: Path) -> list[str]:
     if len(data) > MAX_QUERIES_BYTES:
         raise ValueError(f"{path}: more than {MAX_QUERIES_BYTES:,} bytes of queries; split the file")
     try:
-        return [line for line in data.decode("utf-8").splitlines() if line.strip()]
+        return [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is no UTF-8 text; save the queries as UTF-8") from None
