@@ -18,7 +18,7 @@ import pytest
 from stageparity import manifest
 from stageparity import run as runs
 from tests.media import make_video
-from tools import study
+from tools import compare_benchmarks, study
 from vidi.checkpoint import synthetic
 from vidi.cli import COMMANDS, main
 from vidi.commands import port, retrieve
@@ -167,6 +167,7 @@ def test_a_tool_says_it_alike(capsys: pytest.CaptureFixture[str]) -> None:
         ("budget --json a --json b", "is given twice"),
         ("budget --dtype float32 --dtype float16", "argument --dtype: is given twice"),
         ("retrieve v.mp4 q --checkpoint a --checkpoint b", "argument --checkpoint: is given twice"),
+        ("bench --video x --plain 5", "--plain means nothing with --video"),
         ("faults --list --json x", "--json means nothing with --list"),
         ("faults --list --dtype bf16", "--dtype means nothing with --list"),
     ],
@@ -206,6 +207,14 @@ def test_questions_may_follow_options(words: str, monkeypatch: pytest.MonkeyPatc
 
 def test_a_question_that_begins_with_a_dash_needs_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown: -x" in refused(["retrieve", "film.mp4", "--checkpoint", "c", "one", "-x"], capsys)
+
+
+@pytest.mark.parametrize("word", ["nan", "inf", "-0.1"])
+def test_no_slack_opens_or_shuts_the_gate(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compare_benchmarks.main(["nowhere.json", "nowhere.json", f"--slack={word}"])
+    assert ended.value.code == 2
+    assert "a number from 0 on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["--max-frames", "--max-new-tokens"])

@@ -131,6 +131,20 @@ def test_the_rerun_of_a_chained_dump_says_whose_error_as_the_whole_run_did(
     assert "1 stages of 1 cases" in out
 
 
+def test_a_pattern_that_matches_no_stage_is_named(
+    dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["parity", "--candidate", str(dump), "--quiet"]
+    assert cli.main([*words, "--stage", "logitz"]) == 2
+    assert "'logitz' matches none of the 94 stages" in capsys.readouterr().err
+    budget = tmp_path / "budget.toml"
+    budget.write_text('[[group]]\nstages = "logitz, layer.*"\nrms = 0.1\nreason = "8 bits"\n')
+    assert cli.main([*words, "--budget", str(budget)]) == 0
+    said = capsys.readouterr().out
+    assert "group 1: 'logitz' matches none of the stages that were compared" in said
+    assert "'layer.*'" not in said
+
+
 def test_a_dtype_that_the_dump_is_not_in_is_refused(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["parity", "--candidate", str(dump), "--quiet", "--dtype"]
     assert cli.main([*words, "bf16"]) == 2

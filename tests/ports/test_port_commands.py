@@ -197,6 +197,12 @@ def test_bad_options(options: tuple[str, ...], words: str, port: Path, capsys: p
     assert words in capsys.readouterr().err
 
 
+def test_a_pattern_that_matches_no_stage_costs_no_run(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(port, "--stage", "logitz") == 2
+    assert "did you mean logits?" in capsys.readouterr().err
+    assert not (port / "trace").exists()
+
+
 def test_an_unknown_adapter_and_a_timeout(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["port", "run", str(port / "none.py")]) == 2
     plant(port, "    import time; time.sleep(60)\n")

@@ -187,6 +187,8 @@ def _trace(args: argparse.Namespace) -> int:
     candidate.check(args)
     globs = args.case or [_own_case(adapter.parent)]
     refs, stages = cases.select(goldens, globs), port.load_table().stages
+    if args.stage is not None:
+        cases.check_stages(args.stage, refs, stages, "--stage")
     out = Path(args.out) if args.out else adapter.parent / "trace"
     _check_replaced(adapter.parent)
     _copy_tracer(adapter.parent)
