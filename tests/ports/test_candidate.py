@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from stageparity import store
+from stageparity import manifest, store
 from stageparity.golden import Whole
 from stageparity.port import candidate, capsule
 from stageparity.port.candidate import Unusable
@@ -273,6 +273,23 @@ def test_what_cannot_be_judged_is_refused(
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": None}, {"num_hidden_layers": "x"}, {"sliding_window": {"a": 1}}]
+)
+def test_a_golden_of_an_impossible_config_is_named(
+    change: dict[str, Any], case: Case, dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "goldens" / "official"
+    folder.mkdir(parents=True)
+    for path in (goldens_dir() / "official").glob("single.*"):
+        shutil.copy(path, folder)
+    altered = manifest.render(case.manifest | {"config": case.config | change})
+    (folder / "single.json").write_bytes(altered)
+    declare(dump, case, golden=json.loads(altered)["sha256"])
+    assert cli.main(["parity", "--candidate", str(dump), "--goldens", str(folder.parent)]) == 2
+    assert f"official/single: its config has {next(iter(change))} = " in capsys.readouterr().err
 
 
 def test_a_capsule_replaces_nothing_but_a_capsule(tmp_path: Path) -> None:

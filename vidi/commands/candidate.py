@@ -73,7 +73,16 @@ def find_case(name: str, goldens: Path) -> Case:
         raise GoldenError(
             f"{name} is {len(found)} cases, one is needed: {', '.join(f'{r.set}/{r.name}' for r in found[:6])}"
         )
-    return store.open_case(found[0].folder, found[0].name)
+    case = store.open_case(found[0].folder, found[0].name)
+    # No model reads this config here; who feeds whom, and which paths are gone through, follow from two of its numbers.
+    numbers = {
+        "num_hidden_layers": case.config.get("num_hidden_layers"),
+        "sliding_window": case.config.get("sliding_window") or 1,
+    }
+    for field, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise GoldenError(f"{name}: its config has {field} = {value!r}; a whole number above 0 is needed")
+    return case
 
 
 def check(args: Any) -> None:
