@@ -200,6 +200,9 @@ class Trace:
         for within in self.open:
             within.add(stage)
         raw, dtype = to_numpy(x)
+        if raw.dtype.name not in _NAMES:
+            self.note(stage, f"holds {raw.dtype}, no real numbers: item= or another place gives the tensor")
+            return x
         pieces = self.pieces.setdefault(stage, [])
         if pieces and where.join is None:
             self.note(

@@ -211,6 +211,11 @@ def test_an_unknown_adapter_and_a_timeout(port: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
+def test_what_is_no_interpreter_is_no_port(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(port, "--python", "true") == 2
+    assert "true: left no trace.json; is it a Python interpreter?" in capsys.readouterr().err
+
+
 def test_code_and_not_the_environment(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(
         port,

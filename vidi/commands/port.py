@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -276,6 +277,16 @@ def _check_replaced(folder: Path) -> None:
         raise ValueError(strict.one_line(f"{case} holds something else than a case, which goes there; move it away"))
 
 
+def _status(command: list[str], timeout: float, **options: Any) -> int:
+    """Exit status of a command. Whatever ends the wait ends all that it has started: an interpreter may be behind a wrapper."""
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            return process.wait(timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+
+
 def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mapping[str, str] = {}) -> Failed | None:
     """Trace one case; None, or what ended the port. more: environment variables. Raises ValueError where the
     adapter is at fault."""
@@ -289,15 +300,17 @@ def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mappi
     command = [args.python, str(adapter.parent / "stagetrace.py"), str(adapter), str(folder / "case"), str(folder)]
     with tempfile.TemporaryFile() as log:
         try:
-            status = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=args.timeout).returncode
+            status = _status(command, args.timeout, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         except subprocess.TimeoutExpired:
             return Failed(f"the port did not end within {args.timeout} seconds (--timeout)")
         except OSError as error:
             raise ValueError(f"{args.python}: {error.strerror}; --python names the port's interpreter") from None
         log.seek(max(0, log.tell() - LOG_BYTES))
         said_last = log.read().decode("utf-8", "replace")
-    if status == 0:
+    if status == 0 and (folder / "trace.json").exists():
         return None
+    if status == 0:
+        raise ValueError(f"{args.python}: left no trace.json; is it a Python interpreter? --python names the port's")
     atomic.write_text(folder / "port.log", said_last)
     try:
         said = strict.read_json(folder / "trace.json", inside=folder)
