@@ -24,7 +24,7 @@ from typing import Any
 import av
 import numpy as np
 
-from stageparity import evidence
+from stageparity import atomic, evidence
 from vidi import cli
 from vidi.commands import outputs
 from vidi.commands.arguments import positive
@@ -164,11 +164,13 @@ def _run(arguments: list[str]) -> None:
         video.Video(args.video)  # what cannot be read is said before anything is measured
         outputs.apart(args.video, args.json)
     with tempfile.TemporaryDirectory() as folder:
-        path = args.video or args.keep or Path(folder) / "film.mp4"
+        path = args.video or (args.keep if args.keep and args.keep.exists() else Path(folder) / "film.mp4")
         if not path.exists():
             started = time.perf_counter()
             make(path, args.seconds)
             print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            if args.keep is not None:
+                atomic.write_bytes(args.keep, path.read_bytes())
         cores = len(os.sched_getaffinity(0))
         report: dict[str, Any] = {"cores": cores, "bytes": path.stat().st_size, "load": os.getloadavg()[0], "rows": {}}
         print(f"{path.stat().st_size / 1e6:.0f} MB, {cores} cores, load {report['load']:.1f}; quickest of {args.runs}")

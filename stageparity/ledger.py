@@ -13,9 +13,10 @@ from typing import Any
 
 from stageparity import atomic, strict
 
-__all__ = ["append", "entries", "file_sha256", "latest", "stale"]
+__all__ = ["append", "check_reason", "entries", "file_sha256", "latest", "stale"]
 
 MAX_BYTES = 64 << 20  # of a file whose hash is entered
+LONGEST_REASON = 2000  # characters: a line of the ledger
 _KEYS = ("subject", "sha256", "why")
 _HEAD = "# What changed, why, and the errors against the oracle before and after. Written by tools/, appended only.\n"
 
@@ -59,14 +60,30 @@ def append(folder: Path, subject: str, sha256: str, reason: str, changes: list[s
 
     The caller holds the folder's lock (`writer.locked`, `writer.replaced`), or two writers lose an entry.
 
-    changes: one line per tensor or number with its old and new value. Raises ValueError without a reason.
+    changes: one line per tensor or number with its old and new value. Raises ValueError as `check_reason`, and for an entry with
+    which the ledger could not be read again.
     """
-    if not reason.strip():
-        raise ValueError('a ledger entry needs a reason: --reason "..."')
+    check_reason(reason)
     path = folder / "ledger.toml"
     text = strict.read_bytes(path, limit=MAX_BYTES).decode("utf-8") if path.exists() else _HEAD
-    lines = ["", "[[entry]]", *(f"{k} = {json.dumps(v)}" for k, v in (("subject", subject), ("sha256", sha256)))]
-    lines.append(f"why = {json.dumps(reason.strip())}")
+    lines = ["", "[[entry]]", *(f"{k} = {_toml(v)}" for k, v in (("subject", subject), ("sha256", sha256)))]
+    lines.append(f"why = {_toml(reason.strip())}")
     if changes:
-        lines += ["changes = [", *(f"  {json.dumps(change)}," for change in changes), "]"]
-    atomic.write_text(path, text + "\n".join(lines) + "\n")
+        lines += ["changes = [", *(f"  {_toml(change)}," for change in changes), "]"]
+    text += "\n".join(lines) + "\n"
+    strict.parse_toml(text.encode("utf-8"), file=path)
+    atomic.write_text(path, text)
+
+
+def check_reason(reason: str) -> None:
+    """Raises ValueError for a reason that cannot stand in a ledger: what it is for may take hours to measure."""
+    if not reason.strip():
+        raise ValueError('a ledger entry needs a reason: --reason "..."')
+    if len(reason) > LONGEST_REASON:
+        raise ValueError(f"--reason has {len(reason):,} characters; at most {LONGEST_REASON:,} stand in a ledger")
+
+
+def _toml(text: str) -> str:
+    """A basic string. JSON's lets DEL stand, and writes what lies beyond 16 bits as two halves: TOML refuses both."""
+    plain = text.encode("utf-8", "backslashreplace").decode("utf-8")  # bytes of the command line that are no text
+    return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -161,7 +162,7 @@ def set_sha256(folder: Path) -> str:
 
 def restore_hint(path: Path) -> str:
     """What to do about a golden file that is not as it was."""
-    return f"restore it (git checkout -- {path.name}) or import / regenerate its case"
+    return f"restore it (git checkout -- {shlex.quote(path.name)}) or import / regenerate its case"
 
 
 class _Lines(dict[str, Any]):

@@ -10,6 +10,7 @@ open file, so it cannot open another one.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,11 @@ DTYPES = {
     **{f"float{8 * n}": getattr(h5py.h5t, f"IEEE_F{8 * n}LE") for n in (2, 4, 8)},
     "bool": h5py.h5t.py_create(np.dtype(bool)),
 }
-FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32, h5py.h5z.FILTER_LZF}
+DEFLATE, LZF = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_LZF
+FILTERS = {DEFLATE, LZF, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+# The library unpacks a chunk to whatever it holds, not to what it should hold. So many bytes come out of one at most; a chunk
+# that could give more than MAX_UNPACKED is unpacked here first, no further than its size.
+UNPACKED, MAX_UNPACKED = {DEFLATE: 1032, LZF: 88}, 256 << 20
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # What h5py raises for damaged files shares no base class; MemoryError too is an answer to what a file claims.
 _ERRORS = (
@@ -51,10 +56,11 @@ _ERRORS = (
 
 
 @contextmanager
-def open_h5(path: str | Path, *, limit: int = MAX_FILE_BYTES) -> Iterator[H5File]:
-    """Open a file of at most ``limit`` bytes for reading. Raises Refused, also for what h5py finds wrong inside."""
+def open_h5(path: str | Path, *, limit: int = MAX_FILE_BYTES, inside: str | Path | None = None) -> Iterator[H5File]:
+    """Open a file of at most ``limit`` bytes for reading, found as by `strict.open_file`. Raises Refused, also for what h5py
+    finds wrong inside."""
     path = Path(path)
-    with strict.open_file(path, limit=limit) as raw:
+    with strict.open_file(path, limit=limit, inside=inside) as raw:
         start = raw.read(9)
         if start[:8] != _SIGNATURE:
             raise Refused("is no HDF5 file", file=path)
@@ -188,9 +194,11 @@ class H5File:
         self._check_storage(data, made, nbytes, refuse)
 
     def _check_storage(self, data: h5py.Dataset, made: Any, nbytes: int, refuse: Any) -> None:
-        filters = {made.get_filter(i)[0] for i in range(made.get_nfilters())}
-        if unknown := sorted(filters - FILTERS):
+        filters = [made.get_filter(i)[0] for i in range(made.get_nfilters())]
+        if unknown := sorted(set(filters) - FILTERS):
             refuse(f"is stored through filters {unknown}; known are gzip, lzf, shuffle and fletcher32")
+        if len(set(filters)) < len(filters) or {*UNPACKED} <= set(filters):
+            refuse(f"is packed twice, through filters {filters}; once is enough")
         stored = data.id.get_storage_size()
         if made.get_layout() == h5py.h5d.CHUNKED:
             chunk = made.get_chunk()
@@ -202,10 +210,36 @@ class H5File:
                 refuse(f"lies in {num_chunks:,} chunks; at most {MAX_CHUNKS:,} are read")
             if data.id.get_num_chunks() != num_chunks:
                 refuse(f"holds {data.id.get_num_chunks():,} of its {num_chunks:,} chunks; the rest was never written")
+            self._check_chunks(data, filters, chunk_bytes, refuse)
         elif stored < nbytes:
             refuse(f"claims {nbytes:,} bytes, of which {stored:,} were written")
         if nbytes > FREE_BYTES and nbytes > MAX_RATIO * stored:
             refuse(f"claims {nbytes:,} bytes out of {stored:,}; more than {MAX_RATIO} times is not read")
+
+    def _check_chunks(self, data: h5py.Dataset, filters: list[int], chunk_bytes: int, refuse: Any) -> None:
+        """Refuses a chunk that holds more than it should."""
+        packed = next((one for one in filters if one in UNPACKED), None)
+        found: list[Any] = []
+        data.id.chunk_iter(found.append)
+        for chunk in found:
+            # What cannot be packed grows a little; each checksum takes four bytes.
+            if chunk.size > chunk_bytes + chunk_bytes // 1000 + 64:
+                refuse(f"keeps {chunk.size:,} bytes in a chunk of {chunk_bytes:,}")
+            if packed is None or chunk.size * UNPACKED[packed] <= max(MAX_UNPACKED, chunk_bytes):
+                continue
+            if packed == LZF:
+                refuse(f"has a chunk of {chunk.size:,} bytes packed by lzf; pack it by gzip")
+            mask, raw = data.id.read_direct_chunk(chunk.chunk_offset)
+            if not mask >> filters.index(packed) & 1 and len(_unzipped(raw, chunk_bytes + 5)) > chunk_bytes + 4:
+                refuse(f"unpacks to more than the {chunk_bytes:,} bytes of its chunk")
+
+
+def _unzipped(raw: bytes, limit: int) -> bytes:
+    """The first ``limit`` bytes of what is packed. Raises ValueError where nothing is."""
+    try:
+        return zlib.decompressobj().decompress(raw, limit)
+    except zlib.error as error:
+        raise ValueError(str(error)) from None
 
 
 def _class_name(kind: h5py.h5t.TypeID) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load
@@ -12,7 +12,7 @@ from safetensors.numpy import load
 from stageparity import strict
 from stageparity.strict import Refused
 
-__all__ = ["read_safetensors"]
+__all__ = ["read_header", "read_safetensors"]
 
 MAX_BYTES = 8 << 30
 _MAX_HEADER = 64 << 20
@@ -20,7 +20,7 @@ _MAX_HEADER = 64 << 20
 
 def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
     """All tensors of a file, opened as by `strict.open_file`. Raises Missing, and Refused for what cannot be read."""
-    _check_size(path)
+    read_header(path)
     raw = strict.read_bytes(path, limit=MAX_BYTES)
     try:
         return load(raw)
@@ -28,9 +28,10 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
         raise Refused(f"no readable safetensors file ({strict.reason(error)})", file=path) from None
 
 
-def _check_size(path: str | Path) -> None:
-    """Raises Refused for a file whose size is not what its header tells of: gigabytes of nothing are not read."""
-    with strict.open_file(path, limit=MAX_BYTES) as file:
+def read_header(path: str | Path, *, inside: str | Path | None = None) -> dict[str, Any]:
+    """The header, bounded as `strict.parse_json` bounds JSON. Raises as `read_safetensors`, also for a file whose size is not
+    what its header tells of: gigabytes of nothing are not read."""
+    with strict.open_file(path, limit=MAX_BYTES, inside=inside) as file:
         size, length = os.fstat(file.fileno()).st_size, int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
             raise Refused("no readable safetensors file (its header has no length)", file=path)
@@ -38,9 +39,11 @@ def _check_size(path: str | Path) -> None:
         while len(text) < length and (part := file.read(length - len(text))):
             text += part
     try:
-        entries = [entry for name, entry in json.loads(text).items() if name != "__metadata__"]
+        header: dict[str, Any] = strict.parse_json(text)
+        entries = [entry for name, entry in header.items() if name != "__metadata__"]
         told = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries), default=0)
     except Exception as error:  # whatever a header may hold
         raise Refused(f"no readable safetensors file ({strict.reason(error)})", file=path) from None
     if told != size:
         raise Refused(f"no readable safetensors file ({size:,} bytes, its header tells of {told:,})", file=path)
+    return header

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stageparity.strict import one_line
-from vidi.cli import guarded
+from stageparity.strict import one_line, printable
+from vidi import cli
+from vidi.commands import outputs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -128,7 +129,7 @@ def _run(env: str, rev: str, tree: Path, options: Sequence[str]) -> Cell:
 
 def run(argv: Sequence[str]) -> int:
     """0: the cells agree; 1: some differ."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", action="append", metavar="PYTHON", default=[], help="an interpreter; give two")
     parser.add_argument(
         "--rev", action="append", metavar="REV", default=[], help="a revision; give two (default: this tree)"
@@ -141,18 +142,19 @@ def run(argv: Sequence[str]) -> int:
     envs, revs = args.env or [sys.executable], args.rev or ["here"]
     if len(envs) > 2 or len(revs) > 2 or len(envs) * len(revs) < 2:
         raise ValueError("two --env, two --rev, or both are needed: nothing else tells one cause from the other")
+    outputs.check(None if args.json == "-" else args.json)
     options = [word for case in args.case for word in ("--case", case)] + ["--dtype", args.dtype]
     options += ["--stage", args.stage] if args.stage else []
     with _checked_out(revs) as trees:
         cells = []
         for env, rev in itertools.product(envs, revs):
-            print(f"{env} at {rev} …", file=sys.stderr, flush=True)
+            print(printable(f"{env} at {rev} …"), file=sys.stderr, flush=True)
             cells.append(_run(env, rev, trees[rev], options))
     lines = verdict(cells)
     if args.json:
         _write(args.json, cells, lines)
     if args.json != "-":
-        print("\n".join(lines))
+        print(printable("\n".join(lines), keep="\n"))
     return int(any(line.startswith("follows") for line in lines))
 
 
@@ -176,4 +178,4 @@ def _write(name: str, cells: Sequence[Cell], lines: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(run))
+    sys.exit(cli.guarded(run))

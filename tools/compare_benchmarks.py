@@ -10,6 +10,7 @@ where one grew by more than the slack or a benchmark is gone, 2 where the files 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--slack", type=float, default=0.05, help="how much a ratio may grow: 0.05 is 5 %% (default)")
     parser.add_argument("--across-devices", action="store_true", help="compare runs of different devices all the same")
     options = parser.parse_args(arguments)
+    if not 0 <= options.slack < math.inf:
+        parser.error(f"--slack is {options.slack}: a number from 0 on is needed")
     before, after = read(options.before), read(options.after)
     if devices(before) != devices(after) and not options.across_devices:
         raise ValueError(f"measured on {devices(before)} and on {devices(after)}; --across-devices compares them")

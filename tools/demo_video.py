@@ -8,6 +8,7 @@ A disc crosses a slowly turning gradient from left to right, and a tone rises wh
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from pathlib import Path
 import av
 import numpy as np
 
+from stageparity import atomic
+from stageparity.strict import printable
 from vidi import cli
 from vidi.commands import outputs
 
@@ -35,11 +38,12 @@ def picture(index: int, count: int) -> np.ndarray:
 
 
 def make(path: Path, seconds: float = 8.0) -> None:
-    """Write an mp4 of ``seconds`` at 10 frames a second (H.264) with mono sound (AAC)."""
+    """Write an mp4 of ``seconds`` at 10 frames a second (H.264) with mono sound (AAC), whole or not at all."""
     count = max(1, round(seconds * FPS))
     time = np.arange(round(seconds * RATE_HZ)) / RATE_HZ
     tone = np.sin(2 * np.pi * (220 + 60 * time) * time) * 0.4
-    with av.open(str(path), "w") as container:
+    film = io.BytesIO()
+    with av.open(film, "w", format="mp4") as container:
         video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast"})
         video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         audio = container.add_stream("aac", rate=RATE_HZ)
@@ -52,6 +56,7 @@ def make(path: Path, seconds: float = 8.0) -> None:
             frame = av.VideoFrame.from_ndarray(picture(index, count), format="rgb24")
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
+    atomic.write_bytes(path, film.getvalue())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,13 +69,13 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, metavar="OUT.mp4")
     parser.add_argument("--seconds", type=float, default=8.0)
     args = parser.parse_args(arguments)
-    if not 0.1 <= args.seconds <= 3600:
-        parser.error(f"--seconds is {args.seconds}: between 0.1 and 3600")
+    if not 0.1 <= args.seconds <= 300:
+        parser.error(f"--seconds is {args.seconds}: between 0.1 and 300")
     if args.out.suffix != ".mp4":
         raise ValueError(f"{args.out}: a name that ends in .mp4 is needed")
     outputs.check(args.out)
     make(args.out, args.seconds)
-    print(args.out)
+    print(printable(str(args.out)))
     return 0
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import re
 import struct
 import sys
 from collections.abc import Iterable, Mapping
@@ -198,7 +199,7 @@ def _check_target(dst: Path) -> None:
         raise GoldenError(f"{dst}: a file; give a folder for the golden set")
     manifests = {path: parse(path) for path in dst.glob("*.json") if path.with_suffix(".h5").exists()}
     own = {path.name for path in manifests} | {path.with_suffix(".h5").name for path in manifests}
-    own |= {body["weights"]["file"] for body in manifests.values()}
+    own |= {body["weights"].get("file") for body in manifests.values()}
     if foreign := sorted(path.name for path in dst.iterdir() if path.name not in own):
         some = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         raise GoldenError(
@@ -406,6 +407,12 @@ def _spread(rows: int, count: int) -> np.ndarray:
     return np.unique(np.round(np.linspace(0, rows - 1, min(count, rows))).astype(np.int64))
 
 
+def _width(word: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,6}", word, re.ASCII) or int(word) % 2:
+        raise ValueError(f"--pos-freq: {word!r} is no width; an even number below 10 million is needed")
+    return int(word)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line; exits 0, or 2 with the reason on stderr."""
     return cli.guarded(_run, arguments, name="import_official.py")
@@ -422,13 +429,15 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--pos-freq", nargs="+", metavar=("GOLDENS", "WIDTH"), help="store pos.freq for widths")
     args = parser.parse_args(arguments)
     if args.pos_freq:
-        store_pos_freq(Path(args.pos_freq[0]), map(int, args.pos_freq[1:]))
+        store_pos_freq(Path(args.pos_freq[0]), map(_width, args.pos_freq[1:]))
         return 0
     if args.src is None or args.dst is None:
         parser.error("SRC and DST are needed")
     in_ledger = (args.dst.parent / "ledger.toml").exists()
     if in_ledger and not args.reason:
         raise GoldenError(f'{args.dst.parent} has a ledger: give --reason "..." for this import')
+    if in_ledger:
+        ledger.check_reason(args.reason)
     names = import_recordings(
         *(args.src, args.dst),
         full=args.full,

@@ -104,6 +104,8 @@ def _run(arguments: list[str]) -> int:
         raise GoldenError("goldens are not written from within pytest: a test run must not turn itself green")
     if args.accept and not args.reason.strip():
         raise GoldenError('writing needs --reason "..."')
+    if args.accept:
+        ledger.check_reason(args.reason)
     if args.noise:
         return _noise(args)
     old = store.open_case(folder, full.CASE) if (folder / f"{full.CASE}.json").exists() else None

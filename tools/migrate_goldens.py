@@ -80,6 +80,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--ledger", type=Path, metavar="GOLDENS", help="golden folder whose ledger holds the sets")
     parser.add_argument("--reason", default="names of format 2; every content hash is what it was")
     args = parser.parse_args(arguments)
+    ledger.check_reason(args.reason)
     for folder in args.sets:
         if not any(folder.glob("*.json")):
             raise GoldenError(f"{folder}: holds no CASE.json")

@@ -119,6 +119,7 @@ def _run(arguments: list[str], at: Callable[[str], None]) -> int:
         _refuse_where_unsafe()
         if not args.reason.strip():
             raise GoldenError('writing needs --reason "..."')
+        ledger.check_reason(args.reason)
     for name in args.case or ():
         _refuse_recording(args.goldens, args.set, name)
     if args.check:

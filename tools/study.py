@@ -140,6 +140,7 @@ def _refuse_where_unsafe(part: str, reason: str) -> None:
         raise GoldenError("nothing is accepted from within pytest: a test run must not turn itself green")
     if not reason.strip():
         raise GoldenError('--accept needs --reason "..."')
+    ledger.check_reason(reason)
     if part:
         raise GoldenError(f"{part} is a part of the study: only the whole is accepted")
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load
 
-from stageparity import strict
+from stageparity import strict, strict_safetensors
 from stageparity.port.stagetrace import VERSION, arrange
 from stageparity.stage import Stages
 from stageparity.strict import Missing
@@ -35,6 +37,7 @@ __all__ = ["Candidate", "Unusable", "folders", "read"]
 MAX_BYTES = 8 << 30  # of one file
 _KEYS = {"case", "golden", "dtype", "layout"}
 _SHORTEST = 12  # characters of a hash that may stand for it
+_AXES = 64  # of an array, as NumPy bounds them
 
 
 class Unusable(ValueError):
@@ -61,11 +64,14 @@ class Candidate:
 
 
 def folders(place: Path) -> list[Path]:
-    """The dumps of a folder: itself, or those in it. Raises Unusable where there is none."""
+    """The dumps of a folder: itself, or those in it. Raises Unusable where there is none, and for a link out of the folder."""
     if not place.is_dir():
         raise Unusable(f"{place}: there is no such folder")
     found = [place, *sorted(path for path in place.iterdir() if path.is_dir())]
     found = [path for path in found if (path / "trace.json").exists() or (path / "candidate.toml").exists()]
+    for path in found:
+        if not path.resolve().is_relative_to(place.resolve()):
+            raise Unusable(f"{path} is a link to a place outside {place}; refused: give that folder itself")
     if not found:
         raise Unusable(
             f"{place}: neither candidate.toml nor trace.json says what this is: write one with case, golden and dtype "
@@ -96,9 +102,42 @@ def header(folder: Path) -> dict[str, Any]:
     for key in ("case", "golden", "dtype"):
         if not isinstance(said.get(key), str):
             raise Unusable(f'{folder}: it does not say its {key}; {key} = "…" is needed in candidate.toml')
-    if not isinstance(said.get("layout", {}), dict):
+    if not _are_texts(said.get("layout", {})):
         raise Unusable(f'{folder}: layout must be a table of stage = "here -> there"')
+    for key, fits in _TRACED.items():
+        if key in said and not fits(said[key]):
+            raise Unusable(f"{folder}/trace.json: {key} is not of the form that the tracer writes: trace again")
     return said
+
+
+def _are_texts(value: Any) -> bool:
+    """A list of texts, or a table of them."""
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else (None,)
+    return all(isinstance(item, str) for item in items)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) in (int, float) for x in value)
+
+
+def _is_print(value: Any) -> bool:
+    """`stagetrace.fingerprint`: shape, five moments and two sums, neither of an empty array."""
+    if not isinstance(value, list) or len(value) != 3 or not all(map(_are_numbers, value)):
+        return False
+    return len(value[0]) <= _AXES and [len(x) for x in value[1:]] in ([5, 2], [0, 0])
+
+
+#: What a trace says beside its tensors -> is a value of that form.
+_TRACED: dict[str, Callable[[Any], bool]] = {
+    "notes": lambda value: isinstance(value, dict) and _are_texts(value),
+    "unused": lambda value: isinstance(value, list) and _are_texts(value),
+    "inside": lambda value: (
+        isinstance(value, dict) and all(isinstance(x, list) and _are_texts(x) for x in value.values())
+    ),
+    "fed": lambda value: (
+        isinstance(value, dict) and all(isinstance(x, list) and all(map(_is_print, x)) for x in value.values())
+    ),
+}
 
 
 def _failure(said: Mapping[str, Any]) -> str:
@@ -142,28 +181,50 @@ def read(folder: Path, golden: str, shapes: Mapping[str, tuple[int, ...]], stage
 
 
 def _tensors(path: Path, folder: Path) -> dict[str, np.ndarray]:
-    if path.suffix not in (".safetensors", ".h5", ".hdf5", ".npy"):
+    if path.suffix not in _READERS:
         return {}
     try:
-        if path.suffix in (".h5", ".hdf5"):
-            with open_h5(path) as file:
-                return {place.replace("/", "."): file.read_any(place) for place in sorted(file.places())}
-        data = strict.read_bytes(path, limit=MAX_BYTES, inside=folder)
-        if path.suffix == ".npy":
-            return {path.name.removesuffix(".npy"): np.load(io.BytesIO(data), allow_pickle=False)}
-        return load(_half_as_float(data))
+        found = _READERS[path.suffix](path, folder)
+        for stage, array in found.items():
+            if array.dtype.kind not in "biuf":
+                raise ValueError(f"{stage} holds {array.dtype}; read are booleans, whole numbers and floats")
+        return found
     except Missing:
         raise Unusable(f"{path}: gone while it was read") from None
     except Exception as error:  # readers of three formats; their errors share no base class
         raise Unusable(f"{path}: unreadable ({strict.reason(error)})") from None
 
 
-def _half_as_float(data: bytes) -> bytes:
-    """bfloat16 as float32: NumPy has no such dtype. Other files as they are."""
-    start = 8 + int.from_bytes(data[:8], "little")
-    if start > len(data) or b'"BF16"' not in data[8:start]:
-        return data
-    header, parts, at = json.loads(data[8:start]), [], 0
+def _hdf5(path: Path, folder: Path) -> dict[str, np.ndarray]:
+    with open_h5(path, limit=MAX_BYTES, inside=folder) as file:
+        named = {place: place.replace("/", ".") for place in sorted(file.places())}
+        if len(set(named.values())) < len(named):
+            raise ValueError("one stage in two places; keep one")
+        return {stage: file.read_any(place) for place, stage in named.items()}
+
+
+def _npy(path: Path, folder: Path) -> dict[str, np.ndarray]:
+    """What the header claims is held against the file before the rest is read."""
+    headers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with strict.open_file(path, limit=MAX_BYTES, inside=folder) as file:
+        shape, _, dtype = headers[np.lib.format.read_magic(file)](file)
+        told, size = file.tell() + math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size
+    if told != size:
+        raise ValueError(f"{size:,} bytes, its header tells of {told:,}")
+    data = strict.read_bytes(path, limit=MAX_BYTES, inside=folder)
+    return {path.name.removesuffix(".npy"): np.load(io.BytesIO(data), allow_pickle=False)}
+
+
+def _safetensors(path: Path, folder: Path) -> dict[str, np.ndarray]:
+    """bfloat16 as float32: NumPy has no such dtype."""
+    header = strict_safetensors.read_header(path, inside=folder)
+    data = strict.read_bytes(path, limit=MAX_BYTES, inside=folder)
+    halves = [entry for entry in header.values() if entry.get("dtype") == "BF16"]
+    return load(_half_as_float(header, data) if halves else data)
+
+
+def _half_as_float(header: dict[str, Any], data: bytes) -> bytes:
+    start, parts, at = 8 + int.from_bytes(data[:8], "little"), [], 0
     for entry in header.values():
         if "dtype" not in entry:
             continue
@@ -177,6 +238,9 @@ def _half_as_float(data: bytes) -> bytes:
         at += len(part)
     head = json.dumps(header).encode()
     return len(head).to_bytes(8, "little") + head + b"".join(parts)
+
+
+_READERS = {".safetensors": _safetensors, ".h5": _hdf5, ".hdf5": _hdf5, ".npy": _npy}
 
 
 def _arrange(

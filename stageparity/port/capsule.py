@@ -79,14 +79,17 @@ def write(
 
 
 def check(folder: Path) -> None:
-    """Raises ValueError for a folder that is there and holds anything but a capsule. A name proves nothing: its
-    capsule.json must speak of a stage."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not names:
+    """Raises ValueError for a folder that is there and holds anything but a capsule, which is three files. A name
+    proves nothing: its capsule.json must speak of a stage."""
+    if folder.is_symlink():
+        raise ValueError(strict.one_line(f"{folder} is a link; give the folder itself for the capsule"))
+    places = list(folder.iterdir()) if folder.is_dir() else []
+    if not places:
         return
     try:
         said = strict.read_json(folder / "capsule.json")
     except strict.Refused:
         said = {}
-    if names - _FILES or not {"stage", "row_axes", "budgets"} <= set(said):
+    strangers = [path.name for path in places if path.name not in _FILES or path.is_symlink() or not path.is_file()]
+    if strangers or not {"stage", "row_axes", "budgets"} <= set(said):
         raise ValueError(strict.one_line(f"{folder} holds more than a capsule; give a new folder for the capsule"))

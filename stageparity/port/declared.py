@@ -14,7 +14,7 @@ the depth, and what it does to the answer.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,23 @@ class Declared:
 
     def group(self, stage: str) -> Mapping[str, Any] | None:
         """The group that names a stage."""
-        for group in self.groups:
-            if any(fnmatch.fnmatchcase(stage, glob.strip()) for glob in group["stages"].split(",")):
-                return group
-        return None
+        return next(
+            (group for group in self.groups if any(fnmatch.fnmatchcase(stage, glob) for glob in _globs(group))), None
+        )
+
+    def idle(self, compared: Iterable[str]) -> list[str]:
+        """A line for each pattern that matches none of the stages that were compared: a slip, or of another case."""
+        stages = list(compared)
+        return [
+            f"group {n + 1}: {glob!r} matches none of the stages that were compared"
+            for n, group in enumerate(self.groups)
+            for glob in _globs(group)
+            if not any(fnmatch.fnmatchcase(stage, glob) for stage in stages)
+        ]
+
+
+def _globs(group: Mapping[str, Any]) -> list[str]:
+    return [glob.strip() for glob in group["stages"].split(",")]
 
 
 def load(path: Path, others: Tolerances) -> Declared:

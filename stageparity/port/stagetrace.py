@@ -200,6 +200,9 @@ class Trace:
         for within in self.open:
             within.add(stage)
         raw, dtype = to_numpy(x)
+        if raw.dtype.name not in _NAMES:
+            self.note(stage, f"holds {raw.dtype}, no real numbers: item= or another place gives the tensor")
+            return x
         pieces = self.pieces.setdefault(stage, [])
         if pieces and where.join is None:
             self.note(
@@ -340,7 +343,7 @@ class Hooks:
                 if (stage := self._stage(path, where, ids, args, kwargs))
             ]
             if trace.goldens is not None:
-                given = [fingerprint(to_numpy(x)[0]) for x in _arrays((args, kwargs))]
+                given = known(_arrays((args, kwargs)))
                 for _, stage in stages:
                     trace.fed.setdefault(stage, given)
             for where, stage in stages:
@@ -378,6 +381,12 @@ def _member(owner, name):
     if isinstance(owner, dict) and name in owner:
         return owner[name]
     return getattr(owner, name)
+
+
+def known(arrays):
+    """Fingerprints of the arrays that can be goldens: a mask of -inf is none, nor is NaN, and JSON has no word for them."""
+    arrays = [to_numpy(x)[0] for x in arrays]
+    return [fingerprint(x) for x in arrays if np.isfinite(np.asarray(x, np.float64)).all()]
 
 
 def _arrays(given):

@@ -18,7 +18,7 @@ import pytest
 from stageparity import manifest
 from stageparity import run as runs
 from tests.media import make_video
-from tools import study
+from tools import compare_benchmarks, study
 from vidi.checkpoint import synthetic
 from vidi.cli import COMMANDS, main
 from vidi.commands import port, retrieve
@@ -169,6 +169,7 @@ def test_a_tool_says_it_alike(capsys: pytest.CaptureFixture[str]) -> None:
         ("budget --json a --json b", "is given twice"),
         ("budget --dtype float32 --dtype float16", "argument --dtype: is given twice"),
         ("retrieve v.mp4 q --checkpoint a --checkpoint b", "argument --checkpoint: is given twice"),
+        ("bench --video x --plain 5", "--plain means nothing with --video"),
         ("faults --list --json x", "--json means nothing with --list"),
         ("faults --list --dtype bf16", "--dtype means nothing with --list"),
     ],
@@ -210,6 +211,14 @@ def test_a_question_that_begins_with_a_dash_needs_two(tmp_path: Path, capsys: py
     assert "unknown: -x" in refused(["retrieve", "film.mp4", "--checkpoint", "c", "one", "-x"], capsys)
 
 
+@pytest.mark.parametrize("word", ["nan", "inf", "-0.1"])
+def test_no_slack_opens_or_shuts_the_gate(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        compare_benchmarks.main(["nowhere.json", "nowhere.json", f"--slack={word}"])
+    assert ended.value.code == 2
+    assert "a number from 0 on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["--max-frames", "--max-new-tokens"])
 def test_a_count_is_checked_before_anything_is_opened(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("0", "-1", "1e3", "1_0", "٣", "9" * 5000):
@@ -223,6 +232,11 @@ def test_a_file_of_questions_is_not_called_a_video(tmp_path: Path, capsys: pytes
     words = ["retrieve", str(make_video(tmp_path / "film.mp4")), "--checkpoint", str(tmp_path / "tiny"), "--queries"]
     for name in (str(tmp_path), "/dev/zero"):
         assert "video" not in refused([*words, name], capsys).removeprefix("vidi retrieve: ")
+
+
+def test_the_mark_of_an_editor_is_no_part_of_a_question(tmp_path: Path) -> None:
+    (tmp_path / "questions.txt").write_bytes("\ufeffa car\r\n\r\na cat\u2028that\x0bsits\n".encode())
+    assert retrieve._queries(tmp_path / "questions.txt") == ["a car", "a cat\u2028that\x0bsits"]
 
 
 def test_no_memory_at_all_is_an_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

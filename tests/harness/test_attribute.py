@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +72,15 @@ def test_a_cell_is_read_from_the_json_of_a_run(capsys: pytest.CaptureFixture[str
 def test_fewer_than_two_cells_are_refused(argv: list[str]) -> None:
     with pytest.raises(ValueError, match="nothing else tells one cause from the other"):
         attribute.run(argv)
+
+
+def test_what_a_command_line_may_not_hold_costs_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    two = ["--env", "nowhere", "--env", "nowhere/else"]
+    with pytest.raises(ValueError, match="there is no folder"):
+        attribute.run([*two, "--json", str(tmp_path / "none" / "x.json")])
+    with pytest.raises(SystemExit):
+        attribute.run([*two, "--sage", "logits"])
+    assert "did you mean --stage?" in capsys.readouterr().err
 
 
 def test_an_environment_that_is_none() -> None:

@@ -279,6 +279,23 @@ def test_the_ledger_is_written_under_the_lock(goldens: Path) -> None:
     assert "another process is writing goldens here" in answer.stderr
 
 
+@pytest.mark.parametrize("reason", ["faster \U0001f680", "a\x7fb\x1b[2J\n\\x", "caf\udce9", "x" * 2000])
+def test_whatever_the_reason_the_ledger_is_read_again(reason: str, tmp_path: Path) -> None:
+    for number in range(2):
+        ledger.append(tmp_path, "small", str(number), reason, [reason])
+    assert [entry["sha256"] for entry in ledger.entries(tmp_path)] == ["0", "1"]
+    assert ledger.entries(tmp_path)[0]["why"] == reason.replace("\udce9", "\\udce9")
+
+
+def test_a_ledger_that_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    ledger.append(tmp_path, "small", "0", "the first")
+    before = (tmp_path / "ledger.toml").read_bytes()
+    for reason, changes in (("x" * 2001, []), ("long", ["x" * 20_000])):
+        with pytest.raises(ValueError, match=r"at most 2,000|a line of more than"):
+            ledger.append(tmp_path, "small", "1", reason, changes)
+    assert (tmp_path / "ledger.toml").read_bytes() == before
+
+
 def test_an_error_of_the_body_keeps_its_name(goldens: Path) -> None:
     with pytest.raises(BlockingIOError, match="a pipe is full"), replaced(goldens / "small"):
         raise BlockingIOError("a pipe is full")

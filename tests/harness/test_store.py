@@ -133,6 +133,12 @@ def test_any_manifest_byte_changed(folder: Path) -> None:
     _refused(folder, f"{path}: manifest is not readable JSON (truncated or altered): {HINT.format('tiny.json')}")
 
 
+def test_the_command_that_is_printed_runs_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "$(touch x).json").write_text("{}")
+    with pytest.raises(GoldenError, match=r"git checkout -- '\$\(touch x\).json'"):
+        parse(tmp_path / "$(touch x).json")
+
+
 def test_orphans(folder: Path) -> None:
     (folder / "other.h5").write_bytes(b"")
     _refused(folder, "other.h5: orphaned, no manifest other.json: delete it or restore the manifest")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -223,6 +225,39 @@ def _bomb(file: h5py.File, outside: Path) -> None:
     data[:] = 0
 
 
+@functools.cache
+def _zeros() -> bytes:
+    """64 MiB of them, packed into 290 KB."""
+    return zlib.compress(bytes(64 << 20), 1)
+
+
+def _chunk(file: h5py.File, shape: tuple[int, ...], packed: bytes, *filters: int) -> None:
+    """One chunk that holds what it is given, whatever the dataset says."""
+
+    def setup(made: Any) -> None:
+        made.set_chunk(shape)
+        for number in filters:
+            made.set_filter(number, h5py.h5z.FLAG_OPTIONAL, (9,) if number == strict_hdf5.DEFLATE else ())
+
+    _low(file, h5py.h5t.NATIVE_INT64, shape, setup).write_direct_chunk((0,) * len(shape), packed)
+
+
+def _bomb_in_a_chunk(file: h5py.File, outside: Path) -> None:
+    _chunk(file, (64, 1024), _zeros(), strict_hdf5.DEFLATE)
+
+
+def _overfull_chunk(file: h5py.File, outside: Path) -> None:
+    _chunk(file, (4, 6), zlib.compress(bytes(1 << 20)), strict_hdf5.DEFLATE)
+
+
+def _packed_twice(file: h5py.File, outside: Path) -> None:
+    _chunk(file, (4, 6), zlib.compress(zlib.compress(bytes(192))), strict_hdf5.DEFLATE, strict_hdf5.DEFLATE)
+
+
+def _much_of_lzf(file: h5py.File, outside: Path) -> None:
+    _chunk(file, (512, 1024), bytes(4 << 20), strict_hdf5.LZF)
+
+
 def _named_type(file: h5py.File, outside: Path) -> None:
     file["inputs/bad"] = np.dtype("int64")
 
@@ -255,6 +290,10 @@ BAD: dict[Callable[[h5py.File, Path], None], str] = {
     _odd_float: "holds numbers of another kind",
     _filter: r"is stored through filters \[305\]",
     _bomb: "claims 134,217,728 bytes out of",
+    _bomb_in_a_chunk: "unpacks to more than the 524,288 bytes of its chunk",
+    _overfull_chunk: r"keeps 1,\d\d\d bytes in a chunk of 192",
+    _packed_twice: "is packed twice",
+    _much_of_lzf: "packed by lzf; pack it by gzip",
     _named_type: "is no dataset",
 }
 

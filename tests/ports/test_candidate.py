@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from stageparity import store
+from stageparity import manifest, store
 from stageparity.golden import Whole
-from stageparity.port import candidate
+from stageparity.port import candidate, capsule
 from stageparity.port.candidate import Unusable
 from stageparity.run import CaseRun, Row
 from stageparity.store import Case
@@ -131,6 +131,20 @@ def test_the_rerun_of_a_chained_dump_says_whose_error_as_the_whole_run_did(
     assert "1 stages of 1 cases" in out
 
 
+def test_a_pattern_that_matches_no_stage_is_named(
+    dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["parity", "--candidate", str(dump), "--quiet"]
+    assert cli.main([*words, "--stage", "logitz"]) == 2
+    assert "'logitz' matches none of the 94 stages" in capsys.readouterr().err
+    budget = tmp_path / "budget.toml"
+    budget.write_text('[[group]]\nstages = "logitz, layer.*"\nrms = 0.1\nreason = "8 bits"\n')
+    assert cli.main([*words, "--budget", str(budget)]) == 0
+    said = capsys.readouterr().out
+    assert "group 1: 'logitz' matches none of the stages that were compared" in said
+    assert "'layer.*'" not in said
+
+
 def test_a_dtype_that_the_dump_is_not_in_is_refused(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["parity", "--candidate", str(dump), "--quiet", "--dtype"]
     assert cli.main([*words, "bf16"]) == 2
@@ -179,6 +193,24 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda f, c: _trace(f, c, finished=False, failed={"step": "forced run", "last": "logits", "error": "OOM"}),
         "the port failed in its forced run, after stage logits: OOM",
     ),
+    "no real numbers": (lambda f, c: np.save(f / "layer.0.output.npy", goldens(c)["layer.0.output"] + 1j), "complex"),
+    "text": (lambda f, c: np.save(f / "layer.0.output.npy", np.array(["1.5"])), "holds <U3"),
+    "an archive": (lambda f, c: _archive(f / "layer.0.output.npy"), "unreadable"),
+    "more than there is": (lambda f, c: _claim(f / "layer.0.output.npy"), "its header tells of 12,000,000,"),
+    "a header of millions": (lambda f, c: _millions(f / "more.safetensors"), "more than 1,000,000 values"),
+    "one stage in two places": (lambda f, c: _two_places(f / "more.h5"), "one stage in two places"),
+    "a link to a folder": (lambda f, c: _linked(f, "chained"), "link"),
+    "a link to a dump": (lambda f, c: _linked(f, "other"), "is a link to a place outside"),
+    **{
+        f"{key} of another form": (lambda f, c, key=key, value=value: _trace(f, c, **{key: value}), key)  # type: ignore[misc]
+        for key, value in {
+            "notes": 5,
+            "unused": 5,
+            "layout": {"logits": 5},
+            "inside": {"logits": None},
+            "fed": {"logits": [[[1], [1, 2], [3]]]},
+        }.items()
+    },
     "another tracer": (lambda f, c: _trace(f, c, version=99), "a tracer of version 99"),
 }
 
@@ -186,6 +218,37 @@ BAD: dict[str, tuple[Change, str]] = {
 def _link(folder: Path) -> None:
     shutil.move(folder / "tensors.safetensors", folder.parent / "elsewhere.safetensors")
     (folder / "tensors.safetensors").symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def _archive(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, x=np.zeros(3))
+
+
+def _claim(path: Path) -> None:
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (3_000_000_000,)}
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+
+
+def _millions(path: Path) -> None:
+    text = b'{"BF16":[' + b"[]," * 1_000_000 + b"[]]}"
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def _two_places(path: Path) -> None:
+    with h5py.File(path, "w", libver="v110") as file:
+        file["layer.0.t2t"], file["layer/0/t2t"] = np.zeros(3), np.ones(3)
+
+
+def _linked(folder: Path, name: str) -> None:
+    """What lies elsewhere, a dump of its own, under a name of this one."""
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(folder / "candidate.toml", elsewhere)
+    with h5py.File(elsewhere / "a.h5", "w", libver="v110") as file:
+        file["layer.0.t2t"] = np.zeros(3)
+    (folder / name).symlink_to(elsewhere)
 
 
 def _trace(folder: Path, case: Case, **changed: Any) -> None:
@@ -210,6 +273,37 @@ def test_what_cannot_be_judged_is_refused(
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": None}, {"num_hidden_layers": "x"}, {"sliding_window": {"a": 1}}]
+)
+def test_a_golden_of_an_impossible_config_is_named(
+    change: dict[str, Any], case: Case, dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "goldens" / "official"
+    folder.mkdir(parents=True)
+    for path in (goldens_dir() / "official").glob("single.*"):
+        shutil.copy(path, folder)
+    altered = manifest.render(case.manifest | {"config": case.config | change})
+    (folder / "single.json").write_bytes(altered)
+    declare(dump, case, golden=json.loads(altered)["sha256"])
+    assert cli.main(["parity", "--candidate", str(dump), "--goldens", str(folder.parent)]) == 2
+    assert f"official/single: its config has {next(iter(change))} = " in capsys.readouterr().err
+
+
+def test_a_capsule_replaces_nothing_but_a_capsule(tmp_path: Path) -> None:
+    """Three names prove nothing: a folder may bear one, and a link is no capsule."""
+    folder = tmp_path / "capsule"
+    (folder / "capsule.npz").mkdir(parents=True)
+    (folder / "capsule.json").write_text('{"stage": "", "row_axes": [], "budgets": {}}')
+    with pytest.raises(ValueError, match="more than a capsule"):
+        capsule.check(folder)
+    (folder / "capsule.npz").rmdir()
+    capsule.check(folder)
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(ValueError, match="is a link"):
+        capsule.check(tmp_path / "link")
 
 
 def test_the_same_case_twice_is_refused(dump: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -45,6 +46,30 @@ def test_init_begins_what_a_user_fills_in(tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     assert cli.main(["port", "init", "official/none", str(tmp_path / "q")]) == 2
     assert not (tmp_path / "q").exists()
+
+
+def test_what_is_no_tracer_and_no_case_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "p"
+    tracer, words = folder / "stagetrace.py", ["port", "init", "official/single", str(folder)]
+    (folder / "case").mkdir(parents=True)
+    (folder / "case" / "weights.safetensors").write_text("mine")
+    assert cli.main(words) == 2
+    (folder / "case" / "weights.safetensors").unlink()
+    tracer.write_bytes(b"mine \xff")
+    assert cli.main(words) == 2
+    (folder / "adapter.py").write_text("")
+    assert run(folder, "--case", "official/single") == 2
+    assert tracer.read_bytes() == b"mine \xff"
+    tracer.unlink()
+    os.mkfifo(tracer)  # reading one would wait for ever
+    assert run(folder, "--case", "official/single") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(str(folder))[2].partition(" ")[0] for line in said] == [
+        "/case",
+        *["/stagetrace.py"] * 2,
+        "/stagetrace.py:",
+    ]
+    assert not list((folder / "case").iterdir())
 
 
 def test_an_adapter_not_filled_in_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,6 +199,12 @@ def test_bad_options(options: tuple[str, ...], words: str, port: Path, capsys: p
     assert words in capsys.readouterr().err
 
 
+def test_a_pattern_that_matches_no_stage_costs_no_run(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(port, "--stage", "logitz") == 2
+    assert "did you mean logits?" in capsys.readouterr().err
+    assert not (port / "trace").exists()
+
+
 @pytest.mark.slow
 def test_an_unknown_adapter_and_a_timeout(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["port", "run", str(port / "none.py")]) == 2
@@ -183,6 +214,11 @@ def test_an_unknown_adapter_and_a_timeout(port: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow
+def test_what_is_no_interpreter_is_no_port(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(port, "--python", "true") == 2
+    assert "true: left no trace.json; is it a Python interpreter?" in capsys.readouterr().err
+
+
 def test_code_and_not_the_environment(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(
         port,

@@ -141,6 +141,20 @@ def test_what_a_call_was_given_is_remembered(tmp_path: Path) -> None:
     assert "layer.0.v" in said["fed"]
 
 
+@pytest.mark.parametrize("x", [np.ones(2, complex), np.array(["1"]), [None, object()]])
+def test_what_holds_no_real_numbers_is_noted(x: Any) -> None:
+    trace = stagetrace.Trace(["out"], {"out": (2,)})
+    assert trace.record("out", x, stagetrace.call("")) is x
+    assert "no real numbers" in trace.notes["out"]
+    assert not trace.tensors()
+
+
+def test_what_is_not_finite_is_given_and_not_remembered() -> None:
+    """A mask of -inf is an argument like others. JSON has no word for it, and a trace that held it could not be read."""
+    x = np.ones((3, 4))
+    assert stagetrace.known([x, np.full((4, 4), -np.inf), x * np.nan]) == [stagetrace.fingerprint(x)]
+
+
 @pytest.mark.parametrize(
     ("edit", "status", "step", "words"),
     [

@@ -48,6 +48,18 @@ def test_one_budget_for_a_batch_or_one_for_each_video(frames):
     assert [g.suffix for g in own] == [f".{b}" for b in range(len(frames))]
 
 
+@pytest.mark.parametrize("side", range(10, 29, 2))
+def test_shrinking_is_bilinear_and_nothing_else(side):
+    """From 28 to each side that the budget gives: the middle of a cell over the two cells beside it, never an average of more."""
+    grid = torch.randn(1, 2, 28, 28, generator=torch.Generator().manual_seed(side), dtype=torch.float64)
+    at = ((torch.arange(side, dtype=torch.float64) + 0.5) * 28 / side - 0.5).clamp(min=0)
+    low = at.long()
+    weights = torch.zeros(side, 28, dtype=torch.float64)
+    weights[range(side), low] += 1 - (at - low)
+    weights[range(side), (low + 1).clamp(max=27)] += at - low
+    torch.testing.assert_close(fold.resize(grid, side), weights @ grid @ weights.T, rtol=0, atol=1e-12)
+
+
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))
 def test_space_to_depth_inverts(frames, channels, height, width):
     """channel = c·4 + dy·2 + dx, so that reading it back gives every patch, once, in its place."""

@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     from vidi.fast import accelerate, measure, refusal
 
     outputs.check(args.json)
+    if args.video is not None:
+        arguments.unread(args, "with --video, whose length is its own", frames=None, plain=(), profile=())
     device = devices.check(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dispatch.check(args.plain_backend)
     if args.video is not None:

@@ -21,10 +21,10 @@ from stageparity.port.sketches import Sketches
 from stageparity.report.verdict import Context, References, findings, whose
 from stageparity.run import CaseRun, Row, Run
 from stageparity.stage import fill
-from stageparity.store import Case, Targets
+from stageparity.store import Case, CaseRef, Targets
 from stageparity.subject import reference_of
 from vidi.commands import arguments, outputs
-from vidi.commands.cases import select
+from vidi.commands.cases import check_stages, select
 from vidi.parity import port
 from vidi.parity.goldens import goldens_dir, inputs_of
 
@@ -73,7 +73,16 @@ def find_case(name: str, goldens: Path) -> Case:
         raise GoldenError(
             f"{name} is {len(found)} cases, one is needed: {', '.join(f'{r.set}/{r.name}' for r in found[:6])}"
         )
-    return store.open_case(found[0].folder, found[0].name)
+    case = store.open_case(found[0].folder, found[0].name)
+    # No model reads this config here; who feeds whom, and which paths are gone through, follow from two of its numbers.
+    numbers = {
+        "num_hidden_layers": case.config.get("num_hidden_layers"),
+        "sliding_window": case.config.get("sliding_window") or 1,
+    }
+    for field, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise GoldenError(f"{name}: its config has {field} = {value!r}; a whole number above 0 is needed")
+    return case
 
 
 def check(args: Any) -> None:
@@ -127,6 +136,9 @@ def judged(
         done = judge(found, case, stages, tolerances, partial(port.feeds, case, stages), globs=globs)
         runs.append(replace(done, seconds=time.perf_counter() - start))
         candidates[name], cases[name] = found, case
+    if globs is not None and cases:
+        refs = [CaseRef(case.folder, case.name) for case in cases.values()]
+        check_stages(globs, refs, stages, "--stage")
     if not runs:
         raise Unusable("none of these dumps is of a case that was asked for")
     if len(dtypes) > 1:
@@ -167,6 +179,8 @@ def tell(
     context = Context(table.stages, table.sections, {}, references, command, options, seen, tuple(lines), explained)
     terminal.print_run(found.run, console, context, verbose=not args.quiet)
     if args.budget:
+        for line in found.tolerances.idle(row.stage for run in found.run.cases for row in run.rows):
+            terminal.say(console, f"NOTE {args.budget}: {line}")
         for name, one in found.candidates.items():
             run = next(run for run in found.run.cases if run.name == name)
             for line in declared.effects(run, one.chained, found.targets(name), table.stages, "*logits"):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ from vidi.commands import arguments
 __all__ = ["add_arguments", "run"]
 
 LOG_BYTES = 1 << 16  # of what a failing port printed last
+TRACER, TRACER_BEGINS, MAX_TRACER = "stagetrace.py", b'"""Traces a foreign model stage by stage', 1 << 20
 ONE_THREAD = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "VECLIB", "XLA")}
 PLAIN = {
     "STAGETRACE_PLAIN": "1",
@@ -156,6 +159,7 @@ def _init(args: argparse.Namespace) -> int:
     stages = port.load_table().stages
     case, out = find_case(args.case, goldens_dir(args.goldens)), Path(args.out)
     outputs.check_folder(out)
+    _check_replaced(out)
     port.export(case, out / "case", args.dtype, stages)
     port.write_adapter(out, case, stages, args.dtype)
     again = shlex.join(["vidi", "port", "run", str(out / "adapter.py")])
@@ -184,7 +188,10 @@ def _trace(args: argparse.Namespace) -> int:
     candidate.check(args)
     globs = args.case or [_own_case(adapter.parent)]
     refs, stages = cases.select(goldens, globs), port.load_table().stages
+    if args.stage is not None:
+        cases.check_stages(args.stage, refs, stages, "--stage")
     out = Path(args.out) if args.out else adapter.parent / "trace"
+    _check_replaced(adapter.parent)
     _copy_tracer(adapter.parent)
     done: list[Path] = []
     failed: list[Failed] = []
@@ -255,17 +262,34 @@ def _copy_tracer(folder: Path) -> None:
     from stageparity import atomic
     from stageparity.port import stagetrace
 
-    text = Path(stagetrace.__file__).read_text("utf-8")
-    place = folder / "stagetrace.py"
-    if not place.exists() or place.read_text("utf-8") != text:
-        atomic.write_text(place, text)
+    text = Path(stagetrace.__file__).read_bytes()
+    place = folder / TRACER
+    if not place.exists() or strict.read_bytes(place, limit=MAX_TRACER) != text:
+        atomic.write_bytes(place, text)
+
+
+def _check_replaced(folder: Path) -> None:
+    """Raises ValueError where what `vidi port` writes anew, tracer and case, would replace something else of that name."""
+    tracer, case = folder / TRACER, folder / "case"
+    if os.path.lexists(tracer) and not strict.read_bytes(tracer, limit=MAX_TRACER).startswith(TRACER_BEGINS):
+        raise ValueError(strict.one_line(f"{tracer} is another file than the tracer, which goes there; move it away"))
+    if case.is_dir() and any(case.iterdir()) and not (case / "case.json").is_file():
+        raise ValueError(strict.one_line(f"{case} holds something else than a case, which goes there; move it away"))
+
+
+def _status(command: list[str], timeout: float, **options: Any) -> int:
+    """Exit status of a command. Whatever ends the wait ends all that it has started: an interpreter may be behind a wrapper."""
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        try:
+            return process.wait(timeout)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mapping[str, str] = {}) -> Failed | None:
     """Trace one case; None, or what ended the port. more: environment variables. Raises ValueError where the
     adapter is at fault."""
-    import os
-
     from stageparity import atomic
     from vidi.parity import port
 
@@ -276,15 +300,17 @@ def _run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mappi
     command = [args.python, str(adapter.parent / "stagetrace.py"), str(adapter), str(folder / "case"), str(folder)]
     with tempfile.TemporaryFile() as log:
         try:
-            status = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=args.timeout).returncode
+            status = _status(command, args.timeout, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         except subprocess.TimeoutExpired:
             return Failed(f"the port did not end within {args.timeout} seconds (--timeout)")
         except OSError as error:
             raise ValueError(f"{args.python}: {error.strerror}; --python names the port's interpreter") from None
         log.seek(max(0, log.tell() - LOG_BYTES))
         said_last = log.read().decode("utf-8", "replace")
-    if status == 0:
+    if status == 0 and (folder / "trace.json").exists():
         return None
+    if status == 0:
+        raise ValueError(f"{args.python}: left no trace.json; is it a Python interpreter? --python names the port's")
     atomic.write_text(folder / "port.log", said_last)
     try:
         said = strict.read_json(folder / "trace.json", inside=folder)

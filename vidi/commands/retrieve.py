@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def _queries(path: Path) -> list[str]:
     if len(data) > MAX_QUERIES_BYTES:
         raise ValueError(f"{path}: more than {MAX_QUERIES_BYTES:,} bytes of queries; split the file")
     try:
-        return [line for line in data.decode("utf-8").splitlines() if line.strip()]
+        lines = re.split(r"\r\n|\r|\n", data.decode("utf-8-sig"))  # no more ends a line: a question may hold U+2028
+        return [line for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: byte {error.start} is no UTF-8 text; save the queries as UTF-8") from None

@@ -130,7 +130,7 @@ class Sound:
         if self._num_samples > self.max_sec * SAMPLE_RATE_HZ:
             raise MediaError(
                 f"{self.path}: more than {self.max_sec:,.0f} s of sound, as long as the most frames that are read; raise "
-                f"--max-frames, or cut the file: ffmpeg -i {self.path} -t {int(self.max_sec)} -c copy part.mp4"
+                f"--max-frames, or cut the file: ffmpeg -i {media.quoted(self.path)} -t {int(self.max_sec)} -c copy part.mp4"
             )
         self._pieces.append(log_mel(samples, self.num_mel_bins, mel_frames=self.mel_frames)[0])
 
@@ -159,7 +159,7 @@ class _Track:
         except (ValueError, av.FFmpegError) as error:
             raise MediaError(
                 f"{self._path}: its sound changes format midway ({error}); encode it anew: "
-                f"ffmpeg -i {self._path} fixed.mp4"
+                f"ffmpeg -i {media.quoted(self._path)} fixed.mp4"
             ) from None
 
 

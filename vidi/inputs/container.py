@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from vidi.inputs import boxes
 
 __all__ = ["CONTAINERS", "MAX_PIXELS", "Ends", "Listener", "MediaError", "NoVideoError", "check_decodable"]
 __all__ += ["corrupt", "declared_sec", "decoded", "first_stream", "has_index", "num_decoders", "open_media"]
-__all__ += ["open_regular", "packets", "states_length"]
+__all__ += ["open_regular", "packets", "quoted", "states_length"]
 
 #: What is opened: FFmpeg's demuxer, and how such files are called.
 CONTAINERS = {
@@ -55,6 +56,11 @@ MAX_STREAMS = 256
 _BUFFER_BYTES = 1 << 20
 
 
+def quoted(path: str | Path) -> str:
+    """A path as a command line takes it: what a message advises is pasted, and the file's name came from elsewhere."""
+    return shlex.quote(str(path))
+
+
 class MediaError(ValueError):
     """A media file that cannot be read; the text names the file, what is wrong, and what to do."""
 
@@ -74,7 +80,7 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
             raise MediaError(
                 f"{path}: no readable media file (its first bytes are of none of the containers that are opened: "
                 f"{kinds}); it is damaged or of another kind. Download it again, or convert it: "
-                f"ffmpeg -i {path} converted.mp4"
+                f"ffmpeg -i {quoted(path)} converted.mp4"
             )
         source = _Source(file, path, HEADER_BYTES if name in ("mov", "matroska") else BARREN_BYTES)
         options = DECODER_OPTIONS | {"max_streams": str(MAX_STREAMS)}
@@ -84,7 +90,7 @@ def open_media(path: str | Path) -> Iterator[InputContainer]:
             if problem is not None:
                 raise MediaError(
                     f"{path}: no readable media file (it states {problem}). Download it again, or take its first "
-                    f"pictures and sound out of it: ffmpeg -i {path} -c copy plain.mp4"
+                    f"pictures and sound out of it: ffmpeg -i {quoted(path)} -c copy plain.mp4"
                 )
         file.seek(0)
         try:
@@ -246,7 +252,7 @@ class Ends:
         if declared - seen > slack:
             raise MediaError(
                 f"{path}: cut short: its header states {declared:.2f} s, its data ends at {seen:.2f} s. Download it "
-                f"again, or keep what is there: ffmpeg -i {path} -c copy kept{Path(path).suffix}"
+                f"again, or keep what is there: ffmpeg -i {quoted(path)} -c copy {quoted(f'kept{Path(path).suffix}')}"
             )
 
 
@@ -273,7 +279,9 @@ def check_decodable(stream: Any, path: str | Path) -> None:
     """Raise MediaError for a stream that has no decoder, or whose pictures are too large."""
     codec = stream.codec_context
     if codec is None:
-        raise MediaError(f"{path}: no decoder for its {stream.type} stream; convert it: ffmpeg -i {path} converted.mp4")
+        raise MediaError(
+            f"{path}: no decoder for its {stream.type} stream; convert it: ffmpeg -i {quoted(path)} converted.mp4"
+        )
     if stream.type == "video" and codec.width * codec.height > MAX_PIXELS:
         raise _too_large(
             path, f"{codec.width} × {codec.height}, {codec.width * codec.height / 1e6:,.0f} million pixels"
@@ -283,7 +291,7 @@ def check_decodable(stream: Any, path: str | Path) -> None:
 def _too_large(path: str | Path, size: str) -> MediaError:
     return MediaError(
         f"{path}: pictures of {size}; at most {MAX_PIXELS / 1e6:.0f} million (8192 × 4352) are decoded. Make them smaller: "
-        f"ffmpeg -i {path} -vf scale=1920:-2 smaller.mp4"
+        f"ffmpeg -i {quoted(path)} -vf scale=1920:-2 smaller.mp4"
     )
 
 

@@ -103,7 +103,9 @@ class Video:
                 raise NoVideoError(f"{path}: no video in it, only {kinds}; give a file with pictures")
             rate = stream.average_rate or stream.guessed_rate
             if not rate:
-                raise MediaError(f"{path}: its frame rate is unknown; write it anew: ffmpeg -i {path} -r 30 fixed.mp4")
+                raise MediaError(
+                    f"{path}: its frame rate is unknown; write it anew: ffmpeg -i {media.quoted(path)} -r 30 fixed.mp4"
+                )
             media.check_decodable(stream, path)
             self.rate: Fraction = rate
             self.step = frame_step(float(rate), fps)
@@ -177,7 +179,8 @@ class Video:
             f"{self.path}: {length_sec:,.0f} s or more at {self.fps:g} frames a second: {kept:,} sampled frames, "
             f"{kept * 3 * self.size**2 / 1e9:.1f} GB of pixels; at most {self.max_frames:,} are read. Raise the limit "
             f"(--max-frames{f' {kept}' if stated else ''}), look at fewer (--fps{fewer}), or cut the file: "
-            f"ffmpeg -i {self.path} -t {int(self.max_frames * self.step / self.rate)} -c copy part{self.path.suffix}"
+            f"ffmpeg -i {media.quoted(self.path)} -t {int(self.max_frames * self.step / self.rate)} "
+            f"-c copy {media.quoted(f'part{self.path.suffix}')}"
         )
 
     def _square_u8(self, frame: Any) -> np.ndarray:

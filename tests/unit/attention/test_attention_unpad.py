@@ -31,6 +31,7 @@ def test_rows_of_a_mask() -> None:
         ([[1, 0], [1, 1]], False, True),
         ([[0, 0], [1, 0]], False, True),
         ([[0, 1], [1, 1]], False, False),
+        ([[1, 1], [0, 1]], False, False),  # a hole in any sample
         ([[1], [0]], False, True),
     ],
 )

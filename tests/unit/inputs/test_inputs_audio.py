@@ -9,6 +9,7 @@ import torch
 from tests.media import Sound, ffmpeg_command, make_sound, make_video, run_ffmpeg, truncate
 from tests.not_run import not_run
 from vidi.inputs import audio
+from vidi.inputs import container as media
 from vidi.inputs.container import MediaError
 
 SOUNDS = [
@@ -133,6 +134,21 @@ def test_features_equal_whispers(num_mel_bins, seconds, num_samples):
     truth = [extract(piece.numpy(), sampling_rate=16000, return_tensors="pt")["input_features"] for piece in pieces]
     assert torch.equal(mel, torch.cat(truth))
     assert size == sum(len(piece) // 160 for piece in pieces)
+
+
+def test_sound_that_is_heard_on_the_way_is_the_sound_that_is_read(tmp_path):
+    """Many short pieces, the last one unfinished, and samples that are no whole number of mel frames."""
+    path = make_video(tmp_path / "a.mkv", num_frames=2, sound=Sound(30.037, 16000, 1, "pcm_s16le"))
+    heard = audio.Sound(path, 8, 10, max_sec=60)
+    with media.open_media(path) as container:
+        heard.begin(container)
+        for packet in container.demux():
+            heard.hear(packet)
+        found, found_size = heard.features()
+    wanted, size = audio.log_mel(audio.read_audio(path), 8, mel_frames=10)
+    assert len(wanted) == 301
+    assert (found_size, size) == (3003, 3003)
+    assert torch.equal(found, wanted)
 
 
 def test_silence_is_not_zero():

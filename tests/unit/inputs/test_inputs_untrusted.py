@@ -166,6 +166,10 @@ def test_a_long_video_is_refused_before_it_is_decoded(tmp_path):
         assert "--fps" in str(told.value)
         assert time.perf_counter() - started < 2
     assert video.read_frames(path, max_frames=1200, size=8).num_frames == 1200
+    hostile = path.rename(tmp_path / "a;$(touch owned).t s")
+    with pytest.raises(video.MediaError, match=r"-c copy 'part\.t s'$") as told:
+        video.read_frames(hostile, max_frames=1000)
+    assert f"ffmpeg -i '{hostile}' -t" in str(told.value)
     assert video.MAX_FRAMES == 14400
 
 
