@@ -289,9 +289,10 @@ class Sketcher:
                 for at in range(0, block.shape[1], self.COLUMNS)
             )
             blocks.append(sum(parts))
-            most, norm = _sizes(own_rows)
-            largest.append(most)
+            # The norm of what is in float64 already, the largest of what is small: neither makes a copy.
+            norm = library.linalg.norm(block.reshape(-1))
             squares = squares + norm * norm
+            largest.append(_largest(own_rows))
         flat = matrix.reshape(-1)
         size, samples = int(np.prod(matrix.shape)), rule["samples"]
         strided = np.arange(size) if size <= samples else np.arange(samples) * ((size // samples - 1) | 1)
@@ -325,14 +326,12 @@ def _double(x):
     return x.double() if hasattr(x, "detach") else x.astype(np.float64)
 
 
-def _sizes(x):
-    """(largest |x|, Euclidean norm) in float64, without a copy of it where torch can."""
+def _largest(x):
+    """The largest |x| in float64."""
     if not hasattr(x, "detach"):
-        return np.abs(x).max().astype(np.float64), np.linalg.norm(x.astype(np.float64))
-    x = x if x.is_floating_point() else x.double()
+        return np.maximum(x.max(), -x.min()).astype(np.float64)
     least, most = x.aminmax()
-    norm = _home(x).linalg.vector_norm(x, dtype=_home(x).float64)
-    return _home(x).maximum(-least.double(), most.double()), norm
+    return _home(x).maximum(-least.double(), most.double())
 
 
 def _beside(array, x):

@@ -47,6 +47,14 @@ LAYER = planted(
     "    layer.text_to_stream = lambda *a, **k: cross(*a, **k) * 1.2\n",
     {"layer.{i}.t2{m}": "stage"},
 )
+#: a stage that only raw inputs feed, beside one of another path
+TOWER = planted(
+    "    tower, norm = model.vision_tower.forward, model.bridge.audio_norm.forward\n"
+    "    model.vision_tower.forward = lambda *a, **k: tower(*a, **k) * 1.1\n"
+    "    model.bridge.audio_norm.forward = lambda x: norm(x) * 1.1\n",
+    {"vision.tower": "stage", "audio.norm": "stage"},
+)
+FIRST = {"norm": (NORM, "vision.norm"), "layer": (LAYER, "layer.2.t2v"), "tower": (TOWER, "vision.tower")}
 
 
 def test_a_port_is_equal_by_sketches_and_what_is_kept_of_it_is_small(small: Small, tmp_path: Path) -> None:
@@ -87,13 +95,13 @@ def _stale_dumps_are_refused(dump: Path, small: Small) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [NORM, LAYER], ids=["norm", "layer"])
-def test_the_first_wrong_stage_is_named(fault: Planted, small: Small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_wrong_stage_is_named(name: str, small: Small, tmp_path: Path) -> None:
+    fault, stage = FIRST[name]
     seen = examined("full_port", tmp_path, small, fault=fault)
     assert seen.status == 1
     assert seen.guilty == dict(fault.guilty)
     assert seen.kinds == {"stage", "chained"}
-    stage = "vision.norm" if fault is NORM else "layer.2.t2v"
     assert seen.report["first_divergence"] == {"case": CASE, "stage": stage}
     assert "its own error: in this run what feeds it is equal" in seen.report["headline"]
 
