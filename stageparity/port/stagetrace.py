@@ -39,6 +39,7 @@ __all__ = ["Sketcher", "arrange", "call", "fingerprint", "tap", "words"]
 VERSION = 1
 SKETCH = 1  # of the generator and the form of sketches; a case says which it wants
 SHOWN = "not forced: the port shows it and takes nothing back"
+JITTED = "met inside jax.jit, where an array has no values: hook the jitted call itself, or run with JAX_DISABLE_JIT=1"
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
           "uint8": "U8", "bool": "BOOL"}  # fmt: skip
 _DTYPES = {short: name for name, short in _NAMES.items()}
@@ -119,7 +120,13 @@ def _home(x):
 
 
 def is_array(x):
-    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type) and not is_jitted(x)
+
+
+def is_jitted(x):
+    """Is x what stands for an array while JAX compiles?"""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
 
 
 def fingerprint(array):
@@ -354,6 +361,9 @@ class Trace:
     def record(self, stage, x, where):
         """One tensor, or a piece of it, of a stage; what to go on with in its place."""
         if stage not in self.ids or x is None:
+            return x
+        if is_jitted(x):
+            self.note(stage, JITTED)
             return x
         self.last = stage
         for within in self.open:
@@ -618,6 +628,8 @@ def main(adapter_path, case_folder, out):
         case = json.load(file)
     with open(adapter_path, "rb") as file:
         adapter_hash = hashlib.sha256(file.read()).hexdigest()
+    if case["dtype"] == "float64":
+        os.environ.setdefault("JAX_ENABLE_X64", "1")  # without it JAX makes float32 of float64
     about = {key: case[key] for key in ("case", "golden", "dtype")}
     about.update(
         version=VERSION, run=os.urandom(8).hex(), adapter=adapter_hash, python=sys.version.split()[0], finished=False
