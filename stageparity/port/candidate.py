@@ -9,7 +9,8 @@ A folder is one case, or holds one folder a case. It says what it is, in `trace.
     "layer.{i}.keys" = "B L G H -> B (G r) L H"
 
 and holds tensors under their stage ids: safetensors files, HDF5 files, or one .npy file a stage (`layer.0.output.npy`). Files and
-folders called `forced` are of a run in which each recorded tensor was replaced by its golden.
+folders called `forced` are of a run in which each recorded tensor was replaced by its golden. The tracer's dump of a
+case that is known by sketches holds sketches (`sketched.py`); any other dump may hold whole tensors there too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import numpy as np
 from safetensors.numpy import load
 
 from stageparity import strict, strict_safetensors
+from stageparity.golden import Golden
+from stageparity.port.sketched import Shown, assembled
 from stageparity.port.stagetrace import VERSION, arrange
 from stageparity.stage import Stages
 from stageparity.strict import Missing
@@ -55,7 +58,7 @@ class Candidate:
     folder: Path
     case: str
     dtype: str
-    chained: Mapping[str, np.ndarray]
+    chained: Mapping[str, np.ndarray | Shown]
     forced: Mapping[str, np.ndarray] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     fed: Mapping[str, Any] = field(default_factory=dict)
@@ -148,9 +151,9 @@ def _failure(said: Mapping[str, Any]) -> str:
     return strict.one_line(f"the port failed in its {failed.get('step')}{last}: {failed.get('error')}")
 
 
-def read(folder: Path, golden: str, shapes: Mapping[str, tuple[int, ...]], stages: Stages) -> Candidate:
-    """A dump, for the golden case of hash ``golden`` whose tensors have these shapes. Raises Unusable."""
-    said = header(folder)
+def read(folder: Path, golden: str, targets: Mapping[str, Golden], stages: Stages) -> Candidate:
+    """A dump, for the golden case of hash ``golden`` with these tensors. Raises Unusable."""
+    said, shapes = header(folder), {stage: tuple(g.shape) for stage, g in targets.items()}
     if len(said["golden"]) < _SHORTEST or not golden.startswith(said["golden"]):
         raise Unusable(
             f"{folder}: made for another golden of {said['case']} ({said['golden'][:12]}…, today's is {golden[:12]}…): "
@@ -168,14 +171,20 @@ def read(folder: Path, golden: str, shapes: Mapping[str, tuple[int, ...]], stage
     notes = dict(said.get("notes", {}))
     for tensors in passes.values():
         notes |= _arrange(tensors, said.get("layout", {}), shapes, stages)
-    unknown = sorted(set(passes["chained"]) - set(shapes))
-    if len(unknown) == len(passes["chained"]):
+    chained: Mapping[str, np.ndarray | Shown] = passes["chained"]
+    if "sketch" in said:
+        try:
+            chained = assembled(said, passes["chained"], targets)
+        except ValueError as error:
+            raise Unusable(f"{folder}: {strict.reason(error)}: trace again") from None
+    unknown = sorted(set(chained) - set(shapes))
+    if len(unknown) == len(chained):
         raise Unusable(
             f"{folder}: none of its {len(unknown)} keys is a stage of {said['case']}: {unknown[0]}, …; keys are stage ids"
         )
     about: dict[str, Any] = {key: said[key] for key in ("run", "adapter", "python", "unused") if key in said}
     return Candidate(
-        folder, said["case"], said["dtype"], passes["chained"], passes["forced"], notes, said.get("fed", {}),
+        folder, said["case"], said["dtype"], chained, passes["forced"], notes, said.get("fed", {}),
         said.get("inside", {}), {**about, "unknown": unknown},
     )  # fmt: skip
 

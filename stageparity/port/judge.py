@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from stageparity import tolerance
-from stageparity.compare import compare
 from stageparity.golden import Whole
 from stageparity.port import mapping
 from stageparity.port.candidate import Candidate
+from stageparity.port.sketched import CHAINED_ONLY, Shown, held, is_sketched, reference
 from stageparity.port.stagetrace import SHOWN, fingerprint
 from stageparity.result import Result
 from stageparity.run import CaseRun, Row, ids
 from stageparity.stage import Stage, Stages
 from stageparity.store import Case, Targets
-from stageparity.subject import reference_of, unfit
+from stageparity.subject import unfit
 from stageparity.tolerance import Tolerances
 
 __all__ = ["UNTRACED", "Coverage", "coverage", "judge"]
@@ -47,25 +47,26 @@ def judge(
 
     A verdict does not depend on ``globs``: stages that are not asked for are judged where whose error it is hangs on them.
     """
-    variant, gate = reference_of(case, candidate.dtype)
+    variant, gate = reference(case, candidate.dtype)
     targets = case.variant(variant)
     wanted = ids(targets, stages, globs)
     result = CaseRun(case.name, case.set, variant, (), golden=case.identity)
     if reason := unfit(case, variant, candidate.dtype):
         return replace(result, not_run=tuple((stage, reason) for stage in wanted))
-    held = _Held(candidate, targets, stages, tolerances, gate, f"{case.set}/{case.name}", inputs)
+    bench = _Held(candidate, targets, stages, tolerances, gate, f"{case.set}/{case.name}", inputs)
     rows, not_run = [], []
     for stage in wanted:
         if stage not in candidate.chained:
             not_run.append((stage, candidate.notes.get(stage, UNTRACED)))
             continue
         try:
-            rows.append(held.row(stage))
+            rows.append(bench.row(stage))
         except tolerance.NoBudget as error:
             not_run.append((stage, str(error)))
     notes = [
         f"{stage}: {note}" for stage, note in candidate.notes.items() if stage in candidate.chained and note != SHOWN
     ]
+    notes += [CHAINED_ONLY] * is_sketched(case)
     notes += [f"{name} is no stage of this case" for name in candidate.about.get("unknown", [])]
     notes += [f"STAGES: {name} is no stage of this case" for name in candidate.about.get("unused", [])]
     asked = {row.stage for row in rows}
@@ -73,8 +74,8 @@ def judge(
     for stage in beside:
         if any(stage in inputs(name) for name in asked) or any(name in asked for name in inputs(stage)):
             with contextlib.suppress(tolerance.NoBudget):
-                rows.append(held.row(stage))
-    settled = (row for row in _settled(rows, inputs) if row.stage in asked)
+                rows.append(bench.row(stage))
+    settled = (row for row in _settled(rows, inputs, targets) if row.stage in asked)
     return replace(result, rows=tuple(settled), not_run=tuple(not_run), notes=tuple(notes))
 
 
@@ -96,9 +97,9 @@ class _Held:
         judged_as = self.stages.judged_as(stage)
         golden = self.targets[judged_as]
 
-        def result(array: np.ndarray, kind: str) -> Result:
+        def result(array: np.ndarray | Shown, kind: str) -> Result:
             rule = self.tolerances.rule(self.gate, judged_as, self.case, kind=kind)
-            return compare(stage, array, golden, rule, entry.axes)
+            return held(stage, array, golden, rule, entry.axes)
 
         chain, isolated = tolerance.KINDS
         own = self.candidate.chained[stage]
@@ -107,8 +108,12 @@ class _Held:
             row = replace(row, forced=result(forced, isolated))
         if row.ok or (row.forced is not None and row.forced.ok):
             return row
-        if isinstance(golden, Whole):
-            said = mapping.propose(own if forced is None else forced, golden.array, lambda x: result(x, chain).ok)
+        shown = own if forced is None else forced
+        if isinstance(shown, Shown):
+            if shown.shape != tuple(golden.shape) and math.prod(shown.shape) == math.prod(golden.shape):
+                return replace(row, tracing="as many values in another shape: layout= in STAGES turns its axes")
+        elif isinstance(golden, Whole):
+            said = mapping.propose(shown, golden.array, lambda x: result(x, chain).ok)
             if said:
                 return replace(row, tracing=said)
         if row.forced is None:
@@ -208,10 +213,10 @@ def _close(mine: Iterable[float], theirs: Iterable[float], scale: float | None =
     return all(abs(a - b) <= 1e-5 * size for a, b in zip(mine, theirs, strict=True))
 
 
-def _settled(rows: list[Row], inputs: Callable[[str], list[str]]) -> Iterator[Row]:
+def _settled(rows: list[Row], inputs: Callable[[str], list[str]], targets: Targets) -> Iterator[Row]:
     """What the rows say of each other. A tensor of the golden's shape that is the golden with its axes turned is a matter of
-    tracing only if what reads it is right. A stage that no run could feed goldens (of some only rows are held) is wrong by itself
-    where what feeds it is equal."""
+    tracing only if what reads it is right. A stage that no run could feed goldens (only rows or a sketch may be held) is wrong by
+    itself where what feeds it is equal: raw inputs, or the nearest that is traced."""
     by_stage = {row.stage: row for row in rows}
     wrong = {row.stage for row in rows if not row.ok and not row.tracing}
     for row in rows:
@@ -219,10 +224,29 @@ def _settled(rows: list[Row], inputs: Callable[[str], list[str]]) -> Iterator[Ro
         same_shape = row.shown.errors  # a result with errors compared values: the shapes agree
         if row.tracing and same_shape and read_wrongly:
             row = replace(row, tracing="", said=row.said or row.tracing)
-        fed_by = [by_stage[name] for name in inputs(row.stage) if name in by_stage]
-        if row.kind == "chained" and fed_by and all(feed.ok for feed in fed_by):
-            row = replace(row, alone=row.chained, said="its own error: in this run what feeds it is equal")
+        if row.kind == "chained" and inputs(row.stage):
+            traced, between = _origins(row.stage, inputs, by_stage, targets)
+            if all(by_stage[name].ok for name in traced):
+                others = f", or that of {', '.join(between)}, which the adapter does not trace" if between else ""
+                row = replace(row, alone=row.chained, said=f"its own error{others}: in this run what feeds it is equal")
         yield row
+
+
+def _origins(
+    stage: str, inputs: Callable[[str], list[str]], by_stage: Mapping[str, Row], targets: Targets
+) -> tuple[list[str], list[str]]:
+    """(the nearest traced stages that a stage is made of, those of the case between that are not traced)."""
+    traced: dict[str, None] = {}
+    between: dict[str, None] = {}
+    todo = inputs(stage)
+    while todo:
+        name = todo.pop(0)
+        if name in by_stage:
+            traced[name] = None
+        elif name in targets and name not in between:
+            between[name] = None
+            todo += inputs(name)
+    return list(traced), list(between)
 
 
 # ---- how much was seen ------------------------------------------------------------------------------------------------------

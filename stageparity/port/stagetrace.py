@@ -15,6 +15,9 @@ A copy of it lies beside every adapter, and is run there: `python stagetrace.py 
 The case runs twice: *chained*, as it is, and *forced*, where each recorded tensor is replaced by its golden. What this
 leaves in OUT_FOLDER: `chained.safetensors` and `forced.safetensors` with tensors in the golden's layout, and `trace.json`,
 which says `finished` only at the end.
+
+A case too large to keep has sketches for goldens. It runs chained alone, and of each tensor a sketch is kept, computed where
+the tensor lies: torch's by torch on its device, any other by NumPy.
 """
 
 import fnmatch
@@ -27,13 +30,16 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 
 import numpy as np
 
-__all__ = ["arrange", "call", "fingerprint", "tap"]
+__all__ = ["Sketcher", "arrange", "call", "fingerprint", "tap", "words"]
 
 VERSION = 1
+SKETCH = 1  # of the generator and the form of sketches; a case says which it wants
 SHOWN = "not forced: the port shows it and takes nothing back"
+JITTED = "met inside jax.jit, where an array has no values: hook the jitted call itself, or run with JAX_DISABLE_JIT=1"
 _NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
           "uint8": "U8", "bool": "BOOL"}  # fmt: skip
 _DTYPES = {short: name for name, short in _NAMES.items()}
@@ -61,10 +67,11 @@ class call:
         self.join, self.keep, self.layout, self.back, self.sizes = join, keep, layout, back, sizes
 
 
-def tap(stage, x):
-    """Records a stage where no module or method gives it, and returns the tensor to go on with; outside a trace x itself."""
+def tap(stage, x, **how):
+    """Records a stage where no module or method gives it, and returns the tensor to go on with; outside a trace x itself. how: as
+    `call` takes it (join=0 for pieces)."""
     trace = sys.modules["stagetrace"].CURRENT  # run as a program, this file is __main__ as well
-    return x if trace is None else trace.record(stage, x, call(""))
+    return x if trace is None else trace.record(stage, x, call("", **how))
 
 
 CURRENT = None
@@ -98,8 +105,28 @@ def like(array, x):
     return importlib.import_module(library).array(array).astype(x.dtype)
 
 
+def here(x):
+    """(x where it lies if it is torch's, else a copy in NumPy; the name of its dtype)."""
+    if not hasattr(x, "detach"):
+        return to_numpy(x)
+    x = x.detach()
+    # Apple's GPUs have no float64, which sketches are computed in.
+    return (x.cpu() if x.device.type == "mps" else x), str(x.dtype).rpartition(".")[2]
+
+
+def _home(x):
+    """The library of what `here` gives."""
+    return sys.modules["torch"] if hasattr(x, "detach") else np
+
+
 def is_array(x):
-    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type)
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, type) and not is_jitted(x)
+
+
+def is_jitted(x):
+    """Is x what stands for an array while JAX compiles?"""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.core.Tracer)
 
 
 def fingerprint(array):
@@ -117,7 +144,8 @@ def fingerprint(array):
 
 
 def arrange(x, pattern, shape=None, **sizes):
-    """x with its axes as the right side of "a b -> b a" has them; shape: of the result, where sizes follow from it alone."""
+    """x (NumPy's or torch's) with its axes as the right side of "a b -> b a" has them; shape: of the result, where sizes
+    follow from it alone. Raises ValueError for a layout that does not fit."""
     left, right = (_groups(side) for side in pattern.split("->"))
     if len(left) != x.ndim:
         raise ValueError(f"layout {pattern!r} names {len(left)} axes, the tensor has shape {list(x.shape)}")
@@ -134,10 +162,10 @@ def arrange(x, pattern, shape=None, **sizes):
     x = x.reshape([sizes[name] for name in here])
     if lost := [name for name in here if name not in there]:
         raise ValueError(f"layout {pattern!r} drops {lost[0]}")
-    x = x.transpose([here.index(name) for name in there if name in here])
-    for n, name in enumerate(there):
-        if name not in here:
-            x = np.repeat(np.expand_dims(x, n), sizes[name], n)
+    kept, library = [name for name in there if name in here], _home(x)
+    x = library.moveaxis(x, tuple(here.index(name) for name in kept), tuple(range(len(kept))))
+    x = x.reshape([sizes[name] if name in here else 1 for name in there])
+    x = library.broadcast_to(x, [sizes[name] for name in there])
     return x.reshape([int(np.prod([sizes[name] for name in group])) for group in right])
 
 
@@ -162,6 +190,44 @@ def read_tensors(path):
     return found
 
 
+class Checkpoint(Mapping):
+    """The weights of a folder of safetensors files by official name, each read when it is asked for: NumPy arrays, bfloat16
+    as float32. Without a folder the first look into it raises ValueError with ``missing``."""
+
+    def __init__(self, folder, missing):
+        self.place, self.missing = folder, missing
+
+    @property
+    def folder(self):
+        if self.place is None:
+            raise ValueError(self.missing)
+        return self.place
+
+    def _entries(self):
+        if "_at" not in vars(self):
+            self._at = {}
+            for name in sorted(n for n in os.listdir(self.folder) if n.endswith(".safetensors")):
+                path = os.path.join(self.folder, name)
+                with open(path, "rb") as file:
+                    size = int.from_bytes(file.read(8), "little")
+                    header = json.loads(file.read(size))
+                self._at.update((key, (path, 8 + size, at)) for key, at in header.items() if key != "__metadata__")
+        return self._at
+
+    def __iter__(self):
+        return iter(self._entries())
+
+    def __len__(self):
+        return len(self._entries())
+
+    def __getitem__(self, name):
+        path, start, at = self._entries()[name]
+        half = at["dtype"] == "BF16"
+        kind, count = np.dtype("<u2" if half else _DTYPES[at["dtype"]]), int(np.prod(at["shape"]))
+        flat = np.fromfile(path, kind, count, offset=start + at["data_offsets"][0])
+        return ((flat.astype(np.uint32) << 16).view(np.float32) if half else flat).reshape(at["shape"])
+
+
 def write_tensors(path, tensors):
     header, parts, start = {}, [], 0
     for name in sorted(tensors):
@@ -181,34 +247,141 @@ def write_tensors(path, tensors):
             file.write(data.tobytes())
 
 
+# ---- sketches ----------------------------------------------------------------------------------------------------------------
+
+
+def words(seed, stream, counters):
+    """uint64 words of the counter-based generator: a hash of seed, stream and counter, the same on every machine."""
+    ratio = np.uint64(0x9E3779B97F4A7C15)
+
+    def mix(z):
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+    with np.errstate(over="ignore"):
+        key = mix(np.array([(seed << 32) + stream], np.uint64) + ratio)
+        return mix(key + (counters.astype(np.uint64) + np.uint64(1)) * ratio)
+
+
+class Sketcher:
+    """Sketches as a case's ``sketch`` says: version, seed, block_rows, row_buckets, column_buckets, samples; stages: of each
+    the axes that tell its rows apart (rows) and the places of its golden's largest entries (top).
+
+    A tensor is a matrix of rows and columns. Every row and column has a bucket and a sign, and a block of rows adds up to
+    (row buckets, column buckets); the difference of two such sums tells the size of the difference of the tensors.
+    """
+
+    COLUMNS = 8192  # projected at a time: the matrix of their signs is 8 MB
+
+    def __init__(self, rule):
+        if rule["version"] != SKETCH:
+            raise ValueError(f"the case wants sketches of version {rule['version']}, this tracer makes {SKETCH}")
+        self.rule, self.known = rule, {}
+
+    def __call__(self, stage, x):
+        """Parts by name, where x lies: blocks (n, row_buckets, column_buckets) float32, the others float64: block_max (n,),
+        top_value, sample_value, sum_squares (1,), which is not finite where x is not."""
+        rule, own, library = self.rule, self.rule["stages"][stage], _home(x)
+        x = library.moveaxis(x, tuple(own["rows"]), tuple(range(len(own["rows"]))))
+        matrix = x.reshape(int(np.prod(x.shape[: len(own["rows"])])), -1)
+        blocks, largest, squares = [], [], 0.0
+        for first in range(0, len(matrix), rule["block_rows"]):
+            own_rows = matrix[first : first + rule["block_rows"]]
+            block = _double(own_rows)
+            left = self._signs(block, 0, first, len(block), rule["row_buckets"]).T @ block
+            parts = (
+                left[:, at : at + self.COLUMNS]
+                @ self._signs(block, 2, at, min(self.COLUMNS, block.shape[1] - at), rule["column_buckets"])
+                for at in range(0, block.shape[1], self.COLUMNS)
+            )
+            blocks.append(sum(parts))
+            # The norm of what is in float64 already, the largest of what is small: neither makes a copy.
+            norm = library.linalg.norm(block.reshape(-1))
+            squares = squares + norm * norm
+            largest.append(_largest(own_rows))
+        flat = matrix.reshape(-1)
+        size, samples = int(np.prod(matrix.shape)), rule["samples"]
+        strided = np.arange(size) if size <= samples else np.arange(samples) * ((size // samples - 1) | 1)
+        blocks = library.stack(blocks)
+        return {
+            "blocks": blocks.float() if library is not np else blocks.astype(np.float32),
+            "block_max": library.stack(largest),
+            "top_value": _double(flat[_beside(np.array(own["top"]), flat)]),
+            "sample_value": _double(flat[_beside(strided, flat)]),
+            "sum_squares": squares.reshape(1),
+        }
+
+    def _signs(self, block, stream, first, count, buckets):
+        """(count, buckets): of each row (stream 0) or column (stream 2) from ``first`` on its sign, in its bucket."""
+        key = (stream, first, count, str(getattr(block, "device", "")))
+        if key not in self.known:
+            counters, library = np.arange(first, first + count), _home(block)
+            sign = 1.0 - 2.0 * (words(self.rule["seed"], stream, counters) >> np.uint64(63)).astype(np.float64)
+            high = words(self.rule["seed"], stream + 1, counters) >> np.uint64(32)
+            bucket = ((high * np.uint64(buckets)) >> np.uint64(32)).astype(np.int64)
+            more = {} if library is np else {"device": block.device}
+            signs = library.zeros((count, buckets), dtype=library.float64, **more)
+            signs[_beside(np.arange(count), block), _beside(bucket, block)] = _beside(sign, block)
+            if first and stream:  # of a wide tensor, met once
+                return signs
+            self.known[key] = signs
+        return self.known[key]
+
+
+def _double(x):
+    return x.double() if hasattr(x, "detach") else x.astype(np.float64)
+
+
+def _largest(x):
+    """The largest |x| in float64."""
+    if not hasattr(x, "detach"):
+        return np.maximum(x.max(), -x.min()).astype(np.float64)
+    least, most = x.aminmax()
+    return _home(x).maximum(-least.double(), most.double())
+
+
+def _beside(array, x):
+    """A NumPy array in x's library, on x's device."""
+    return _home(x).from_numpy(array).to(x.device) if hasattr(x, "detach") else array
+
+
 # ---- one run -----------------------------------------------------------------------------------------------------------------
 
 
 class Trace:
-    """Tensors of one run by stage id. goldens: what to go on with in their place (none: as it is)."""
+    """Tensors of one run by stage id. goldens: what to go on with in their place (none: as it is). sketcher: sketches are kept
+    in their place."""
 
-    def __init__(self, ids, shapes, goldens=None):
-        self.ids, self.shapes, self.goldens = set(ids), shapes, goldens
-        self.pieces, self.joins, self.dtypes, self.notes = {}, {}, {}, {}
+    def __init__(self, ids, shapes, goldens=None, sketcher=None):
+        self.ids, self.shapes, self.goldens, self.sketcher = set(ids), shapes, goldens, sketcher
+        self.pieces, self.joins, self.dtypes, self.notes, self.seen, self.kept = {}, {}, {}, {}, {}, {}
         self.fed, self.inside, self.open, self.last = {}, {}, [], ""
 
     def record(self, stage, x, where):
         """One tensor, or a piece of it, of a stage; what to go on with in its place."""
         if stage not in self.ids or x is None:
             return x
+        if is_jitted(x):
+            self.note(stage, JITTED)
+            return x
         self.last = stage
         for within in self.open:
             within.add(stage)
-        raw, dtype = to_numpy(x)
-        if raw.dtype.name not in _NAMES:
-            self.note(stage, f"holds {raw.dtype}, no real numbers: item= or another place gives the tensor")
-            return x
-        pieces = self.pieces.setdefault(stage, [])
-        if pieces and where.join is None:
+        pieces = self.pieces.get(stage, [])
+        if (pieces and where.join is None) or stage in self.kept:
             self.note(
                 stage, "met more than once: the first counts; several pieces need join=, several stages order= or when="
             )
             return x
+        if self.sketcher is not None:
+            self._sketch(stage, x, where, self.pieces.setdefault(stage, pieces))
+            return x
+        raw, dtype = to_numpy(x)
+        if raw.dtype.name not in _NAMES:
+            self.note(stage, f"holds {raw.dtype}, no real numbers: item= or another place gives the tensor")
+            return x
+        self.pieces[stage] = pieces
         axis = where.join or 0
         index = np.arange(raw.size).reshape(raw.shape)
         try:
@@ -239,10 +412,38 @@ class Trace:
         raw.reshape(-1)[index] = golden
         return like(raw, x)
 
+    def _sketch(self, stage, x, where, pieces):
+        """Keeps what `Sketcher` makes of a tensor once all its pieces are there, the tensor where the golden is whole, and of one
+        that has another shape than its golden that shape alone."""
+        x, self.dtypes[stage] = here(x)
+        try:
+            if where.keep is not None:
+                x = where.keep(len(pieces), x)
+            if where.layout is not None:
+                x = arrange(x, where.layout, self.shapes.get(stage, ()) if where.join is None else (), **where.sizes)
+        except Exception as error:
+            self.note(stage, f"{type(error).__name__}: {error}")
+        axis, torch = where.join or 0, _home(x) is not np
+        pieces.append(x.clone() if torch and where.join is not None else x)  # the port may write into its own
+        shape = list(x.shape)
+        if len(pieces) > 1:
+            shape[axis] = sum(piece.shape[axis] for piece in pieces)
+        self.seen[stage] = shape
+        if shape != list(self.shapes.get(stage, ())):
+            return
+        if len(pieces) > 1:
+            x = _home(x).cat(pieces, axis) if torch else np.concatenate(pieces, axis)
+        sketched = stage in self.sketcher.rule["stages"]
+        parts = self.sketcher(stage, x) if sketched else {"": to_numpy(x)[0]}
+        self.kept[stage] = {stage + "/" * bool(name) + name: part for name, part in parts.items()}
+        pieces.clear()
+
     def note(self, stage, text):
         self.notes.setdefault(stage, text)
 
     def tensors(self):
+        if self.sketcher is not None:
+            return {name: to_numpy(part)[0] for parts in self.kept.values() for name, part in parts.items()}
         found = {}
         for stage, pieces in self.pieces.items():
             try:
@@ -437,6 +638,8 @@ def main(adapter_path, case_folder, out):
         case = json.load(file)
     with open(adapter_path, "rb") as file:
         adapter_hash = hashlib.sha256(file.read()).hexdigest()
+    if case["dtype"] == "float64":
+        os.environ.setdefault("JAX_ENABLE_X64", "1")  # without it JAX makes float32 of float64
     about = {key: case[key] for key in ("case", "golden", "dtype")}
     about.update(
         version=VERSION, run=os.urandom(8).hex(), adapter=adapter_hash, python=sys.version.split()[0], finished=False
@@ -451,14 +654,16 @@ def main(adapter_path, case_folder, out):
             raise ValueError(f"the adapter has no {missing[0]}")
         if os.environ.get("STAGETRACE_PLAIN"):
             _plain()
+        step = "reading the case"
+        sketcher = Sketcher(case["sketch"]) if "sketch" in case else None
         read = {
             name: read_tensors(os.path.join(case_folder, name + ".safetensors"))
-            for name in ("inputs", "goldens", "weights")
+            for name in (("inputs",) if sketcher else ("inputs", "goldens", "weights"))
         }
+        held = Checkpoint(**case["weights"]) if sketcher else read["weights"]
+        weights = Weights(held, getattr(adapter, "ALIASES", {}), case["dtype"])
         step, start = "build", time.perf_counter()
-        model = adapter.build(
-            dict(case["config"], dtype=case["dtype"]), _weights(read["weights"], adapter, case["dtype"])
-        )
+        model = adapter.build(dict(case["config"], dtype=case["dtype"]), weights if sketcher else dict(weights))
         about["build_seconds"] = time.perf_counter() - start
         step = "STAGES"
         hooks = Hooks(model, adapter.STAGES, case)
@@ -466,28 +671,31 @@ def main(adapter_path, case_folder, out):
         shapes = case["shapes"]
         seen = {}
         timed = ("warm", "plain") if os.environ.get("STAGETRACE_TIME") else ()
-        for kind in (*timed, "chained", "forced"):
+        for kind in (*timed, "chained", *([] if sketcher else ["forced"])):  # no run can go on with a sketch
             step, start = kind + " run", time.perf_counter()
             if kind not in timed:
-                trace = CURRENT = Trace(case["stages"], shapes, read["goldens"] if kind == "forced" else None)
+                trace = CURRENT = Trace(case["stages"], shapes, read["goldens"] if kind == "forced" else None, sketcher)
                 hooks.start(trace)
             adapter.forward(model, {name: x.copy() for name, x in inputs.items()})
+            _wait()
+            tensors = {} if kind in timed else trace.tensors()
             about[kind + "_seconds"] = time.perf_counter() - start
             if kind in timed:
                 continue
             seen[kind] = trace
             hooks.start(None)
             CURRENT = None
-            write_tensors(os.path.join(out, kind + ".safetensors"), trace.tensors())
+            write_tensors(os.path.join(out, kind + ".safetensors"), tensors)
     except BaseException as error:
-        of_adapter = step in ("importing the adapter", "STAGES")
+        of_adapter = step in ("importing the adapter", "reading the case", "STAGES")
         about["failed"] = {
             "step": step, "adapter": of_adapter, "error": f"{type(error).__name__}: {error}",
             "last": getattr(trace, "last", ""), "traceback": traceback.format_exc()[-4000:],
         }  # fmt: skip
         _write(out, about)
         return 2 if of_adapter else 3
-    chained, forced = seen["chained"], seen["forced"]
+    chained = seen["chained"]
+    forced = seen.get("forced", chained)
     notes = {}
     for trace in (chained, forced):
         for stage, text in trace.notes.items():
@@ -495,8 +703,18 @@ def main(adapter_path, case_folder, out):
     about.update(
         finished=True, notes=notes, dtypes=chained.dtypes, fed=forced.fed, inside=forced.inside, unused=hooks.unused
     )  # fmt: skip
+    if sketcher:
+        rule = {key: value for key, value in case["sketch"].items() if key != "stages"}
+        about.update(sketch=rule, shapes=chained.seen)
     _write(out, about)
     return 0
+
+
+def _wait():
+    """Until a GPU has done what it was told: a run is timed to its end."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def _plain():
@@ -514,15 +732,35 @@ def _cast(x, dtype):
     return x.astype(dtype if dtype != "bfloat16" else np.float32) if x.dtype.kind == "f" else x
 
 
-def _weights(weights, adapter, dtype):
-    """Weights under their official names, and under the adapter's where it has ALIASES."""
-    found = {name: _cast(x, dtype) for name, x in weights.items()}
-    for official, theirs in getattr(adapter, "ALIASES", {}).items():
-        for name in fnmatch.filter(weights, official):
-            stars = re.fullmatch(re.escape(official).replace(r"\*", "(.*)"), name).groups()
-            parts = theirs.split("*")
-            found["".join(part + star for part, star in zip(parts, (*stars, "")))] = found[name]
-    return found
+class Weights(Mapping):
+    """Weights under their official names, and under the adapter's where it has ALIASES; each made when it is asked for."""
+
+    def __init__(self, held, aliases, dtype):
+        self.held, self.aliases, self.dtype = held, aliases, dtype
+
+    @property
+    def folder(self):
+        """Of a checkpoint, for a port that loads it in its own way."""
+        return self.held.folder
+
+    def _names(self):
+        if "_official" not in vars(self):
+            self._official = {name: name for name in self.held}
+            for official, theirs in self.aliases.items():
+                for name in fnmatch.filter(self.held, official):
+                    stars = re.fullmatch(re.escape(official).replace(r"\*", "(.*)"), name).groups()
+                    parts = theirs.split("*")
+                    self._official["".join(part + star for part, star in zip(parts, (*stars, "")))] = name
+        return self._official
+
+    def __iter__(self):
+        return iter(self._names())
+
+    def __len__(self):
+        return len(self._names())
+
+    def __getitem__(self, name):
+        return _cast(self.held[self._names()[name]], self.dtype)
 
 
 def _write(out, about):

@@ -21,7 +21,7 @@ from tests.media import make_video
 from tools import compare_benchmarks, study
 from vidi.checkpoint import synthetic
 from vidi.cli import COMMANDS, main
-from vidi.commands import port, retrieve
+from vidi.commands import retrieve, traced
 from vidi.config import VidiConfig
 from vidi.parity.goldens import goldens_dir
 
@@ -252,7 +252,7 @@ def test_a_ports_budget_and_requirement_are_read_before_it_runs(
     def ran(*_args: object, **_options: object) -> None:
         raise AssertionError("the port was run first")
 
-    monkeypatch.setattr(port, "_run_port", ran)
+    monkeypatch.setattr(traced, "run_port", ran)
     assert main(["port", "init", "small/oneframe", str(tmp_path)]) == 0
     capsys.readouterr()
     for words, said in (

@@ -61,7 +61,8 @@ def check_vidi(words: list[str]) -> None:
         assert given <= options_of(parser), f"vidi {words[1]} does not know {given - options_of(parser)}"
         values = dict(itertools.pairwise(words))
         if "--case" in values:
-            known = {n for ref in store.list_cases(ROOT / "goldens") for n in (ref.name, f"{ref.set}/{ref.name}")}
+            cases = [ref for place in ("goldens", "goldens/large") for ref in store.list_cases(ROOT / place)]
+            known = {n for ref in cases for n in (ref.name, f"{ref.set}/{ref.name}")}
             assert fnmatch.filter(known, values["--case"]), f"no case {values['--case']}"
 
 

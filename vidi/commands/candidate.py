@@ -12,7 +12,7 @@ from typing import Any
 
 from stageparity import store, tolerance
 from stageparity.golden import GoldenError, Whole
-from stageparity.port import candidate, capsule, declared
+from stageparity.port import candidate, capsule, declared, sketched
 from stageparity.port.candidate import Candidate, Unusable
 from stageparity.port.explain import Explanation, explain_case
 from stageparity.port.judge import Coverage, coverage, judge
@@ -22,13 +22,12 @@ from stageparity.report.verdict import Context, References, findings, whose
 from stageparity.run import CaseRun, Row, Run
 from stageparity.stage import fill
 from stageparity.store import Case, CaseRef, Targets
-from stageparity.subject import reference_of
 from vidi.commands import arguments, outputs
-from vidi.commands.cases import check_stages, select
+from vidi.commands.cases import check_stages, for_ports
 from vidi.parity import port
 from vidi.parity.goldens import goldens_dir, inputs_of
 
-__all__ = ["LACKING", "Judged", "check", "find_case", "judged", "tell"]
+__all__ = ["LACKING", "Judged", "budgets", "check", "find_case", "judged", "tell"]
 
 LACKING = 4  # exit status: equal, and less was seen than --require asks for
 
@@ -63,12 +62,12 @@ class Judged:
         return guilty[0].first if guilty else None
 
     def targets(self, name: str) -> Targets:
-        return self.cases[name].variant(reference_of(self.cases[name], self.run.dtype)[0])
+        return self.cases[name].variant(sketched.reference(self.cases[name], self.run.dtype)[0])
 
 
 def find_case(name: str, goldens: Path) -> Case:
     """SET/NAME of a golden folder. Raises GoldenError naming what there is."""
-    found = select(goldens, [name])
+    found = for_ports(goldens, [name])
     if len(found) > 1:
         raise GoldenError(
             f"{name} is {len(found)} cases, one is needed: {', '.join(f'{r.set}/{r.name}' for r in found[:6])}"
@@ -96,6 +95,12 @@ def check(args: Any) -> None:
         Coverage(1, 1, tuple(port.PATHS), ()).lacks(args.require)
 
 
+def budgets(goldens: Path) -> sketched.Stored:
+    """What judges the cases of a golden folder: its own tolerances, else the embedded ones."""
+    holds = goldens if (goldens / "tolerances.toml").exists() else goldens_dir()
+    return sketched.Stored.load(goldens, tolerance.load(holds, port.load_table().stages))
+
+
 def judged(
     folders: Iterable[Path],
     goldens: Path,
@@ -108,9 +113,9 @@ def judged(
     """Dump folders, each of one case. only: globs of cases that count; budget: a file of declared budgets; dtype: what they
     must be in (default: what they say). Raises Unusable, GoldenError, ValueError for a budget that cannot be used."""
     stages = port.load_table().stages
-    tolerances: Any = tolerance.load(goldens if (goldens / "tolerances.toml").exists() else goldens_dir(), stages)
-    tolerances = declared.load(Path(budget), tolerances) if budget else tolerances
-    chosen = {f"{r.set}/{r.name}" for r in select(goldens, list(only))} if only else None
+    known = budgets(goldens)
+    tolerances: Any = declared.load(Path(budget), known) if budget else known  # type: ignore[arg-type]
+    chosen = {f"{r.set}/{r.name}" for r in for_ports(goldens, list(only))} if only else None
     runs: list[CaseRun] = []
     candidates: dict[str, Candidate] = {}
     cases: dict[str, Case] = {}
@@ -130,9 +135,10 @@ def judged(
             raise Unusable(
                 f"{folder}: its tensors were computed in {said['dtype']}, --dtype says {dtype}; leave it out"
             )
+        known.check(case, said["dtype"])
         dtypes[said["dtype"]] = folder
-        targets = case.variant(reference_of(case, said["dtype"])[0])
-        found = candidate.read(folder, case.identity, {stage: _shape(g) for stage, g in targets.items()}, stages)
+        targets = case.variant(sketched.reference(case, said["dtype"])[0])
+        found = candidate.read(folder, case.identity, targets, stages)
         done = judge(found, case, stages, tolerances, partial(port.feeds, case, stages), globs=globs)
         runs.append(replace(done, seconds=time.perf_counter() - start))
         candidates[name], cases[name] = found, case
@@ -148,10 +154,6 @@ def judged(
     }
     seen = coverage(runs, lambda run: port.paths(cases[run.name], run), port.PATHS)
     return Judged(Run(tuple(runs), next(iter(dtypes)), {}, fingerprint), candidates, cases, seen, tolerances)
-
-
-def _shape(golden: Any) -> tuple[int, ...]:
-    return golden.array.shape if isinstance(golden, Whole) else tuple(golden.shape)
 
 
 def tell(
@@ -183,7 +185,8 @@ def tell(
             terminal.say(console, f"NOTE {args.budget}: {line}")
         for name, one in found.candidates.items():
             run = next(run for run in found.run.cases if run.name == name)
-            for line in declared.effects(run, one.chained, found.targets(name), table.stages, "*logits"):
+            whole = {stage: x for stage, x in one.chained.items() if not isinstance(x, sketched.Shown)}
+            for line in declared.effects(run, whole, found.targets(name), table.stages, "*logits"):
                 terminal.say(console, f"{name}: {line}")
     if args.quiet and found.run.exit_code == 0:
         terminal.say(console, seen)
@@ -210,10 +213,8 @@ def tell(
 def _encapsulate(folder: Path, found: Judged, run: CaseRun, row: Row, weights: Mapping[str, Sequence[str]]) -> None:
     case, one, targets = found.cases[run.name], found.candidates[run.name], found.targets(run.name)
     golden, result = targets[row.stage], row.failed
-    if not isinstance(golden, Whole) or result is None:
+    if not isinstance(golden, Whole) or result is None or isinstance(mine := _own(one, row), sketched.Shown):
         raise ValueError(f"{row.stage} of {run.name} is not held whole: no capsule of it")
-    forced = row.forced is not None and (row.forced is result or row.alone is result)  # without one, alone is chained
-    mine = one.forced if forced else one.chained
     table = port.load_table()
     entry = table.stages.find(row.stage)
     places = entry[1] if entry else {}
@@ -229,4 +230,11 @@ def _encapsulate(folder: Path, found: Judged, run: CaseRun, row: Row, weights: M
         "config": case.config, "fingerprint": dict(found.run.fingerprint), "what": entry[0].what if entry else "",
         "section": entry[0].spec if entry else "",
     }  # fmt: skip
-    capsule.write(folder, result, mine[row.stage], golden.array, table.stages.axes(row.stage), inputs, held, about)
+    capsule.write(folder, result, mine, golden.array, table.stages.axes(row.stage), inputs, held, about)
+
+
+def _own(one: Candidate, row: Row) -> Any:
+    """The tensor that a row was convicted by."""
+    # Without a forced run, alone is chained.
+    by_forced = row.forced is not None and any(row.failed is result for result in (row.forced, row.alone))
+    return (one.forced if by_forced else one.chained)[row.stage]

@@ -13,7 +13,9 @@ from stageparity.stage import Stages
 from stageparity.strict import one_line
 from vidi.parser import meant
 
-__all__ = ["check_stages", "select"]
+__all__ = ["check_stages", "for_ports", "select"]
+
+LARGE = "large"  # in a golden folder: sets of cases that are known by sketches
 
 
 def select(goldens: Path, globs: Sequence[str]) -> list[store.CaseRef]:
@@ -24,6 +26,14 @@ def select(goldens: Path, globs: Sequence[str]) -> list[store.CaseRef]:
         names = {name for ref in store.list_cases(goldens) for name in (ref.name, ref.set, f"{ref.set}/{ref.name}")}
         near = [meant(glob, names).strip(" ()") for glob in globs if glob not in names]
         raise GoldenError(f"{' '.join(near)} {error}".strip()) from None
+
+
+def for_ports(goldens: Path, globs: Sequence[str]) -> list[store.CaseRef]:
+    """As `select`, and cases known by sketches (`full/frames60`), which stand apart: they are meant only where named whole."""
+    apart = {f"{ref.set}/{ref.name}": ref for ref in store.list_cases(goldens / LARGE)}
+    others = [glob for glob in globs if glob not in apart]
+    found = select(goldens, others) if others or not globs else []
+    return [*found, *(ref for name, ref in apart.items() if name in globs)]
 
 
 def check_stages(globs: str, refs: Sequence[store.CaseRef], stages: Stages, what: str) -> None:

@@ -12,15 +12,15 @@ from safetensors.numpy import save
 
 from stageparity import atomic, table
 from stageparity.golden import Whole
-from stageparity.port import stagetrace
+from stageparity.port import sketched, stagetrace
 from stageparity.run import CaseRun, ids
 from stageparity.stage import Stages, fill
 from stageparity.store import Case
-from stageparity.subject import reference_of, unfit
+from stageparity.subject import unfit
 from vidi.parity.goldens import goldens_dir, inputs_of, position_table, synthetic_tower
 from vidi.parity.places import derived
 
-__all__ = ["PATHS", "export", "feeds", "load_table", "paths", "write_adapter"]
+__all__ = ["PATHS", "export", "feeds", "load_table", "paths", "raw_inputs", "write_adapter"]
 
 TABLE = "stages.json"  # of the golden folder: the table of stages as data
 #: ways through the model that one green case leaves unseen
@@ -73,23 +73,24 @@ def paths(case: Case, run: CaseRun) -> set[str]:
     return {path for path, is_so in reached.items() if is_so}
 
 
-def export(case: Case, folder: Path, dtype: str, stages: Stages, judged_in: str | None = None) -> None:
-    """A golden case as files that NumPy alone can read: `case.json`, inputs, goldens and weights as safetensors.
+def export(
+    case: Case,
+    folder: Path,
+    dtype: str,
+    stages: Stages,
+    judged_in: str | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """A golden case as files that NumPy alone can read: `case.json`, inputs, goldens and weights as safetensors; of the full-size
+    case `case.json` and inputs alone.
 
-    judged_in: the dtype whose goldens it is for, where that is another. Raises ValueError where the case has none for it.
+    judged_in: the dtype whose goldens it is for, where that is another. checkpoint: the full-size case's weights. Raises
+    ValueError where the case has none for it, or no use for that checkpoint.
     """
-    variant, _ = reference_of(case, judged_in or dtype)
+    variant, _ = sketched.reference(case, judged_in or dtype)
     if reason := unfit(case, variant, judged_in or dtype):
         raise ValueError(f"{case.set}/{case.name}: {reason}")
     targets = case.variant(variant)
-    goldens = {name: golden.array for name, golden in targets.items() if isinstance(golden, Whole)}
-    inputs = {name.removeprefix("inputs."): x for name, x in inputs_of(case).items()}
-    if "inputs.feat_index" in case.inputs:
-        inputs["features"] = synthetic_tower(case.inputs)
-    freq = goldens.get("pos.freq")
-    freq = position_table(int(case.config["hidden_size"])) if freq is None else freq
-    if freq is not None:
-        inputs["pos_freq"] = freq  # torch's exp differs between processors
     about = {
         "case": f"{case.set}/{case.name}",
         "golden": case.identity,
@@ -100,6 +101,24 @@ def export(case: Case, folder: Path, dtype: str, stages: Stages, judged_in: str 
         "shapes": {name: list(golden.shape) for name, golden in targets.items()},  # also of those held in part
         "places": {name: asdict(place) for name, place in stages.places.items()},
     }
+    if sketched.is_sketched(case):
+        from vidi.parity import port_full
+
+        port_full.check_checkpoint(case, checkpoint)
+        port_full.write_inputs(case, folder, about, sketched.rule_of(targets, stages), checkpoint)
+        return
+    if checkpoint is not None:
+        raise ValueError(
+            f"--checkpoint means nothing for {case.set}/{case.name}, which has weights of its own; leave it out"
+        )
+    goldens = {name: golden.array for name, golden in targets.items() if isinstance(golden, Whole)}
+    inputs = {name.removeprefix("inputs."): x for name, x in inputs_of(case).items()}
+    if "inputs.feat_index" in case.inputs:
+        inputs["features"] = synthetic_tower(case.inputs)
+    freq = goldens.get("pos.freq")
+    freq = position_table(int(case.config["hidden_size"])) if freq is None else freq
+    if freq is not None:
+        inputs["pos_freq"] = freq  # torch's exp differs between processors
     folder.mkdir(parents=True, exist_ok=True)
     for name, tensors in (("inputs", inputs), ("goldens", goldens), ("weights", case.weights())):
         data = save({key: np.ascontiguousarray(x) for key, x in tensors.items()})
@@ -107,11 +126,20 @@ def export(case: Case, folder: Path, dtype: str, stages: Stages, judged_in: str 
     atomic.write_text(folder / "case.json", json.dumps(about, indent=1) + "\n")
 
 
+def raw_inputs(case: Case) -> dict[str, np.ndarray]:
+    """What `forward` is given of a case, by name, but for what stands beside any case's (`features`, `pos_freq`)."""
+    if sketched.is_sketched(case):
+        from vidi.parity import port_full
+
+        return port_full.inputs_of(case)
+    return {name.removeprefix("inputs."): x for name, x in inputs_of(case).items()}
+
+
 def write_adapter(folder: Path, case: Case, stages: Stages, dtype: str) -> None:
     """The tracer, an adapter to fill in, and a page on both. What is there already stays: an adapter is its user's."""
     folder.mkdir(parents=True, exist_ok=True)
     atomic.write_bytes(folder / "stagetrace.py", Path(stagetrace.__file__).read_bytes())
-    targets = case.variant(reference_of(case, dtype)[0])
+    targets = case.variant(sketched.reference(case, dtype)[0])
     families: dict[str, str] = {}
     for stage in ids(targets, stages):
         found = stages.find(stage)
@@ -120,12 +148,10 @@ def write_adapter(folder: Path, case: Case, stages: Stages, dtype: str) -> None:
                 found[0].name, f"{found[0].shape}  {found[0].what}" if found[0].shape else found[0].what
             )
     listed = "\n".join(f'    # {name!r}: call("…"),  # {what}' for name, what in families.items())
-    shapes = "\n".join(
-        f"        {n.removeprefix('inputs.'):24} {x.dtype} {list(x.shape)}" for n, x in inputs_of(case).items()
-    )
+    shapes = "\n".join(f"        {name:24} {x.dtype} {list(x.shape)}" for name, x in raw_inputs(case).items())
     texts = {
         "adapter.py": ADAPTER.format(case=f"{case.set}/{case.name}", inputs=shapes, stages=listed),
-        "README.md": README.format(case=f"{case.set}/{case.name}"),
+        "README.md": README.format(case=f"{case.set}/{case.name}") + FULL_SIZE * sketched.is_sketched(case),
         "candidate.toml": CANDIDATE.format(case=f"{case.set}/{case.name}", golden=case.identity, dtype=dtype),
     }
     for name, text in texts.items():
@@ -166,6 +192,14 @@ README = """# A port on the bench
 
 No Python? Write your tensors as safetensors, HDF5 or .npy files under their stage ids beside `candidate.toml`, and run
 `vidi parity --candidate FOLDER`.
+"""
+
+FULL_SIZE = """
+This case is of the full size: 60 frames, 42 layers. Its goldens are sketches, and so is what is kept of your tensors: a few MB.
+Weights are synthetic and not written here: `vidi synth CHECKPOINT --size full` makes them (21 GB), then
+`vidi port run adapter.py --checkpoint CHECKPOINT` hands them to `build`, each read when it is asked for (`weights.folder` is
+their folder). A port whose weights are in a form of its own converts that checkpoint once, and needs no --checkpoint.
+Stages are judged from raw inputs on alone, in bfloat16.
 """
 
 CANDIDATE = """# What the tensors beside this file are. Layouts are needed where your axes are not the golden's.

@@ -216,7 +216,8 @@ class Model(nn.Module):
         if room >= 1:
             return grid
         side = max(int(side * math.sqrt(room)) // 2 * 2, 10)
-        return tap("vision.resize", functional.interpolate(grid, (side, side), mode="bilinear", align_corners=False))
+        grid = functional.interpolate(grid, (side, side), mode="bilinear", align_corners=False)
+        return tap("vision.resize", grid, join=0)
 
     def fold(self, grid):
         return functional.pixel_unshuffle(grid, self.config["mm_image_pool_size"])
