@@ -47,7 +47,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vidi/inputs/dialect.py": (*PROMPT, f"{UNIT}/test_retrieval.py"),
     "vidi/inputs/prompt.py": (*PROMPT, TEXT),
     "vidi/inputs/prompt_7b.py": (*PROMPT[::-1], TEXT),
-    "vidi/inputs/tokenizer_file.py": (*PROMPT, TEXT),
+    "vidi/inputs/tokenizer_file.py": (*PROMPT, TEXT, "tests/harness/test_fuzz_tokenizer.py"),
     "vidi/inputs/codecs.py": (f"{UNIT}/inputs/test_inputs_codecs.py", *VIDEO),
     "vidi/inputs/container.py": (*VIDEO, SOUND[0]),
     "vidi/inputs/reader.py": (*VIDEO, f"{UNIT}/test_retrieval.py"),

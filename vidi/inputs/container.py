@@ -351,7 +351,7 @@ def corrupt(path: str | Path, kind: str, count: int, ends: Ends, error: Exceptio
     return MediaError(
         f"{path}: corrupt {kind} data after {count} decoded frames, about {float(ends.sec):.2f} s in "
         f"({_reason(error)}); copy or download the file again, or rebuild it: "
-        f"ffmpeg -err_detect ignore_err -i {path} rebuilt.mp4"
+        f"ffmpeg -err_detect ignore_err -i {quoted(path)} rebuilt.mp4"
     )
 
 

@@ -73,6 +73,22 @@ def test_every_stage_is_the_plain_one_in_float64(name, samples, floats):
         assert (mine - value).abs().max() <= 1e-12 * value.square().mean().sqrt() + 1e-13, stage
 
 
+def test_biases_of_the_towers_wait_in_float32(monkeypatch):
+    """They are summed over all layers before a norm adds them: in bfloat16 each sum would be rounded, and small biases lost."""
+    seen = []
+    layer_norm = twins.layer_norm
+
+    def watched(x_RC, pending_C, norm, out_RC):
+        seen.append(pending_C.dtype)
+        layer_norm(x_RC, pending_C, norm, out_RC)
+
+    monkeypatch.setattr(twins, "layer_norm", watched)
+    with torch.no_grad():
+        accelerate(model(dtype=torch.bfloat16)).streams(ragged(1).to(dtype=torch.bfloat16))
+    assert len(seen) > 8
+    assert set(seen) == {torch.float32}
+
+
 @both
 def test_padded_rows_are_exact_zeros(name):
     found = stages(accelerate(model(name)), ragged(3))
