@@ -29,8 +29,9 @@ FILES = (
     *("cache", "checkpoint/names", "config", "generate", "loss", "model", "official", "official_7b", "precision", "release"),
     *("retrieval", "stream", "tap"),
 )  # fmt: skip
-#: what a CPU run does not enter (flash, flex, what times a GPU; `fast/kernels` is a folder of its own), and words for people
-LEFT_OUT = ("__init__.py", "flash.py", "flex.py", "limits.py", "measure.py")
+#: what a CPU run does not enter (flash, flex, what times a GPU; `fast/kernels` is a folder of its own), words for people, and
+#: what runs in a process of its own, which reads the file as it stands on the disk
+LEFT_OUT = ("__init__.py", "flash.py", "flex.py", "limits.py", "measure.py", "template_child.py")
 CUDA_ONLY = ("_captured",)  #: functions
 #: names of bounds on memory and of shares of work: values that no result depends on, which tests vary
 KNOBS = ("_chunk", "_batch", "max_bytes", "max_kept", "many_keys", "programs")

@@ -51,7 +51,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "vidi/inputs/codecs.py": (f"{UNIT}/inputs/test_inputs_codecs.py", *VIDEO),
     "vidi/inputs/container.py": (*VIDEO, SOUND[0]),
     "vidi/inputs/reader.py": (*VIDEO, f"{UNIT}/test_retrieval.py"),
-    "vidi/inputs/template*.py": (PROMPT[1], "tests/harness/test_fuzz_template.py"),
     "vidi/inputs/*": VIDEO,
     "vidi/*": MODEL,
 }

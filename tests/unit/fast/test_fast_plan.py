@@ -31,6 +31,15 @@ def test_runs_cover_every_key_once(text, visual, audio):
 def test_counted_work_is_that_of_the_design():
     work = floors.count(VidiConfig.full(), 60, 6000, 2, 24, 2)
     assert (work.visual_tokens, work.audio_tokens) == (11760, 600)
+    frame, piece = (
+        work.encode_flops - other.encode_flops
+        for other in (
+            floors.count(VidiConfig.full(), 59, 6000, 2, 24, 2),
+            floors.count(VidiConfig.full(), 60, 6000, 1, 24, 2),
+        )
+    )
+    assert frame == pytest.approx(0.64e12, rel=0.02)
+    assert piece == pytest.approx(2.3e12, rel=0.02)
     limits = floors.Ceilings(798e12, 3.0e12, 700e12)
     found = work.floors(limits)
     # 0.06 s, 0.24 s and 7.6 ms on a machine of 798 TFLOP/s and 3.0 TB/s.
