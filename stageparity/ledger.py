@@ -16,6 +16,7 @@ from stageparity import atomic, strict
 __all__ = ["append", "check_reason", "entries", "file_sha256", "latest", "stale"]
 
 MAX_BYTES = 64 << 20  # of a file whose hash is entered
+LARGEST = 1 << 20  # bytes of a ledger: what a reader of TOML takes
 LONGEST_REASON = 2000  # characters: a line of the ledger
 _KEYS = ("subject", "sha256", "why")
 _HEAD = "# What changed, why, and the errors against the oracle before and after. Written by tools/, appended only.\n"
@@ -71,6 +72,10 @@ def append(folder: Path, subject: str, sha256: str, reason: str, changes: list[s
     if changes:
         lines += ["changes = [", *(f"  {_toml(change)}," for change in changes), "]"]
     text += "\n".join(lines) + "\n"
+    if len(text.encode("utf-8")) > LARGEST:
+        raise ValueError(
+            f"{path}: with this entry it is over {LARGEST:,} bytes, and would not be read again; begin a new one"
+        )
     strict.parse_toml(text.encode("utf-8"), file=path)
     atomic.write_text(path, text)
 

@@ -90,6 +90,12 @@ def to_numpy(x):
     return np.array(x, order="C"), name  # flattened, it must be a view: a golden is written into it
 
 
+def _dtype(x):
+    dtype = getattr(x, "dtype", None)
+    dtype = np.asarray(x).dtype if dtype is None else dtype
+    return getattr(dtype, "name", str(dtype)).rpartition(".")[2]
+
+
 def _library(x):
     root = type(x).__module__.partition(".")[0]
     return {"mlx": "mlx.core", "jax": "jax.numpy", "jaxlib": "jax.numpy"}.get(root, "numpy")
@@ -336,7 +342,7 @@ def _double(x):
 def _largest(x):
     """The largest |x| in float64."""
     if not hasattr(x, "detach"):
-        return np.maximum(x.max(), -x.min()).astype(np.float64)
+        return np.maximum(np.float64(x.max()), -np.float64(x.min()))
     least, most = x.aminmax()
     return _home(x).maximum(-least.double(), most.double())
 
@@ -368,20 +374,19 @@ class Trace:
         self.last = stage
         for within in self.open:
             within.add(stage)
-        pieces = self.pieces.get(stage, [])
-        if (pieces and where.join is None) or stage in self.kept:
+        if (name := _dtype(x)) not in _NAMES and name != "bfloat16":
+            self.note(stage, f"holds {name}, no real numbers: item= or another place gives the tensor")
+            return x
+        pieces = self.pieces.setdefault(stage, [])
+        if where.join is None and (pieces or stage in self.seen):
             self.note(
                 stage, "met more than once: the first counts; several pieces need join=, several stages order= or when="
             )
             return x
         if self.sketcher is not None:
-            self._sketch(stage, x, where, self.pieces.setdefault(stage, pieces))
+            self._sketch(stage, x, where, pieces)
             return x
         raw, dtype = to_numpy(x)
-        if raw.dtype.name not in _NAMES:
-            self.note(stage, f"holds {raw.dtype}, no real numbers: item= or another place gives the tensor")
-            return x
-        self.pieces[stage] = pieces
         axis = where.join or 0
         index = np.arange(raw.size).reshape(raw.shape)
         try:
@@ -424,12 +429,16 @@ class Trace:
         except Exception as error:
             self.note(stage, f"{type(error).__name__}: {error}")
         axis, torch = where.join or 0, _home(x) is not np
-        pieces.append(x.clone() if torch and where.join is not None else x)  # the port may write into its own
-        shape = list(x.shape)
-        if len(pieces) > 1:
-            shape[axis] = sum(piece.shape[axis] for piece in pieces)
+        shape, golden = list(x.shape), list(self.shapes.get(stage, ()))
+        if stage in self.seen:
+            shape[axis] += self.seen[stage][axis]
         self.seen[stage] = shape
-        if shape != list(self.shapes.get(stage, ())):
+        if self.kept.pop(stage, None):  # more pieces than the golden has
+            return
+        if where.join is None and shape != golden:
+            return
+        pieces.append(x.clone() if torch and where.join is not None else x)  # the port may write into its own
+        if shape != golden:
             return
         if len(pieces) > 1:
             x = _home(x).cat(pieces, axis) if torch else np.concatenate(pieces, axis)
@@ -585,9 +594,11 @@ def _member(owner, name):
 
 
 def known(arrays):
-    """Fingerprints of the arrays that can be goldens: a mask of -inf is none, nor is NaN, and JSON has no word for them."""
-    arrays = [to_numpy(x)[0] for x in arrays]
-    return [fingerprint(x) for x in arrays if np.isfinite(np.asarray(x, np.float64)).all()]
+    """Fingerprints of the arrays that can be goldens: a mask of -inf, or of the least number, is none, nor is NaN. JSON has no
+    word for what comes of them."""
+    with np.errstate(all="ignore"):
+        prints = [fingerprint(to_numpy(x)[0]) for x in arrays]
+    return [one for one in prints if np.isfinite(one[1] + one[2]).all()]
 
 
 def _arrays(given):

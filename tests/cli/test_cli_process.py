@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -23,7 +24,7 @@ from tests.unit.checkpoint.breaking import write_shard
 from tools import demo_video, study
 from vidi import cli
 from vidi.checkpoint import synthetic
-from vidi.commands import arguments, inspect
+from vidi.commands import arguments, inspect, traced
 from vidi.config import VidiConfig
 from vidi.inputs import prompt
 
@@ -397,6 +398,21 @@ def test_a_signal_ends_long_work_without_a_leftover(number: int, status: int, sa
             child.kill()
     assert (child.returncode, err) == (status, f"vidi synth: {said}\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_port_leaves_running_ends_with_it(tmp_path: Path) -> None:
+    """A worker that goes on would hold the device while the next case runs."""
+    folder = tmp_path / "one" / "case"
+    folder.mkdir(parents=True)
+    left = tmp_path / "left"
+    left.write_text('#!/bin/sh\nsleep 99 & echo $! > "$0.pid"\nexit 3\n')
+    left.chmod(0o755)
+    (tmp_path / "adapter.py").write_text("")
+    words = argparse.Namespace(python=str(left), timeout=30)
+    said = traced.run_port(words, tmp_path / "adapter.py", tmp_path / "one")
+    assert said is not None
+    assert "ended with status 3" in said.text
+    _wait_for(lambda: not _runs(int((tmp_path / "left.pid").read_text())))
 
 
 def test_a_signal_ends_the_port_as_well(tmp_path: Path) -> None:

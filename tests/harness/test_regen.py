@@ -92,6 +92,12 @@ def test_it_prints_old_and_new_and_writes_nothing(goldens: Path) -> None:
     assert _snapshot(goldens / "small") == before
 
 
+def test_a_ledger_does_not_outgrow_its_reader(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="would not be read again"):
+        ledger.append(tmp_path, "small", "0" * 64, "as it is", ["x" * 900] * 1300)
+    assert not (tmp_path / "ledger.toml").exists()
+
+
 def test_accept_writes_and_appends_to_the_ledger(goldens: Path) -> None:
     written = _run("--goldens", goldens, "--case", CASE, "--accept", "--reason", "the test's step is undone")
     assert written.returncode == 0, written.stderr

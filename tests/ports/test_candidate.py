@@ -69,6 +69,29 @@ def test_goldens_are_their_own_candidate(dump: Path, case: Case) -> None:
     assert (found.coverage.seen, found.coverage.of) == (len(goldens(case)), len(case.targets))
 
 
+def test_a_dump_is_itself_whatever_lies_in_it(dump: Path) -> None:
+    """Runs of its first wrong stage under other circumstances lie in a dump."""
+    shutil.copytree(dump, dump / "again-float64")
+    assert candidate.folders(dump) == [dump]
+    assert candidate.folders(dump.parent) == [dump]
+    _linked(dump, "other")
+    assert candidate.folders(dump) == [dump]
+    (dump / "candidate.toml").unlink()
+    with pytest.raises(Unusable, match="link to a place outside"):
+        candidate.folders(dump)
+
+
+def test_a_trace_that_met_nothing_whole_says_what_it_met(dump: Path, case: Case) -> None:
+    save_file({}, dump / "tensors.safetensors")
+    (dump / "candidate.toml").unlink()
+    _trace(dump, case, notes={"logits": "met inside jax.jit"})
+    assert cli.main(["parity", "--candidate", str(dump)]) == 3
+    assert (
+        judged(candidate.folders(dump), goldens_dir()).candidates["official/single"].notes["logits"]
+        == "met inside jax.jit"
+    )
+
+
 @pytest.mark.parametrize("form", ["h5", "npy", "bf16", "folder of one case"])
 def test_every_format(form: str, dump: Path, case: Case, tmp_path: Path) -> None:
     tensors = {name: x for name, x in goldens(case).items() if name.startswith(("layer.0", "vision.norm"))}
@@ -193,6 +216,7 @@ BAD: dict[str, tuple[Change, str]] = {
         lambda f, c: _trace(f, c, finished=False, failed={"step": "forced run", "last": "logits", "error": "OOM"}),
         "the port failed in its forced run, after stage logits: OOM",
     ),
+    "one for all": (lambda f, c: _overlapping(f / "more.safetensors"), "those before it end at"),
     "no real numbers": (lambda f, c: np.save(f / "layer.0.output.npy", goldens(c)["layer.0.output"] + 1j), "complex"),
     "text": (lambda f, c: np.save(f / "layer.0.output.npy", np.array(["1.5"])), "holds <U3"),
     "an archive": (lambda f, c: _archive(f / "layer.0.output.npy"), "unreadable"),
@@ -200,7 +224,6 @@ BAD: dict[str, tuple[Change, str]] = {
     "a header of millions": (lambda f, c: _millions(f / "more.safetensors"), "more than 1,000,000 values"),
     "one stage in two places": (lambda f, c: _two_places(f / "more.h5"), "one stage in two places"),
     "a link to a folder": (lambda f, c: _linked(f, "chained"), "link"),
-    "a link to a dump": (lambda f, c: _linked(f, "other"), "is a link to a place outside"),
     **{
         f"{key} of another form": (lambda f, c, key=key, value=value: _trace(f, c, **{key: value}), key)  # type: ignore[misc]
         for key, value in {
@@ -229,6 +252,13 @@ def _claim(path: Path) -> None:
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": (3_000_000_000,)}
         np.lib.format.write_array_header_1_0(file, header)  # type: ignore[arg-type]
+
+
+def _overlapping(path: Path) -> None:
+    """500 tensors in the bytes of one: 130 kB that would become 100 MB."""
+    entries = {f"x.{n}": {"dtype": "BF16", "shape": [50_000], "data_offsets": [0, 100_000]} for n in range(500)}
+    text = json.dumps(entries).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(100_000))
 
 
 def _millions(path: Path) -> None:

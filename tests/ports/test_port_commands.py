@@ -60,13 +60,19 @@ def test_what_is_no_tracer_and_no_case_stays(tmp_path: Path, capsys: pytest.Capt
     (folder / "adapter.py").write_text("")
     assert run(folder, "--case", "official/single") == 2
     assert tracer.read_bytes() == b"mine \xff"
+    assert not (folder / "trace").exists()
+    (folder / "trace" / "official-single" / "case").mkdir(parents=True)
+    (folder / "trace" / "official-single" / "case" / "mine").write_text("")
     tracer.unlink()
+    assert run(folder, "--case", "official/single") == 2
+    shutil.rmtree(folder / "trace")
     os.mkfifo(tracer)  # reading one would wait for ever
     assert run(folder, "--case", "official/single") == 2
     said = capsys.readouterr().err.splitlines()
     assert [line.partition(str(folder))[2].partition(" ")[0] for line in said] == [
         "/case",
         *["/stagetrace.py"] * 2,
+        "/trace/official-single/case",
         "/stagetrace.py:",
     ]
     assert not list((folder / "case").iterdir())

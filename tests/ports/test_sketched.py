@@ -127,9 +127,27 @@ def test_pieces_are_joined_before_and_may_be_written_into_after() -> None:
     trace.record("layer.0.output", pieces[1], call("", join=0))
     assert judged(trace, golden).ok
     assert trace.pieces["layer.0.output"] == [], "what is sketched is let go"
-    trace.record("layer.0.output", pieces[1], call("", join=0))
+    for surplus in (1, 2):  # a piece too many is another shape, however many follow
+        trace.record("layer.0.output", pieces[1], call("", join=0))
+        assert judged(trace, golden).problems == (f"shape [{4 + 3 * surplus}, 30, 12], golden has [4, 30, 12]",)
+
+
+def test_a_tensor_of_another_shape_is_let_go_and_met_once() -> None:
+    x = drawn(2, 30, 12)
+    trace, golden = traced(x, torch.from_numpy(x.transpose(0, 2, 1).copy()), torch.from_numpy(x))
+    assert trace.pieces["layer.0.output"] == []
     assert "met more than once" in trace.notes["layer.0.output"]
-    assert judged(trace, golden).ok
+    assert judged(trace, golden).problems == ("shape [2, 12, 30], golden has [2, 30, 12]",)
+
+
+@pytest.mark.parametrize("library", [np.asarray, torch.from_numpy])
+def test_numbers_that_are_no_floats_end_no_run(library: Any) -> None:
+    x = drawn(2, 30, 12)
+    trace, _ = traced(x, library(x.astype(np.complex64)))
+    assert "no real numbers" in trace.notes["layer.0.output"]
+    for kind in (np.bool_, np.uint8, np.int64):
+        trace, golden = traced(x, library(x.astype(kind)))
+        assert f"dtype {np.dtype(kind).name}" in judged(trace, golden).problems[0]
 
 
 def test_padded_rows_and_layouts_are_dealt_with_where_the_tensor_lies() -> None:

@@ -152,7 +152,8 @@ def test_what_holds_no_real_numbers_is_noted(x: Any) -> None:
 def test_what_is_not_finite_is_given_and_not_remembered() -> None:
     """A mask of -inf is an argument like others. JSON has no word for it, and a trace that held it could not be read."""
     x = np.ones((3, 4))
-    assert stagetrace.known([x, np.full((4, 4), -np.inf), x * np.nan]) == [stagetrace.fingerprint(x)]
+    least = np.full((4, 4), np.finfo(np.float64).min)  # finite, and its square is not
+    assert stagetrace.known([x, np.full((4, 4), -np.inf), x * np.nan, least]) == [stagetrace.fingerprint(x)]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,8 @@ def _candidate(args: argparse.Namespace) -> int:
         outputs.apart(read, *written, args.capsule)
     candidate.check(args)
     dumps = folders(Path(args.candidate))
+    if args.stage is not None:
+        candidate.check_globs(dumps, goldens, args.stage)
     found = candidate.judged(dumps, goldens, globs=args.stage, only=args.case, budget=args.budget, dtype=args.dtype)
     given = (("--goldens", args.goldens), ("--budget", args.budget))
     options = tuple(word for name, value in given if value for word in (name, value))

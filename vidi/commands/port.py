@@ -144,7 +144,8 @@ def _init(args: argparse.Namespace) -> int:
     goldens, out = goldens_dir(args.goldens), Path(args.out)
     case = find_case(args.case, goldens)
     outputs.check_folder(out)
-    traced.check_replaced(out)
+    traced.check_tracer(out)
+    traced.check_case(out)
     dtype = _dtype(args, case, goldens)
     port.export(case, out / "case", dtype, stages)
     port.write_adapter(out, case, stages, dtype)
@@ -189,7 +190,21 @@ def _trace(args: argparse.Namespace) -> int:
     if args.stage is not None:
         cases.check_stages(args.stage, refs, stages, "--stage")
     out = Path(args.out) if args.out else adapter.parent / "trace"
-    traced.check_replaced(adapter.parent)
+    traced.check_tracer(adapter.parent)
+    folders = [out / f"{ref.set}-{ref.name}" for ref in refs]
+    opened = [store.open_case(ref.folder, ref.name) for ref in refs]
+    for folder, case in zip(folders, opened, strict=True):
+        traced.check_case(folder)
+        if args.capsule and is_sketched(case):
+            name = f"{case.set}/{case.name}"
+            raise ValueError(
+                f"--capsule: {name} is known by sketches, and no capsule is made of sketches; leave it out"
+            )
+    dtypes = [_dtype(args, case, goldens) for case in opened]
+    if len(set(dtypes)) > 1:
+        raise ValueError(
+            f"these cases are judged in {' and '.join(sorted(set(dtypes)))}: one run each, or --dtype for all"
+        )
     traced.copy_tracer(adapter.parent)
     done: list[Path] = []
     failed: list[traced.Failed] = []
@@ -197,16 +212,12 @@ def _trace(args: argparse.Namespace) -> int:
         for n, ref in enumerate(refs):
             name = f"{ref.set}/{ref.name}"
             line.update(escape(strict.printable(f"{n + 1} of {len(refs)}: the port runs {name}")))
-            folder = out / f"{ref.set}-{ref.name}"
-            case = store.open_case(ref.folder, ref.name)
-            if args.capsule and is_sketched(case):
-                raise ValueError(
-                    f"--capsule: {name} is known by sketches, and no capsule is made of sketches; leave it out"
-                )
             checkpoint = Path(args.checkpoint) if args.checkpoint else None
-            port.export(case, folder / "case", _dtype(args, case, goldens), stages, checkpoint=checkpoint)
-            said = traced.run_port(args, adapter, folder)
-            done.append(folder) if said is None else failed.append(traced.Failed(f"{name}: {said.text}", said.status))
+            port.export(opened[n], folders[n] / "case", dtypes[n], stages, checkpoint=checkpoint)
+            said = traced.run_port(args, adapter, folders[n])
+            done.append(folders[n]) if said is None else failed.append(
+                traced.Failed(f"{name}: {said.text}", said.status)
+            )
     if not done:
         for one in failed:
             print(strict.printable(f"FAILED {one.text}"), file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 from stageparity import strict
 
-__all__ = ["Failed", "check_replaced", "circumstances", "copy_tracer", "run_port"]
+__all__ = ["Failed", "check_case", "check_tracer", "circumstances", "copy_tracer", "run_port"]
 
 LOG_BYTES = 1 << 16  # of what a failing port printed last
 TRACER, TRACER_BEGINS, MAX_TRACER = "stagetrace.py", b'"""Traces a foreign model stage by stage', 1 << 20
@@ -82,23 +83,28 @@ def copy_tracer(folder: Path) -> None:
         atomic.write_bytes(place, text)
 
 
-def check_replaced(folder: Path) -> None:
-    """Raises ValueError where what `vidi port` writes anew, tracer and case, would replace something else of that name."""
-    tracer, case = folder / TRACER, folder / "case"
+def check_tracer(folder: Path) -> None:
+    """Raises ValueError where the tracer, which goes beside the adapter, would replace another file of that name."""
+    tracer = folder / TRACER
     if os.path.lexists(tracer) and not strict.read_bytes(tracer, limit=MAX_TRACER).startswith(TRACER_BEGINS):
         raise ValueError(strict.one_line(f"{tracer} is another file than the tracer, which goes there; move it away"))
+
+
+def check_case(folder: Path) -> None:
+    """Raises ValueError where a case that is written anew would replace something else of that name."""
+    case = folder / "case"
     if case.is_dir() and any(case.iterdir()) and not (case / "case.json").is_file():
         raise ValueError(strict.one_line(f"{case} holds something else than a case, which goes there; move it away"))
 
 
 def _status(command: list[str], timeout: float, **options: Any) -> int:
-    """Exit status of a command. Whatever ends the wait ends all that it has started: an interpreter may be behind a wrapper."""
+    """Exit status of a command. With the wait all ends that it has started: an interpreter may be behind a wrapper."""
     with subprocess.Popen(command, start_new_session=True, **options) as process:
         try:
             return process.wait(timeout)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # nothing of it is left
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def run_port(args: argparse.Namespace, adapter: Path, folder: Path, more: Mapping[str, str] = {}) -> Failed | None:
