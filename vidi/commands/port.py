@@ -1,4 +1,6 @@
-"""`vidi port`: hold someone else's port against the goldens, in its own interpreter. Needs no torch here."""
+"""`vidi port`: hold someone else's port against the goldens, in its own interpreter. Needs no torch here but for the full
+size, whose inputs are rounded as the model rounds them.
+"""
 
 from __future__ import annotations
 
