@@ -55,6 +55,7 @@ def case(seed: int, folder: Path) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_hostile_templates_end_in_one_line(tmp_path: Path) -> None:
     assert run_cases("tests.harness.test_fuzz_template", len(HOSTILE), tmp_path) == dict.fromkeys(HOSTILE, 1)
 

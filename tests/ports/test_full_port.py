@@ -57,6 +57,7 @@ TOWER = planted(
 FIRST = {"norm": (NORM, "vision.norm"), "layer": (LAYER, "layer.2.t2v"), "tower": (TOWER, "vision.tower")}
 
 
+@pytest.mark.slow
 def test_a_port_is_equal_by_sketches_and_what_is_kept_of_it_is_small(small: Small, tmp_path: Path) -> None:
     seen = examined("full_port", tmp_path, small, "--require", "all", "--html", str(tmp_path / "page.html"))
     assert seen.status == 0
@@ -126,6 +127,7 @@ def test_a_port_in_pieces_with_weights_under_its_own_names(small: Small, tmp_pat
     assert seen.report["first_divergence"]["stage"] == "vision.pos_h"
 
 
+@pytest.mark.slow
 def test_what_cannot_be_used_is_said_in_a_line(
     small: Small, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

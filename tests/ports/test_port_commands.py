@@ -225,6 +225,7 @@ def test_what_is_no_interpreter_is_no_port(port: Path, capsys: pytest.CaptureFix
     assert "true: left no trace.json; is it a Python interpreter?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_code_and_not_the_environment(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(
         port,
