@@ -211,6 +211,12 @@ def test_a_pattern_that_matches_no_stage_costs_no_run(port: Path, capsys: pytest
     assert not (port / "trace").exists()
 
 
+def test_cases_of_two_dtypes_cost_no_run(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(port, "--case", "official/single", "--case", "full/frames60") == 2
+    assert "judged in bfloat16 and float32" in capsys.readouterr().err
+    assert not (port / "trace").exists()
+
+
 @pytest.mark.slow
 def test_an_unknown_adapter_and_a_timeout(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["port", "run", str(port / "none.py")]) == 2

@@ -27,7 +27,7 @@ from vidi.commands.cases import check_stages, for_ports
 from vidi.parity import port
 from vidi.parity.goldens import goldens_dir, inputs_of
 
-__all__ = ["LACKING", "Judged", "budgets", "check", "find_case", "judged", "tell"]
+__all__ = ["LACKING", "Judged", "budgets", "check", "check_globs", "find_case", "judged", "tell"]
 
 LACKING = 4  # exit status: equal, and less was seen than --require asks for
 
