@@ -1,6 +1,6 @@
 """How long reading a video takes, beside FFmpeg's own full decode and beside decord, in one run on one machine.
 
-    python bench/read_video.py [--seconds 240] [--video FILE] [--runs 3] [--json OUT]
+    python bench/read_video.py [--seconds 240] [--mbit 5] [--video FILE] [--runs 3] [--json OUT]
 
 Without --video a film is made first: 1080p30 H.264 (libx264, preset fast, B-frames, a key frame every 250) with AAC
 sound, 60 s encoded once and repeated. Needs PyAV, NumPy, Pillow and torch; decord and the ffmpeg command (imageio-ffmpeg)
@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[1]
 WIDTH, HEIGHT, FPS, MADE_SEC = 1920, 1080, 30, 60
 
 
-def make(path: Path, seconds: int) -> None:
-    """A film of ``seconds``: a drifting texture with grain, squares that move over it, a sweep to hear."""
+def make(path: Path, seconds: int, mbit: int) -> None:
+    """A film of ``seconds`` at ``mbit`` Mbit/s: a drifting texture with grain, squares that move over it, a sweep to hear."""
     once = path.with_suffix(".once.mp4")
     rng = np.random.default_rng(0)
     coarse = rng.integers(40, 200, (HEIGHT // 8 + 80, WIDTH // 8 + 80), dtype=np.uint8)
@@ -48,7 +48,8 @@ def make(path: Path, seconds: int) -> None:
     )
     grain = rng.integers(0, 6, (8, HEIGHT, WIDTH), dtype=np.uint8)
     with av.open(str(once), "w") as out:
-        stream = out.add_stream("libx264", rate=FPS, options={"preset": "fast", "crf": "23"})
+        stream = out.add_stream("libx264", rate=FPS, options={"preset": "fast"})
+        stream.bit_rate = 1_000_000 * mbit
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         track = out.add_stream("aac", rate=48000)
         track.layout = "stereo"
@@ -154,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> None:
     parser = cli.parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=positive, default=240)
+    parser.add_argument("--mbit", type=positive, default=5, help="Mbit/s of the film that is made (default: 5)")
     parser.add_argument("--video", type=Path, help="measure this file instead of one that is made")
     parser.add_argument("--keep", type=Path, help="keep the film that is made here")
     parser.add_argument("--runs", type=positive, default=3, help="the quickest of so many is shown")
@@ -167,7 +169,7 @@ def _run(arguments: list[str]) -> None:
         path = args.video or (args.keep if args.keep and args.keep.exists() else Path(folder) / "film.mp4")
         if not path.exists():
             started = time.perf_counter()
-            make(path, args.seconds)
+            make(path, args.seconds, args.mbit)
             print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr)
             if args.keep is not None:
                 atomic.write_bytes(args.keep, path.read_bytes())

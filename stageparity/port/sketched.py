@@ -32,7 +32,7 @@ CHAINED_ONLY = (
     "chained only: the goldens are sketches, and no run can go on with one, so nothing was forced. Begin at the first stage "
     "that differs; what comes after it may only inherit"
 )
-PARTS = ("blocks", "block_max", "top_value", "sample_value", "sum_squares")
+PARTS = ("blocks", "block_max", "top_value", "sample_value")
 
 
 def is_sketched(case: Case) -> bool:
@@ -146,11 +146,9 @@ def assembled(
 def _sketch(stage: str, tensors: Mapping[str, np.ndarray], golden: Sketch, spec: SketchSpec) -> Sketch:
     if missing := [part for part in PARTS if f"{stage}/{part}" not in tensors]:
         raise ValueError(f"{stage}: its sketch has no {missing[0]}")
-    blocks, block_max, top, samples, squares = (tensors[f"{stage}/{part}"] for part in PARTS)
-    made = Sketch(
-        spec, golden.rows, golden.columns, blocks, block_max, golden.top_index, top, samples,
-        float(squares.reshape(-1)[0]) if squares.size == 1 else math.nan,
-    )  # fmt: skip
+    blocks, block_max, top, samples = (tensors[f"{stage}/{part}"] for part in PARTS)
+    squares = math.nan  # of a candidate nobody asks how large it is
+    made = Sketch(spec, golden.rows, golden.columns, blocks, block_max, golden.top_index, top, samples, squares)
     if problem := made.problem():
         raise ValueError(f"{stage}: {problem}")
     return made
@@ -165,7 +163,7 @@ def held(stage: str, mine: np.ndarray | Shown, golden: Golden, rule: Rule, axes:
         problems.append(f"shape {list(mine.shape)}, golden has {list(golden.shape)}")
     if not mine.dtype.startswith(("float", "bfloat")):
         problems.append(f"dtype {mine.dtype}, golden has {golden.dtype}")
-    if mine.sketch is not None and not math.isfinite(mine.sketch.sum_squares):
+    if mine.sketch is not None and not np.isfinite(mine.sketch.block_max).all():
         problems.append("some values are NaN or Inf")
     if problems or mine.sketch is None or not isinstance(golden, Sketched):
         return Result(stage, False, rule, problems=tuple(problems or ["its values were not kept"]))

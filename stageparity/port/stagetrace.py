@@ -284,17 +284,35 @@ class Sketcher:
         if rule["version"] != SKETCH:
             raise ValueError(f"the case wants sketches of version {rule['version']}, this tracer makes {SKETCH}")
         self.rule, self.known = rule, {}
+        tops = [np.array(own["top"], np.int64) for own in rule["stages"].values()]
+        self.tops = np.concatenate([np.zeros(0, np.int64), *tops])
+        ends = np.cumsum([0, *map(len, tops)]).tolist()
+        self.spans = dict(zip(rule["stages"], map(slice, ends, ends[1:])))
 
     def __call__(self, stage, x):
-        """Parts by name, where x lies: blocks (n, row_buckets, column_buckets) float32, the others float64: block_max (n,),
-        top_value, sample_value, sum_squares (1,), which is not finite where x is not."""
-        rule, own, library = self.rule, self.rule["stages"][stage], _home(x)
-        x = library.moveaxis(x, tuple(own["rows"]), tuple(range(len(own["rows"]))))
-        matrix = x.reshape(int(np.prod(x.shape[: len(own["rows"])])), -1)
-        blocks, largest, squares = [], [], 0.0
+        """Parts by name, where x lies: blocks (n, row_buckets, column_buckets) float32, the others float64: block_max (n,), which
+        is not finite where x is not, top_value, sample_value. Nothing here waits for a GPU, but for what it needs at first."""
+        rule, rows, library = self.rule, self.rule["stages"][stage]["rows"], _home(x)
+        x = library.moveaxis(x, tuple(rows), tuple(range(len(rows))))
+        matrix = x.reshape(int(np.prod(x.shape[: len(rows)])), -1)
+        flat = matrix.reshape(-1)
+        size, samples = int(np.prod(matrix.shape)), rule["samples"]
+        strided = np.arange(size) if size <= samples else np.arange(samples) * ((size // samples - 1) | 1)
+        top = self._held("top", flat, lambda: _beside(self.tops, flat))[self.spans[stage]]
+        blocks, largest = (self._by_columns if _half_on_gpu(matrix) else self._by_rows)(matrix)
+        return {
+            "blocks": blocks.float() if library is not np else blocks.astype(np.float32),
+            "block_max": largest,
+            "top_value": _double(flat[top]),
+            "sample_value": _double(flat[self._held(size, flat, lambda: _beside(strided, flat))]),
+        }
+
+    def _by_rows(self, matrix):
+        """(blocks, their largest |x|) in float64: of each block rows are added up first, which is less to do."""
+        rule, blocks, largest = self.rule, [], []
         for first in range(0, len(matrix), rule["block_rows"]):
-            own_rows = matrix[first : first + rule["block_rows"]]
-            block = _double(own_rows)
+            rows = matrix[first : first + rule["block_rows"]]
+            block = _double(rows)
             left = self._signs(block, 0, first, len(block), rule["row_buckets"]).T @ block
             parts = (
                 left[:, at : at + self.COLUMNS]
@@ -302,37 +320,67 @@ class Sketcher:
                 for at in range(0, block.shape[1], self.COLUMNS)
             )
             blocks.append(sum(parts))
-            # The norm of what is in float64 already, the largest of what is small: neither makes a copy.
-            norm = library.linalg.norm(block.reshape(-1))
-            squares = squares + norm * norm
-            largest.append(_largest(own_rows))
-        flat = matrix.reshape(-1)
-        size, samples = int(np.prod(matrix.shape)), rule["samples"]
-        strided = np.arange(size) if size <= samples else np.arange(samples) * ((size // samples - 1) | 1)
-        blocks = library.stack(blocks)
-        return {
-            "blocks": blocks.float() if library is not np else blocks.astype(np.float32),
-            "block_max": library.stack(largest),
-            "top_value": _double(flat[_beside(np.array(own["top"]), flat)]),
-            "sample_value": _double(flat[_beside(strided, flat)]),
-            "sum_squares": squares.reshape(1),
-        }
+            largest.append(_largest(rows))
+        library = _home(matrix)
+        return library.stack(blocks), library.stack(largest)
 
-    def _signs(self, block, stream, first, count, buckets):
+    def _by_columns(self, matrix):
+        """The same of halves on a GPU, which is less to tell it: one product for all blocks, which reads the tensor as it is, for
+        signs are exact in any dtype, and adds up in float32."""
+        torch, rule = _home(matrix), self.rule
+        rows, columns = matrix.shape
+        n = -(-rows // rule["block_rows"])
+        whole = n * rule["block_rows"]
+        right = self._signs(matrix, 2, 0, columns, rule["column_buckets"], str(matrix.dtype).rpartition(".")[2])
+        added = torch.nn.functional.pad(_product(matrix, right), (0, 0, 0, whole - rows))
+        left = self._signs(matrix, 0, 0, whole, rule["row_buckets"])
+        blocks = left.view(n, -1, rule["row_buckets"]).mT @ added.double().view(n, -1, rule["column_buckets"])
+        least, most = matrix.aminmax(dim=1)
+        return blocks, torch.nn.functional.pad(torch.maximum(-least, most), (0, whole - rows)).view(n, -1).amax(
+            1
+        ).double()
+
+    def _signs(self, block, stream, first, count, buckets, dtype="float64"):
         """(count, buckets): of each row (stream 0) or column (stream 2) from ``first`` on its sign, in its bucket."""
-        key = (stream, first, count, str(getattr(block, "device", "")))
-        if key not in self.known:
+
+        def made():
             counters, library = np.arange(first, first + count), _home(block)
             sign = 1.0 - 2.0 * (words(self.rule["seed"], stream, counters) >> np.uint64(63)).astype(np.float64)
             high = words(self.rule["seed"], stream + 1, counters) >> np.uint64(32)
             bucket = ((high * np.uint64(buckets)) >> np.uint64(32)).astype(np.int64)
             more = {} if library is np else {"device": block.device}
-            signs = library.zeros((count, buckets), dtype=library.float64, **more)
-            signs[_beside(np.arange(count), block), _beside(bucket, block)] = _beside(sign, block)
-            if first and stream:  # of a wide tensor, met once
-                return signs
-            self.known[key] = signs
+            signs = library.zeros((count, buckets), dtype=getattr(library, dtype), **more)
+            sign = _beside(sign, block)
+            signs[_beside(np.arange(count), block), _beside(bucket, block)] = (
+                sign if library is np else sign.to(signs.dtype)
+            )
+            return signs
+
+        if first and stream:  # of a wide tensor, met once
+            return made()
+        return self._held((stream, first, count, dtype), block, made)
+
+    def _held(self, key, x, made):
+        """made(), made once for where x lies: what comes from NumPy waits for a GPU."""
+        key = (key, str(getattr(x, "device", "")))
+        if key not in self.known:
+            self.known[key] = made()
         return self.known[key]
+
+
+def _half_on_gpu(x):
+    """Of which torch gives sums of products as they are added up, in float32?"""
+    torch, dtype = _home(x), str(x.dtype)
+    return (
+        getattr(x, "is_cuda", False)
+        and dtype in ("torch.bfloat16", "torch.float16")
+        and hasattr(torch.ops.aten.mm, "dtype")
+    )
+
+
+def _product(x, signs):
+    torch = _home(x)
+    return torch.mm(x, signs, out_dtype=torch.float32)
 
 
 def _double(x):
@@ -350,6 +398,21 @@ def _largest(x):
 def _beside(array, x):
     """A NumPy array in x's library, on x's device."""
     return _home(x).from_numpy(array).to(x.device) if hasattr(x, "detach") else array
+
+
+def _copied(tensors):
+    """Tensors in NumPy. Of many small ones on a GPU each copy would wait: those of one kind are copied as one."""
+    found, kinds = {}, {}
+    for name, x in tensors.items():
+        if getattr(x, "is_cuda", False):
+            kinds.setdefault((x.dtype, str(x.device)), []).append(name)
+        else:
+            found[name] = to_numpy(x)[0]
+    for names in kinds.values():
+        whole = to_numpy(_home(tensors[names[0]]).cat([tensors[name].reshape(-1) for name in names]))[0]
+        ends = np.cumsum([tensors[name].numel() for name in names])
+        found.update((n, x.reshape(tuple(tensors[n].shape))) for n, x in zip(names, np.split(whole, ends[:-1])))
+    return found
 
 
 # ---- one run -----------------------------------------------------------------------------------------------------------------
@@ -443,7 +506,7 @@ class Trace:
         if len(pieces) > 1:
             x = _home(x).cat(pieces, axis) if torch else np.concatenate(pieces, axis)
         sketched = stage in self.sketcher.rule["stages"]
-        parts = self.sketcher(stage, x) if sketched else {"": to_numpy(x)[0]}
+        parts = self.sketcher(stage, x) if sketched else {"": x.clone() if torch else to_numpy(x)[0]}
         self.kept[stage] = {stage + "/" * bool(name) + name: part for name, part in parts.items()}
         pieces.clear()
 
@@ -452,7 +515,7 @@ class Trace:
 
     def tensors(self):
         if self.sketcher is not None:
-            return {name: to_numpy(part)[0] for parts in self.kept.values() for name, part in parts.items()}
+            return _copied({name: part for parts in self.kept.values() for name, part in parts.items()})
         found = {}
         for stage, pieces in self.pieces.items():
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,23 @@ def test_a_tracers_sketch_is_the_harness_own(shape: tuple[int, ...], kind: str) 
     np.testing.assert_allclose(parts["blocks"], wanted.blocks, rtol=1.2e-7, atol=1e-10)
     for name in ("block_max", "top_value", "sample_value"):
         np.testing.assert_array_equal(parts[name], getattr(wanted, name), name)
-    np.testing.assert_allclose(parts["sum_squares"], [wanted.sum_squares], rtol=1e-13)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_product_for_all_blocks_is_the_same_sketch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, its product by a CPU; tests/gpu/test_gpu_sketch.py has its own."""
+    x = torch.from_numpy(drawn(*shape)).bfloat16()
+    golden = golden_of(drawn(*shape, seed=1))
+    wanted = sketcher(golden)("layer.0.output", x)
+    monkeypatch.setattr(stagetrace, "_half_on_gpu", lambda x: True)
+    monkeypatch.setattr(stagetrace, "_product", lambda x, signs: x.float() @ signs.float())
+    parts = sketcher(golden)("layer.0.output", x)
+    torch.testing.assert_close(parts["blocks"], wanted["blocks"], rtol=1e-6, atol=1e-5)
+    for name in ("block_max", "top_value", "sample_value"):
+        torch.testing.assert_close(parts[name], wanted[name], rtol=0, atol=0)
+    for value in (math.nan, -math.inf):
+        x[0, -1, 3] = value
+        assert not sketcher(golden)("layer.0.output", x)["block_max"].isfinite().all()
 
 
 def test_axes_that_tell_rows_apart_come_first() -> None:
