@@ -27,7 +27,7 @@ import numpy as np
 from stageparity import atomic, evidence
 from vidi import cli
 from vidi.commands import outputs
-from vidi.commands.arguments import positive
+from vidi.commands.arguments import positive, unread
 from vidi.config import VidiConfig
 from vidi.inputs import video
 from vidi.inputs.reader import Reader
@@ -37,8 +37,15 @@ WIDTH, HEIGHT, FPS, MADE_SEC = 1920, 1080, 30, 60
 
 
 def make(path: Path, seconds: int, mbit: int) -> None:
-    """A film of ``seconds`` at ``mbit`` Mbit/s: a drifting texture with grain, squares that move over it, a sweep to hear."""
-    once = path.with_suffix(".once.mp4")
+    """A film of ``seconds`` at ``mbit`` Mbit/s: what `encode` makes, as often as it takes."""
+    once, once_sec = path.with_suffix(".once.mp4"), min(seconds, MADE_SEC)
+    encode(once, once_sec, mbit)
+    repeat(once, once_sec, path, seconds)
+    once.unlink()
+
+
+def encode(path: Path, seconds: int, mbit: int) -> None:
+    """A drifting texture with grain, squares that move over it, a sweep to hear."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(40, 200, (HEIGHT // 8 + 80, WIDTH // 8 + 80), dtype=np.uint8)
     texture = np.asarray(
@@ -47,13 +54,13 @@ def make(path: Path, seconds: int, mbit: int) -> None:
         .to_ndarray()
     )
     grain = rng.integers(0, 6, (8, HEIGHT, WIDTH), dtype=np.uint8)
-    with av.open(str(once), "w") as out:
+    with av.open(str(path), "w") as out:
         stream = out.add_stream("libx264", rate=FPS, options={"preset": "fast"})
         stream.bit_rate = 1_000_000 * mbit
         stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
         track = out.add_stream("aac", rate=48000)
         track.layout = "stereo"
-        t = np.arange(MADE_SEC * 48000) / 48000
+        t = np.arange(seconds * 48000) / 48000
         sound = np.stack([np.sin(2 * np.pi * (220 + 2 * t) * t), np.sin(2 * np.pi * 330 * t)]) * 9000
         heard = av.AudioFrame.from_ndarray(
             sound.astype(np.int16).T.reshape(1, -1).copy(), format="s16", layout="stereo"
@@ -61,7 +68,7 @@ def make(path: Path, seconds: int, mbit: int) -> None:
         heard.sample_rate, heard.pts = 48000, 0
         packets = [*track.encode(heard), *track.encode(None)]
         yuv = np.full((HEIGHT * 3 // 2, WIDTH), 128, np.uint8)
-        for index in range(MADE_SEC * FPS):
+        for index in range(seconds * FPS):
             y, x = int(280 + 250 * np.cos(index / 70)), int(280 + 250 * np.sin(index / 90))
             np.add(texture[y : y + HEIGHT, x : x + WIDTH], grain[index % 8], out=yuv[:HEIGHT])
             for k in range(6):
@@ -75,20 +82,23 @@ def make(path: Path, seconds: int, mbit: int) -> None:
             while packets and packets[0].pts * packets[0].time_base <= Fraction(index, FPS):
                 out.mux(packets.pop(0))
         out.mux([*stream.encode(None), *packets])
+
+
+def repeat(once: Path, once_sec: int, path: Path, seconds: int) -> None:
+    """The film ``once`` of ``once_sec``, again and again, nothing encoded anew."""
     with av.open(str(path), "w") as out, av.open(str(once)) as source:
         copies = [out.add_stream_from_template(stream) for stream in source.streams]
-        for repeat in range(-(-seconds // MADE_SEC)):
+        for repeat in range(-(-seconds // once_sec)):
             source.seek(0)
             for packet in source.demux():
                 # What an encoder adds in front of the first second and behind the last would stand twice.
                 at_sec = 0 if packet.pts is None else packet.pts * packet.time_base
-                if not packet.size or not 0 <= at_sec < min(MADE_SEC, seconds - repeat * MADE_SEC):
+                if not packet.size or not 0 <= at_sec < min(once_sec, seconds - repeat * once_sec):
                     continue
-                shift = int(repeat * MADE_SEC / packet.time_base)
+                shift = int(repeat * once_sec / packet.time_base)
                 packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)
-    once.unlink()
 
 
 def full_decode(path: Path) -> int:
@@ -158,11 +168,17 @@ def _run(arguments: list[str]) -> None:
     parser.add_argument("--mbit", type=positive, default=5, help="Mbit/s of the film that is made (default: 5)")
     parser.add_argument("--video", type=Path, help="measure this file instead of one that is made")
     parser.add_argument("--keep", type=Path, help="keep the film that is made here")
+    parser.add_argument("--make", type=Path, help="make a film here, and measure nothing")
     parser.add_argument("--runs", type=positive, default=3, help="the quickest of so many is shown")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    outputs.check(args.json, args.keep)
+    outputs.check(args.json, args.keep, args.make)
+    if args.make is not None:
+        unread(args, "with --make", video=None, keep=None, json=None, runs=3)
+        make(args.make, args.seconds, args.mbit)
+        return
     if args.video is not None:
+        unread(args, "with --video", seconds=240, mbit=5, keep=None)
         video.Video(args.video)  # what cannot be read is said before anything is measured
         outputs.apart(args.video, args.json)
     with tempfile.TemporaryDirectory() as folder:

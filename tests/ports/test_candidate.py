@@ -408,6 +408,23 @@ def test_a_known_fault_is_named_from_tensors_alone(
     assert (found["faults"], found["recognised"]) == (["decoding.no_final_softcap"], True)
 
 
+def test_of_a_stage_whose_golden_is_rows_of_it_there_is_no_capsule(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = store.open_case(goldens_dir() / "official", "silent")
+    stage = "layer.1.image_stream"
+    shape, golden = held.targets[stage].shape, held.targets[stage]
+    assert not isinstance(golden, Whole)
+    folder = tmp_path / "dump"
+    folder.mkdir()
+    declare(folder, held, case="official/silent")
+    save_file({stage: np.zeros(shape, np.float32)}, folder / "tensors.safetensors")
+    words = ["parity", "--candidate", str(folder), "--quiet", "--capsule", str(tmp_path / "capsule")]
+    assert cli.main(words) == 1
+    assert f"NOTE --capsule: {stage} of official/silent is not held whole" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "capsule").exists()
+
+
 def test_a_capsule_of_chained_tensors_alone(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What feeds the stage was equal: it is wrong by itself, though no forced run says so. An older capsule is replaced,
     anything else is not, and that is said before anything is judged."""

@@ -187,6 +187,16 @@ def test_a_port_that_is_not_built_is_no_different_one(port: Path, capsys: pytest
     assert "FAILED official/batch: the port's own: its build ended" in out
 
 
+def test_a_stage_of_a_case_that_was_not_built_is_no_mistake(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pattern is right, and what has that stage never ran: nothing was judged, and why is said."""
+    text = "    import sys\n    if 'loss' in sys.argv[2]: raise MemoryError('20 GB')\n"
+    plant(port, text)
+    assert run(port, "--case", "official/single", "--case", "official/loss", "--stage", "loss.*", "--quiet") == 2
+    out, err = capsys.readouterr()
+    assert "FAILED official/loss: the port's own: its build ended: MemoryError: 20 GB" in out + err
+    assert "did you mean" not in out + err
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stageparity import sketch, store
-from stageparity.golden import Sketched, Whole
+from stageparity.golden import GoldenError, Sketched, Whole
 from stageparity.port import sketched, stagetrace
 from stageparity.port.stagetrace import call
 from stageparity.result import Rule
@@ -218,6 +218,17 @@ def test_a_part_that_is_missing_or_of_another_form_is_refused() -> None:
 def stored() -> store.Case:
     (ref,) = cases.for_ports(goldens_dir(), ["full/frames60"])
     return store.open_case(ref.folder, ref.name)
+
+
+def test_cases_known_by_sketches_are_meant_where_their_set_is_named() -> None:
+    """A run of one takes a GPU: a pattern that matches everything does not mean it."""
+    for glob in ("full/frames60", "full/*", "full/frames*"):
+        assert [f"{ref.set}/{ref.name}" for ref in cases.for_ports(goldens_dir(), [glob])] == ["full/frames60"]
+    assert [ref.set for ref in cases.for_ports(goldens_dir(), ["official/single", "full/*"])] == ["official", "full"]
+    for glob in ("*", "*/*"):
+        assert "full" not in {ref.set for ref in cases.for_ports(goldens_dir(), [glob])}
+    with pytest.raises(GoldenError, match="no case 'f"):
+        cases.for_ports(goldens_dir(), ["f*/*"])
 
 
 def test_a_whole_trace_takes_a_few_megabytes(tmp_path: Path) -> None:

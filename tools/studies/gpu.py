@@ -28,7 +28,7 @@ from vidi import cli
 
 __all__ = ["FOLDER", "RESULTS", "Result", "basis", "main", "measured_on", "stale", "tests_of"]
 
-PLACE = "bench/results/h100"
+PLACE = "bench/results/gpu"
 FOLDER = ROOT / PLACE
 PROBE = ("bench/probe_fast.py",)
 TESTS = ("tests/gpu", "-m", "gpu or full", "-p", "no:benchmark")
@@ -49,6 +49,10 @@ RESULTS: Mapping[str, Result] = {
         ("vidi/commands/bench.py",),
         f"vidi bench --max-new-tokens 24 --plain 60 --profile 300 --json {PLACE}/bench.json",
     ),
+    "bench-7b.json": Result(
+        ("vidi/commands/bench.py", *BACKENDS),
+        f"vidi bench --model 7b --frames 60,300,1800 --plain-backend flash --max-new-tokens 8 --json {PLACE}/bench-7b.json",
+    ),
     "gpu_tests.json": Result(
         ("tests/gpu/*.py", *BACKENDS),
         "tox -e gpu && python -m tools.studies.gpu .tox/gpu/junit.xml",
@@ -61,6 +65,14 @@ RESULTS: Mapping[str, Result] = {
         ("vidi/parity/full.py",),
         f"vidi parity --size full --device cuda --json {PLACE}/parity-full.json",
         ("large/full",),
+    ),
+    "read_video.json": Result(
+        ("bench/read_video.py",), f"python bench/read_video.py --json {PLACE}/read_video.json  # 16 cores, no GPU"
+    ),
+    "video.json": Result(
+        ("vidi/commands/bench.py",),
+        "python bench/read_video.py --seconds 3600 --make hour.mp4 && "
+        f"vidi bench --video hour.mp4 --json {PLACE}/video.json",
     ),
     **{
         f"probe-{name}.json": Result(

@@ -29,11 +29,16 @@ def select(goldens: Path, globs: Sequence[str]) -> list[store.CaseRef]:
 
 
 def for_ports(goldens: Path, globs: Sequence[str]) -> list[store.CaseRef]:
-    """As `select`, and cases known by sketches (`full/frames60`), which stand apart: they are meant only where named whole."""
-    apart = {f"{ref.set}/{ref.name}": ref for ref in store.list_cases(goldens / LARGE)}
-    others = [glob for glob in globs if glob not in apart]
+    """As `select`, and cases known by sketches (`full/frames60`), which stand apart: meant only where their set is named."""
+    named = {glob: [ref for ref in store.list_cases(goldens / LARGE) if _of_set(ref, glob)] for glob in globs}
+    others = [glob for glob, refs in named.items() if not refs]
     found = select(goldens, others) if others or not globs else []
-    return [*found, *(ref for name, ref in apart.items() if name in globs)]
+    return [*found, *dict.fromkeys(ref for refs in named.values() for ref in refs)]
+
+
+def _of_set(ref: store.CaseRef, glob: str) -> bool:
+    case_set, _, name = glob.partition("/")
+    return ref.set == case_set and fnmatch.fnmatchcase(ref.name, name)
 
 
 def check_stages(globs: str, refs: Sequence[store.CaseRef], stages: Stages, what: str) -> None:
