@@ -299,46 +299,31 @@ class Sketcher:
         size, samples = int(np.prod(matrix.shape)), rule["samples"]
         strided = np.arange(size) if size <= samples else np.arange(samples) * ((size // samples - 1) | 1)
         top = self._held("top", flat, lambda: _beside(self.tops, flat))[self.spans[stage]]
-        blocks, largest = (self._by_columns if _half_on_gpu(matrix) else self._by_rows)(matrix)
+        blocks, largest = [], []
+        for first in range(0, len(matrix), rule["block_rows"]):
+            block = matrix[first : first + rule["block_rows"]]
+            left = self._added(block, first)
+            parts = [
+                left[:, at : at + self.COLUMNS]
+                @ self._signs(left, 2, at, min(self.COLUMNS, left.shape[1] - at), rule["column_buckets"])
+                for at in range(0, left.shape[1], self.COLUMNS)
+            ]
+            blocks.append(sum(parts[1:], parts[0]))
+            largest.append(_largest(block))
+        blocks = library.stack(blocks)
         return {
             "blocks": blocks.float() if library is not np else blocks.astype(np.float32),
-            "block_max": largest,
+            "block_max": library.stack(largest),
             "top_value": _double(flat[top]),
             "sample_value": _double(flat[self._held(size, flat, lambda: _beside(strided, flat))]),
         }
 
-    def _by_rows(self, matrix):
-        """(blocks, their largest |x|) in float64: of each block rows are added up first, which is less to do."""
-        rule, blocks, largest = self.rule, [], []
-        for first in range(0, len(matrix), rule["block_rows"]):
-            rows = matrix[first : first + rule["block_rows"]]
-            block = _double(rows)
-            left = self._signs(block, 0, first, len(block), rule["row_buckets"]).T @ block
-            parts = (
-                left[:, at : at + self.COLUMNS]
-                @ self._signs(block, 2, at, min(self.COLUMNS, block.shape[1] - at), rule["column_buckets"])
-                for at in range(0, block.shape[1], self.COLUMNS)
-            )
-            blocks.append(sum(parts))
-            largest.append(_largest(rows))
-        library = _home(matrix)
-        return library.stack(blocks), library.stack(largest)
-
-    def _by_columns(self, matrix):
-        """The same of halves on a GPU, which is less to tell it: one product for all blocks, which reads the tensor as it is, for
-        signs are exact in any dtype, and adds up in float32."""
-        torch, rule = _home(matrix), self.rule
-        rows, columns = matrix.shape
-        n = -(-rows // rule["block_rows"])
-        whole = n * rule["block_rows"]
-        right = self._signs(matrix, 2, 0, columns, rule["column_buckets"], str(matrix.dtype).rpartition(".")[2])
-        added = torch.nn.functional.pad(_product(matrix, right), (0, 0, 0, whole - rows))
-        left = self._signs(matrix, 0, 0, whole, rule["row_buckets"])
-        blocks = left.view(n, -1, rule["row_buckets"]).mT @ added.double().view(n, -1, rule["column_buckets"])
-        least, most = matrix.aminmax(dim=1)
-        return blocks, torch.nn.functional.pad(torch.maximum(-least, most), (0, whole - rows)).view(n, -1).amax(
-            1
-        ).double()
+    def _added(self, block, first):
+        """The rows of a block, added up in their buckets: (row_buckets, columns) float64."""
+        kind = str(block.dtype).rpartition(".")[2] if _half_on_gpu(block) else "float64"
+        signs = self._signs(block, 0, first, len(block), self.rule["row_buckets"], kind)
+        # Signs are exact in any dtype: a product that adds up in float32 reads halves as they are, without a copy.
+        return signs.T @ _double(block) if kind == "float64" else _double(_product(signs.T, block))
 
     def _signs(self, block, stream, first, count, buckets, dtype="float64"):
         """(count, buckets): of each row (stream 0) or column (stream 2) from ``first`` on its sign, in its bucket."""
@@ -378,9 +363,9 @@ def _half_on_gpu(x):
     )
 
 
-def _product(x, signs):
-    torch = _home(x)
-    return torch.mm(x, signs, out_dtype=torch.float32)
+def _product(a, b):
+    torch = _home(a)
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _double(x):

@@ -72,13 +72,13 @@ def test_a_tracers_sketch_is_the_harness_own(shape: tuple[int, ...], kind: str) 
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_one_product_for_all_blocks_is_the_same_sketch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_of_halves_gives_the_same_sketch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU, its product by a CPU; tests/gpu/test_gpu_sketch.py has its own."""
     x = torch.from_numpy(drawn(*shape)).bfloat16()
     golden = golden_of(drawn(*shape, seed=1))
     wanted = sketcher(golden)("layer.0.output", x)
     monkeypatch.setattr(stagetrace, "_half_on_gpu", lambda x: True)
-    monkeypatch.setattr(stagetrace, "_product", lambda x, signs: x.float() @ signs.float())
+    monkeypatch.setattr(stagetrace, "_product", lambda a, b: a.float() @ b.float())
     parts = sketcher(golden)("layer.0.output", x)
     torch.testing.assert_close(parts["blocks"], wanted["blocks"], rtol=1e-6, atol=1e-5)
     for name in ("block_max", "top_value", "sample_value"):

@@ -18,7 +18,7 @@ from vidi.fast.model import FastModel
 
 FULL = VidiConfig.full()
 ROOT = Path(__file__).parents[3]
-MEASURED = json.loads((ROOT / "bench/results/gpu/bench.json").read_text(encoding="utf-8"))["fast"]
+MEASURED = json.loads((ROOT / "bench/results/bench.json").read_text(encoding="utf-8"))["fast"]
 BENCH_TEXT = 24 + 24 + 1  # prompt, steps and one more, as `vidi bench --max-new-tokens 24` makes room for
 
 
