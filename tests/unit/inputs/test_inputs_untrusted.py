@@ -449,12 +449,36 @@ def test_streams_that_appear_midway_end_no_reading():
     assert list(container.packets(appearing)) == [packet, packet]
 
 
+def box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
 @pytest.mark.parametrize("version", [b"", bytes(4)], ids=["as in mov", "as in mp4"])
 def test_boxes_inside_meta_are_seen_with_and_without_its_version(version: bytes) -> None:
-    def box(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I4s", 8 + len(content), kind) + content
-
     lie = box(b"stsz", struct.pack(">III", 0, 0, 1_000_000))
     data = box(b"meta", version + box(b"hdlr", bytes(8) + b"vide") + lie)
     said = boxes.promises_too_much(io.BytesIO(data), len(data))
     assert said == f"1,000,000 samples or more in a file of {len(data)} bytes"
+
+
+def test_boxes_behind_and_inside_one_with_a_long_length_are_seen() -> None:
+    """Of a length in eight bytes, as `mdat` has it beyond 4 GiB; any other box may have it, too."""
+
+    def long(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4sQ", 1, kind, 16 + len(content)) + content
+
+    lie = box(b"stsz", struct.pack(">III", 0, 0, 1_000_000))
+    for data in (long(b"mdat", bytes(100)) + lie, long(b"moov", lie)):
+        said = boxes.promises_too_much(io.BytesIO(data), len(data))
+        assert said == f"1,000,000 samples or more in a file of {len(data)} bytes"
+
+
+@pytest.mark.parametrize("table", [b"stco", b"co64"])
+def test_chunks_of_sound_are_counted(table: bytes) -> None:
+    """FFmpeg makes an entry of each chunk where all samples have one size."""
+    sizes = box(b"stsz", struct.pack(">III", 0, 2, 10))
+    chunks = box(table, struct.pack(">II", 0, 1_000_000))
+    for kind, wrong in ((b"soun", True), (b"vide", False)):
+        data = box(b"trak", box(b"hdlr", bytes(8) + kind) + sizes + chunks)
+        said = boxes.promises_too_much(io.BytesIO(data), len(data))
+        assert said == (f"1,000,000 samples or more in a file of {len(data)} bytes" if wrong else None)
