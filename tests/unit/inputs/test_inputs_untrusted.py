@@ -5,6 +5,7 @@ What must not be opened is a pipe without a writer: whoever opens it waits until
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import queue
@@ -363,6 +364,42 @@ def test_what_is_read_again_counts_once(tmp_path):
         source.seek(0, 0)
         assert len(source.read(100)) == 100
     assert source.barren == ""
+
+
+def test_what_packets_hold_buys_more_reading(tmp_path):
+    """Sixteen bytes for each of them, and what holds none is looked through no further than that."""
+    data = io.BytesIO(bytes(10_000))
+    data.name = "x"
+    source = container._Source(data, tmp_path / "a.ts", 50)
+    for _ in range(3):
+        assert len(source.read(100)) == 100
+        source.found(SimpleNamespace(size=10))
+    assert source.barren == ""
+    assert sum(iter(lambda: len(source.read(10)), 0)) == 3 * 160 + 50 - 3 * 100
+    assert "hardly a packet" in source.barren
+
+
+def test_a_place_that_does_not_exist_is_an_error_that_ffmpeg_knows(tmp_path):
+    path = make_video(tmp_path / "a.mp4", num_frames=1)
+    with path.open("rb") as file:
+        source = container._Source(file, path, 100)
+        assert source.seek(7, 0) == 7
+        assert source.seek(-1, 0) == -errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    ("cores", "width", "height", "threads"),
+    [(1, 96, 64, 1), (5, 96, 64, 5), (64, 3840, 2160, 5), (64, 8192, 4352, 1), (3, 0, 0, 3)],
+)
+@pytest.mark.parametrize("bound", [True, False], ids=["cores of this process", "cores of the machine"])
+def test_threads_are_as_many_as_cores_and_as_memory_allows(cores, width, height, threads, bound, monkeypatch):
+    """Seventeen pictures of 3840 × 2160 are 212 MB, and a decoder holds as many; 1 GiB is for all decoders."""
+    if bound:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert container.num_decoders(SimpleNamespace(width=width, height=height)) == threads
 
 
 # ---- spoiled files --------------------------------------------------------------------------------------------------

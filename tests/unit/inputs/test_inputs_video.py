@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tests.media import Sound, ffmpeg_command, make_picture, make_sound, make_video, rotate_mp4, run_ffmpeg, truncate
 from tests.not_run import not_run
+from vidi.inputs import container as media
 from vidi.inputs import pixels, video
 
 SIZE = 26
@@ -215,6 +217,31 @@ def test_a_file_that_ends_early(tmp_path, name, faststart, message, fraction):
 def test_a_file_that_starts_late_is_not_cut_short(tmp_path, name):
     path = make_video(tmp_path / name, num_frames=4, pts_ms=[900, 1000, 1100, 1200])
     assert video.read_frames(path, size=SIZE).duration_sec == pytest.approx(0.4, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("fps", "missing_sec", "cut_short"), [(30, 0.15, False), (30, 0.3, True), (1, 1.4, False), (1, 1.6, True)]
+)
+def test_how_much_may_be_missing_at_the_end(tmp_path, fps, missing_sec, cut_short):
+    """A fifth of a second, or one frame and a half where frames are longer."""
+    path = make_video(tmp_path / "a.mkv", num_frames=4, fps=fps)
+    ends = media.Ends()
+    with media.open_media(path) as container:
+        for packet in container.demux():
+            ends.note(packet)
+        duration = round((float(ends.sec) + missing_sec) * av.time_base)
+        said = SimpleNamespace(duration=duration, start_time=0, format=container.format, streams=container.streams)
+        if cut_short:
+            with pytest.raises(video.MediaError, match="cut short"):
+                ends.refuse_truncated(said, path)
+        else:
+            ends.refuse_truncated(said, path)
+
+
+@pytest.mark.parametrize("duration", [None, 0])
+def test_a_header_without_a_length_declares_none(duration):
+    assert media.declared_sec(SimpleNamespace(duration=duration)) is None
+    assert media.declared_sec(SimpleNamespace(duration=2_500_000)) == 2.5
 
 
 def test_a_codec_without_a_decoder(tmp_path):
