@@ -188,9 +188,11 @@ def test_what_is_advised_for_a_long_video_helps(tmp_path, fps):
 
 
 def test_frames_are_counted_in_sequence_too(tmp_path):
+    """And as nobody knows how many follow, no number is advised that would help."""
     path = make_film(tmp_path / "a.avi", Film("mpeg4", {}, num_frames=30, fps=1))
-    with pytest.raises(video.MediaError, match="11 sampled frames"):
+    with pytest.raises(video.MediaError, match="11 sampled frames") as told:
         video.read_frames(path, max_frames=10)
+    assert "(--max-frames), look at fewer (--fps, below the present one)" in str(told.value)
 
 
 @pytest.mark.parametrize(("name", "codec", "pixels"), [("a.mov", "png", "rgb24"), ("a.mp4", "libx264", "yuv420p")])

@@ -94,6 +94,22 @@ def test_length_of_a_variable_rate_is_the_timestamps_span(tmp_path):
     assert video.read_frames(path, size=SIZE).duration_sec == pytest.approx(5.2, abs=0.002)
 
 
+@pytest.mark.parametrize(("span_sec", "duration_sec"), [(2.1, 2.0), (2.2, 2.2), (1.9, 2.0), (1.5, 1.5)])
+def test_a_span_within_one_frame_of_the_count_is_rounding(tmp_path, span_sec, duration_sec):
+    """20 frames at 10 a second; beyond a tenth the rate is a guess, and the timestamps tell more."""
+    film = video.Video(make_video(tmp_path / "a.mp4"))
+    film._ended(20, Fraction(1, 2), Fraction(1, 2) + Fraction(str(span_sec)))
+    assert film.duration_sec == Fraction(str(duration_sec))
+
+
+@pytest.mark.parametrize("option", ["size", "max_frames"])
+def test_nothing_is_asked_for(tmp_path, option):
+    path = make_video(tmp_path / "a.mp4", num_frames=1)
+    assert video.read_frames(path, **{"size": 1} | {option: 1}).num_frames == 1
+    with pytest.raises(ValueError, match=f"{option} is 0"):
+        video.read_frames(path, **{option: 0})
+
+
 def test_sound_that_outlasts_the_pictures_does_not_stretch_them(tmp_path):
     path = make_video(tmp_path / "a.mp4", num_frames=10, sound=Sound(3.0))
     assert video.read_frames(path, size=SIZE).duration_sec == 1.0
