@@ -114,6 +114,10 @@ REFUSED = {
     "unigram": (_with(model={"type": "Unigram", "unk_id": 10**9, "vocab": []}), "model.type|model.unk_id"),
     "grow": (_with(normalizer=_growing("")), "normalizer.content: a text of 0 to 16 characters"),
     "grow-often": (_with(normalizer={"type": "Sequence", "normalizers": [_growing("x")] * 8}), "by a longer one"),
+    "grow-a-little": (
+        _with(normalizer=_growing("x") | {"content": "ee"}),
+        "normalizer: replaces a text by a longer one",
+    ),
     "grow-decoder": (_with(decoder=_growing("x")), "decoder: replaces a text by a longer one"),
     "regex": (
         _with(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}),
@@ -124,6 +128,11 @@ REFUSED = {
         _with(normalizer={"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": []}]}),
         "'Sequence'",
     ),
+    "many-steps": (
+        _with(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}] * 9}),
+        "normalizer.normalizers: a list of at most 8 is expected, found 9",
+    ),
+    "no-list": (_with(added_tokens={"id": 0}), "added_tokens: a list of at most 10,000 is expected, found dict"),
     "huge-id": (_with(added_tokens=[{"id": 2**32 - 1, "content": "x"}]), r"added_tokens\[0\].id: a number from 0 to"),
     "long-token": (_model(vocab={"a" * 1_000_000: 0}), "at most 256 characters"),
     "digits": (_with(version=10**400), "version: 1"),

@@ -155,6 +155,14 @@ def test_progress_leaves_stdout_alone(tmp_path, told, capsys):
         assert stage in err
 
 
+def test_progress_shows_how_far_each_stage_is(capsys):
+    with retrieval.progress_on(Console(stderr=True)) as display:
+        for stage, done in (("frames", 7), ("answer", 3), ("answer", 4)):
+            display(stage, done, 9)
+    shown = [line.split() for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert [(words[0], words[-2]) for words in shown[-2:]] == [("frames", "7"), ("answer", "4")]
+
+
 def test_answers_are_printed_while_progress_is_shown(capsys):
     with retrieval.progress_on(Console(stderr=True)) as display:
         for number in (1, 2):

@@ -54,6 +54,14 @@ def test_encoding_is_the_peak_of_a_shallow_decoder() -> None:
     assert found.terms["features of all sound"] == 2 * 2 * 10 * 1500 * 1280
 
 
+def test_one_frames_sound_takes_a_tower_more_than_its_picture() -> None:
+    """A piece of sound is 30 s long also where a second is heard: the larger of both batches is what counts."""
+    shallow = dataclasses.replace(FULL, decoder=dataclasses.replace(FULL.decoder, num_layers=1, intermediate_size=8))
+    found = needs.count(shallow, 1, text_tokens=BENCH_TEXT)
+    assert found.phase == "encode"
+    assert found.terms["one batch in a tower"] == 2 * 1500 * (7 * 1280 + 5120)
+
+
 @pytest.mark.parametrize("gib", [20, 24, 48, 80])
 def test_room_is_what_fits(gib: int) -> None:
     """As counting every length one by one says; at 48 GiB 1,221 frames need more than 1,800."""

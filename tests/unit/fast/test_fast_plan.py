@@ -28,6 +28,15 @@ def test_runs_cover_every_key_once(text, visual, audio):
     assert len(runs) <= 66 + 3
 
 
+def test_runs_are_as_long_wherever_their_keys_stand():
+    """How many keys there are decides, not where the cross cache holds them."""
+    cpu = torch.device("cpu")
+    for audio in ((11760, 12360), (90_000, 90_600)):
+        found = plan.make(24, (0, 11760), audio, cpu).runs_P3
+        first = plan.make(24, (0, 11760), (0, 600), cpu).runs_P3
+        assert torch.equal(found[:, 2] - found[:, 1], first[:, 2] - first[:, 1])
+
+
 def test_counted_work_is_that_of_the_design():
     work = floors.count(VidiConfig.full(), 60, 6000, 2, 24, 2)
     assert (work.visual_tokens, work.audio_tokens) == (11760, 600)

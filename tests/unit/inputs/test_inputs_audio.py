@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import av
 import numpy as np
 import pytest
 import torch
 
-from tests.media import Sound, ffmpeg_command, make_sound, make_video, run_ffmpeg, truncate
+from tests.media import Sound, ffmpeg_command, make_picture, make_sound, make_video, run_ffmpeg, truncate
 from tests.not_run import not_run
 from vidi.inputs import audio
 from vidi.inputs import container as media
@@ -69,6 +70,20 @@ def test_an_mp4s_padding_is_dropped(tmp_path):
 
 def test_no_sound(tmp_path):
     assert audio.read_audio(make_video(tmp_path / "a.mp4", num_frames=3)) is None
+
+
+def test_a_stream_without_a_sample_is_no_sound(tmp_path):
+    """As of a recording whose microphone gave nothing: it is read as one without sound."""
+    path = tmp_path / "a.mkv"
+    with av.open(str(path), "w") as out:
+        pictures = out.add_stream("mjpeg", rate=1)
+        pictures.width, pictures.height, pictures.pix_fmt = 32, 32, "yuvj420p"
+        out.add_stream("pcm_s16le", rate=16000).layout = "mono"
+        picture = av.VideoFrame.from_ndarray(make_picture(0, 32, 32), format="rgb24").reformat(format="yuvj420p")
+        out.mux([*pictures.encode(picture), *pictures.encode(None)])
+    with media.open_media(path) as container:
+        assert media.first_stream(container, "audio") is not None
+    assert audio.read_audio(path) is None
 
 
 def test_sound_alone(tmp_path):

@@ -295,13 +295,13 @@ def test_pieces_too_large_to_be_held(shelf, monkeypatch, limit, value):
     assert (quick.reading, quick.why) == ("sequential", "key frames too far apart")
 
 
-@pytest.mark.parametrize(("limit", "value"), [("MAX_KEPT", 13), ("MAX_BYTES", 8000)])
+@pytest.mark.parametrize(("limit", "value"), [("MAX_KEPT", 25), ("MAX_BYTES", 16000)])
 def test_what_is_in_flight_is_bounded(shelf, monkeypatch, limit, value):
-    """With a pool that is never ready, no more is dealt out than the limit says."""
+    """With a pool that is never ready, no more is dealt out than the limit says, and no less than two pieces."""
     path = shelf("h264.mp4", H264)
     monkeypatch.setattr(parallel, limit, value)
     monkeypatch.setattr(container, "num_decoders", lambda codec: 16)
-    held, most = [0], [0]
+    held, most, largest = [0], [0], [0]
     decode = parallel._Decoders.decode
 
     class Lazy:
@@ -310,6 +310,7 @@ def test_what_is_in_flight_is_bounded(shelf, monkeypatch, limit, value):
             held[0] += sum(p.size for p in packets) if limit == "MAX_BYTES" else sum(segment.wanted)
             most[0] = max(most[0], held[0])
             self.cost = sum(p.size for p in packets) if limit == "MAX_BYTES" else sum(segment.wanted)
+            largest[0] = max(largest[0], self.cost)
 
         def done(self):
             return False
@@ -330,7 +331,7 @@ def test_what_is_in_flight_is_bounded(shelf, monkeypatch, limit, value):
     quick, slow = both(path, fps=25.0)
     assert_same(quick, slow)
     assert quick.reading == "parallel"
-    assert 0 < most[0] <= value
+    assert 0 < largest[0] < most[0] <= value
 
 
 def test_whoever_stops_early_is_not_kept_waiting(shelf):

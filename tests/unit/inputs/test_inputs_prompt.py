@@ -120,9 +120,9 @@ def test_special_tokens_are_not_part_of_an_answer():
     assert prompt.decode(TINY, [2, *TINY.encode("0.25-0.50").ids, 107, 0]) == "0.25-0.50"
 
 
-@pytest.mark.parametrize("token", [512, -200])
+@pytest.mark.parametrize("token", [512, -1, -200])
 def test_ids_of_another_vocabulary_are_refused(token):
-    with pytest.raises(prompt.PromptError, match=str(token)):
+    with pytest.raises(prompt.PromptError, match=rf"ids \[{token}\] are outside the tokenizer's 512"):
         prompt.decode(TINY, [5, token])
 
 
@@ -168,6 +168,11 @@ def test_a_file_with_a_field_of_another_kind_of_tokenizer_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"model"', '"unheard_of": 1, "model"', 1))
     with pytest.raises(Refused, match="unheard_of: is no field known here"):
         tokenizer_file.read(path)
+
+
+def test_what_an_error_says_is_one_line():
+    """It may quote a file, and a line end in it would pass for another message."""
+    assert str(prompt.PromptError("first\nsecond")) == r"first\nsecond"
 
 
 def test_too_small_a_vocabulary():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_a_template_that_loses_the_question_or_leaves_its_sandbox(folder: Path, 
     chat = prompt_7b.load(edited(folder, chat_template=template), CONFIG)
     with pytest.raises(PromptError, match=said):
         chat.ids("a red car", 1.0, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(-9, "SIGKILL"), (-24, "SIGXCPU"), (3, "status 3: MemoryError"), (0, "status 0: MemoryError")]
+)
+def test_how_a_templates_process_ended_is_named(status: int, said: str) -> None:
+    """By the signal that stopped it, such as its limit of processor time, or else by its last words."""
+    done = subprocess.CompletedProcess([], status, "", "Traceback:\n  a line\nMemoryError\n")
+    assert prompt_7b._ended(done) == said
 
 
 @pytest.mark.parametrize("query", ["", ".", "a <image>", "a [/INST]", "a </s>"])

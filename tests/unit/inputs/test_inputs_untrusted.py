@@ -5,6 +5,7 @@ What must not be opened is a pipe without a writer: whoever opens it waits until
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import queue
@@ -187,9 +188,11 @@ def test_what_is_advised_for_a_long_video_helps(tmp_path, fps):
 
 
 def test_frames_are_counted_in_sequence_too(tmp_path):
+    """And as nobody knows how many follow, no number is advised that would help."""
     path = make_film(tmp_path / "a.avi", Film("mpeg4", {}, num_frames=30, fps=1))
-    with pytest.raises(video.MediaError, match="11 sampled frames"):
+    with pytest.raises(video.MediaError, match="11 sampled frames") as told:
         video.read_frames(path, max_frames=10)
+    assert "(--max-frames), look at fewer (--fps, below the present one)" in str(told.value)
 
 
 @pytest.mark.parametrize(("name", "codec", "pixels"), [("a.mov", "png", "rgb24"), ("a.mp4", "libx264", "yuv420p")])
@@ -365,6 +368,42 @@ def test_what_is_read_again_counts_once(tmp_path):
     assert source.barren == ""
 
 
+def test_what_packets_hold_buys_more_reading(tmp_path):
+    """Sixteen bytes for each of them, and what holds none is looked through no further than that."""
+    data = io.BytesIO(bytes(10_000))
+    data.name = "x"
+    source = container._Source(data, tmp_path / "a.ts", 50)
+    for _ in range(3):
+        assert len(source.read(100)) == 100
+        source.found(SimpleNamespace(size=10))
+    assert source.barren == ""
+    assert sum(iter(lambda: len(source.read(10)), 0)) == 3 * 160 + 50 - 3 * 100
+    assert "hardly a packet" in source.barren
+
+
+def test_a_place_that_does_not_exist_is_an_error_that_ffmpeg_knows(tmp_path):
+    path = make_video(tmp_path / "a.mp4", num_frames=1)
+    with path.open("rb") as file:
+        source = container._Source(file, path, 100)
+        assert source.seek(7, 0) == 7
+        assert source.seek(-1, 0) == -errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    ("cores", "width", "height", "threads"),
+    [(1, 96, 64, 1), (5, 96, 64, 5), (64, 3840, 2160, 5), (64, 8192, 4352, 1), (3, 0, 0, 3)],
+)
+@pytest.mark.parametrize("bound", [True, False], ids=["cores of this process", "cores of the machine"])
+def test_threads_are_as_many_as_cores_and_as_memory_allows(cores, width, height, threads, bound, monkeypatch):
+    """Seventeen pictures of 3840 × 2160 are 212 MB, and a decoder holds as many; 1 GiB is for all decoders."""
+    if bound:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert container.num_decoders(SimpleNamespace(width=width, height=height)) == threads
+
+
 # ---- spoiled files --------------------------------------------------------------------------------------------------
 
 
@@ -449,12 +488,36 @@ def test_streams_that_appear_midway_end_no_reading():
     assert list(container.packets(appearing)) == [packet, packet]
 
 
+def box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
 @pytest.mark.parametrize("version", [b"", bytes(4)], ids=["as in mov", "as in mp4"])
 def test_boxes_inside_meta_are_seen_with_and_without_its_version(version: bytes) -> None:
-    def box(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I4s", 8 + len(content), kind) + content
-
     lie = box(b"stsz", struct.pack(">III", 0, 0, 1_000_000))
     data = box(b"meta", version + box(b"hdlr", bytes(8) + b"vide") + lie)
     said = boxes.promises_too_much(io.BytesIO(data), len(data))
     assert said == f"1,000,000 samples or more in a file of {len(data)} bytes"
+
+
+def test_boxes_behind_and_inside_one_with_a_long_length_are_seen() -> None:
+    """Of a length in eight bytes, as `mdat` has it beyond 4 GiB; any other box may have it, too."""
+
+    def long(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I4sQ", 1, kind, 16 + len(content)) + content
+
+    lie = box(b"stsz", struct.pack(">III", 0, 0, 1_000_000))
+    for data in (long(b"mdat", bytes(100)) + lie, long(b"moov", lie)):
+        said = boxes.promises_too_much(io.BytesIO(data), len(data))
+        assert said == f"1,000,000 samples or more in a file of {len(data)} bytes"
+
+
+@pytest.mark.parametrize("table", [b"stco", b"co64"])
+def test_chunks_of_sound_are_counted(table: bytes) -> None:
+    """FFmpeg makes an entry of each chunk where all samples have one size."""
+    sizes = box(b"stsz", struct.pack(">III", 0, 2, 10))
+    chunks = box(table, struct.pack(">II", 0, 1_000_000))
+    for kind, wrong in ((b"soun", True), (b"vide", False)):
+        data = box(b"trak", box(b"hdlr", bytes(8) + kind) + sizes + chunks)
+        said = boxes.promises_too_much(io.BytesIO(data), len(data))
+        assert said == (f"1,000,000 samples or more in a file of {len(data)} bytes" if wrong else None)

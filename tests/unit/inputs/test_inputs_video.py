@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tests.media import Sound, ffmpeg_command, make_picture, make_sound, make_video, rotate_mp4, run_ffmpeg, truncate
 from tests.not_run import not_run
+from vidi.inputs import container as media
 from vidi.inputs import pixels, video
 
 SIZE = 26
@@ -90,6 +92,22 @@ def test_sound_before_pictures_loses_no_frame(tmp_path):
 def test_length_of_a_variable_rate_is_the_timestamps_span(tmp_path):
     path = make_video(tmp_path / "v.mkv", num_frames=5, pts_ms=[0, 100, 900, 5000, 5100])
     assert video.read_frames(path, size=SIZE).duration_sec == pytest.approx(5.2, abs=0.002)
+
+
+@pytest.mark.parametrize(("span_sec", "duration_sec"), [(2.1, 2.0), (2.2, 2.2), (1.9, 2.0), (1.5, 1.5)])
+def test_a_span_within_one_frame_of_the_count_is_rounding(tmp_path, span_sec, duration_sec):
+    """20 frames at 10 a second; beyond a tenth the rate is a guess, and the timestamps tell more."""
+    film = video.Video(make_video(tmp_path / "a.mp4"))
+    film._ended(20, Fraction(1, 2), Fraction(1, 2) + Fraction(str(span_sec)))
+    assert film.duration_sec == Fraction(str(duration_sec))
+
+
+@pytest.mark.parametrize("option", ["size", "max_frames"])
+def test_nothing_is_asked_for(tmp_path, option):
+    path = make_video(tmp_path / "a.mp4", num_frames=1)
+    assert video.read_frames(path, **{"size": 1} | {option: 1}).num_frames == 1
+    with pytest.raises(ValueError, match=f"{option} is 0"):
+        video.read_frames(path, **{option: 0})
 
 
 def test_sound_that_outlasts_the_pictures_does_not_stretch_them(tmp_path):
@@ -215,6 +233,31 @@ def test_a_file_that_ends_early(tmp_path, name, faststart, message, fraction):
 def test_a_file_that_starts_late_is_not_cut_short(tmp_path, name):
     path = make_video(tmp_path / name, num_frames=4, pts_ms=[900, 1000, 1100, 1200])
     assert video.read_frames(path, size=SIZE).duration_sec == pytest.approx(0.4, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("fps", "missing_sec", "cut_short"), [(30, 0.15, False), (30, 0.3, True), (1, 1.4, False), (1, 1.6, True)]
+)
+def test_how_much_may_be_missing_at_the_end(tmp_path, fps, missing_sec, cut_short):
+    """A fifth of a second, or one frame and a half where frames are longer."""
+    path = make_video(tmp_path / "a.mkv", num_frames=4, fps=fps)
+    ends = media.Ends()
+    with media.open_media(path) as container:
+        for packet in container.demux():
+            ends.note(packet)
+        duration = round((float(ends.sec) + missing_sec) * av.time_base)
+        said = SimpleNamespace(duration=duration, start_time=0, format=container.format, streams=container.streams)
+        if cut_short:
+            with pytest.raises(video.MediaError, match="cut short"):
+                ends.refuse_truncated(said, path)
+        else:
+            ends.refuse_truncated(said, path)
+
+
+@pytest.mark.parametrize("duration", [None, 0])
+def test_a_header_without_a_length_declares_none(duration):
+    assert media.declared_sec(SimpleNamespace(duration=duration)) is None
+    assert media.declared_sec(SimpleNamespace(duration=2_500_000)) == 2.5
 
 
 def test_a_codec_without_a_decoder(tmp_path):
