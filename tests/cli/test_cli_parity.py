@@ -97,6 +97,7 @@ def test_unusable_is_2_with_the_reason_on_stderr_alone(capsys, tmp_path, argumen
     assert "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_cases_are_chosen_by_name_set_or_pattern_and_add_up(capsys):
     arguments = ("--case", "small/one*", "--case", "small/no*", "--stage", "logits", "--chained", "--quiet")
     assert "3 stages of 3 cases" in run(capsys, *arguments)[1]

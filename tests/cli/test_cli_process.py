@@ -132,6 +132,7 @@ def test_a_full_disk_behind_the_output(folder: Path) -> None:
         assert (done.returncode, done.stderr) == (2, f"vidi: {full}")
 
 
+@pytest.mark.slow
 def test_closed_streams(folder: Path) -> None:
     done = shell('"$0" -m vidi inspect "$1" >&-', folder)
     assert done.returncode == 2
@@ -174,6 +175,7 @@ def test_rich_output_that_nobody_reads_is_no_verdict() -> None:
 # ---- names and locales ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text(folder: Path, tmp_path: Path) -> None:
     odd = os.fsencode(tmp_path) + b"/caf\xe9\x1b[2J"
     os.mkdir(odd)
@@ -382,6 +384,7 @@ def test_ctrl_c_at_any_moment(times: int) -> None:
 # ---- SIGTERM and SIGHUP -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status", "said"),
     [(signal.SIGTERM, 143, "ended by SIGTERM"), (signal.SIGHUP, 129, "ended by SIGHUP: its terminal has gone")],

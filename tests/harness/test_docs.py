@@ -243,6 +243,7 @@ def test_shapes_on_the_drawing_are_those_of_the_goldens(draw, name: str) -> None
     assert len(seen) >= 38
 
 
+@pytest.mark.slow
 def test_readme_holds_a_table_that_its_command_prints() -> None:
     """The rows of `tools/parity_table.py`: sets, dtypes, cases and stages as they are today, and no placeholder."""
     text = (ROOT / "README.md").read_text("utf-8")

@@ -321,6 +321,7 @@ def test_a_document_comes_back_one_entry_a_line(tmp_path: Path) -> None:
 # ---- the command ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nothing_is_accepted_within_pytest_without_a_reason_or_in_part(capsys: pytest.CaptureFixture[str]) -> None:
     before = (GOLDENS / studies.LEDGER["noise"]).read_bytes()
     assert study.main(["noise", "--accept", "--reason", "green"]) == 2

@@ -94,7 +94,7 @@ def _spoil(rng: random.Random, path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("number", [15, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
+@pytest.mark.parametrize("number", [5, pytest.param(300, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
 def test_hostile_files_of_a_golden_folder(number: int, tmp_path: Path) -> None:
     assert len(run_cases("tests.harness.test_fuzz_tools", number, tmp_path)) > len(TOOLS) // 4
 

@@ -212,6 +212,7 @@ def announced(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pyt
     return pytester
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [[], ["-p", "no:stageparity"]], ids=["unused", "off"])
 def test_a_project_that_does_not_use_it(announced: pytest.Pytester, given: list[str]) -> None:
     result = announced.runpytest_subprocess(*given, "-v")

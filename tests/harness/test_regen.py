@@ -77,6 +77,7 @@ def _rewrite(folder: Path, step: float) -> None:
     write_case(folder, NewCase(CASE, *own))
 
 
+@pytest.mark.slow
 def test_the_goldens_in_the_repository_are_what_the_oracle_makes_and_the_ledger_says() -> None:
     assert regen_goldens.check(GOLDENS) == []
 

@@ -83,6 +83,7 @@ def test_every_module_says_what_is_public() -> None:
         )
 
 
+@pytest.mark.slow
 def test_torch_is_loaded_by_those_that_say_so_alone() -> None:
     """One process imports all others one by one, and tells after which one torch was there."""
     heavy = [name for name in MODULES if LOADS_TORCH in (ast.get_docstring(ast.parse(_source(name))) or "")]

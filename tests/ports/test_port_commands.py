@@ -84,6 +84,7 @@ def test_an_adapter_not_filled_in_says_so(tmp_path: Path, capsys: pytest.Capture
     assert "build: return your model with these weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_right_port_is_equal_as_far_as_seen(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(port) == 0
     out = capsys.readouterr().out
@@ -91,6 +92,7 @@ def test_a_right_port_is_equal_as_far_as_seen(port: Path, capsys: pytest.Capture
     assert run(port, "--require", "all", "--quiet") == 4
 
 
+@pytest.mark.slow
 def test_two_bugs_are_both_named_and_the_rest_inherits(
     port: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,6 +160,7 @@ def test_what_lies_between_traced_stages_convicts_the_next(port: Path, capsys: p
     assert "the same tensors as known fault `text.factor_omitted`" in out
 
 
+@pytest.mark.slow
 def test_a_crash_is_the_ports(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(
         port,

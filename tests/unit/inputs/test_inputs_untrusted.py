@@ -92,6 +92,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 def test_playlists_and_scripts_are_not_opened(tmp_path):
     bait = tmp_path / "bait.mp4"
     os.mkfifo(bait)
@@ -155,6 +156,7 @@ def test_a_movie_whose_data_lie_in_another_file(tmp_path, monkeypatch):
 # ---- bounded memory and time ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_long_video_is_refused_before_it_is_decoded(tmp_path):
     """200,000 s at one frame a second: 88 GB of pixels. Said from the header, and where there is none while counting."""
     film = Film("libx264", {"preset": "ultrafast", "g": "999"}, num_frames=1200, fps=1, width=16, height=16)
