@@ -117,6 +117,7 @@ def test_edits_leave_words_alone() -> None:
         "def _captured(self):\n    return 1 + 2",
         "if x.is_cuda:\n    y = 1",
         "self.graph = 1 if x.is_cuda else None",
+        "def tiny(cls):\n    return cls(width=16 + 1)",
     ],
 )
 def test_what_changes_no_result_on_a_cpu_is_left_alone(source: str) -> None:
@@ -126,6 +127,10 @@ def test_what_changes_no_result_on_a_cpu_is_left_alone(source: str) -> None:
 def test_arguments_that_change_no_value_are_left_alone() -> None:
     made = {m.after for m, _ in edits.collect("x.py", "zip(a, strict=True)\nf(device=x, dtype=y)\nz.contiguous()")}
     assert made == {"pass", "f(device=x)"}
+    swapped = {
+        m.after for m, _ in edits.collect("x.py", "f(max(a, b), g(a, b), x.transpose(a, b))") if m.kind == "swap"
+    }
+    assert swapped == {"g(b, a)", "f(g(a, b), max(a, b), x.transpose(a, b))"}
 
 
 def _words(tree: ast.AST) -> list[str]:

@@ -3,7 +3,8 @@
 Drawn from the syntax trees of `SOURCES`: operators, comparisons, constants, conditions, arguments, slices, returned tuples,
 statements, twin functions such as sin and cos. Left alone is what can change no result on a CPU: docstrings, annotations,
 imports, `__all__`, error texts, types with a name, bounds on memory (`KNOBS`), invariants (``strict=True``), places of tensors
-(``device=``), what a CUDA device alone runs.
+(``device=``), what a CUDA device alone runs, numbers of the tiny models that tests make (`MADE_UP`), and arguments whose order
+is nothing (`SYMMETRIC`): such edits are none.
 
 The sample are the edits of lowest rank, and a rank is a hash of seed and key. A key holds the file, the function, and the edited
 piece as text: no line number, and nothing of any other function. So a change of one function reshuffles no other's edits.
@@ -35,8 +36,15 @@ LEFT_OUT = ("__init__.py", "flash.py", "flex.py", "limits.py", "measure.py", "te
 CUDA_ONLY = ("_captured",)  #: functions
 #: names of bounds on memory and of shares of work: values that no result depends on, which tests vary
 KNOBS = ("_chunk", "_batch", "max_bytes", "max_kept", "many_keys", "programs")
-PLACES = ("device", "non_blocking", "pin_memory", "strict")  #: arguments that change no value on a CPU, and invariants
+#: arguments that change no value on a CPU, invariants, and what only shows
+PLACES = ("device", "non_blocking", "pin_memory", "strict", "repr", "indent")
 SAME_VALUES = ("contiguous", "cpu", "cuda")  #: methods
+SYMMETRIC = ("max", "maximum", "min", "minimum", "swapaxes", "transpose")  #: functions of two: the same in any order
+MADE_UP = (
+    "tiny",
+    "tiny_files",
+    "tiny_tokenizer",
+)  #: functions: any number in them will do that differs from the others
 
 
 def sources() -> tuple[str, ...]:
@@ -182,7 +190,7 @@ def _words(node: ast.AST) -> bool:
         return True
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True
-    if isinstance(node, ast.FunctionDef) and node.name in CUDA_ONLY:
+    if isinstance(node, ast.FunctionDef) and node.name in (*CUDA_ONLY, *MADE_UP):
         return True
     if isinstance(node, ast.If):
         return "cuda" in (test := ast.unparse(node.test)) or test == "TYPE_CHECKING"
@@ -282,13 +290,14 @@ def edits(node: ast.AST) -> Iterator[tuple[str, Edit]]:
 
 
 def _call_edits(node: ast.Call) -> Iterator[tuple[str, Edit]]:
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
     for index, keyword in enumerate(node.keywords):
         if keyword.arg and keyword.arg not in PLACES:
             yield "argument", partial(_without_keyword, index=index)
     if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args):
         yield "argument", lambda n: _set(n, "args", n.args[:-1])
-        yield "swap", lambda n: _set(n, "args", [n.args[1], n.args[0], *n.args[2:]])
-    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name not in SYMMETRIC or len(node.args) > 2:
+            yield "swap", lambda n: _set(n, "args", [n.args[1], n.args[0], *n.args[2:]])
     if TWINS.get(name, name) != name:
         if isinstance(node.func, ast.Attribute):
             yield "twin", lambda n: _set(n, "func", _set(n.func, "attr", TWINS[n.func.attr]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -153,3 +154,9 @@ def test_sizes_that_are_no_sizes_are_refused() -> None:
     config = VidiConfig.tiny()
     with pytest.raises(ValueError, match="decoder a size layers = 1000000"):
         names.expected(replace(config, decoder=replace(config.decoder, num_layers=1_000_000)))
+
+
+def test_sizes_may_be_as_large_as_the_configuration_allows() -> None:
+    config = VidiConfig.tiny()
+    wide = dataclasses.replace(config, decoder=dataclasses.replace(config.decoder, vocab_size=(1 << 31) - 1))
+    assert names.expected(wide)[names.HEAD_TIED_TO].shape[0] == (1 << 31) - 1

@@ -12,7 +12,7 @@ from vidi import generate, sizes_7b
 from vidi.checkpoint import synthetic
 from vidi.config import VidiConfig
 from vidi.fast import accelerate, refusal, twins, weights
-from vidi.fast.operands import Residual
+from vidi.fast.operands import LayerNorm, Residual
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
 
@@ -71,6 +71,14 @@ def test_every_stage_is_the_plain_one_in_float64(name, samples, floats):
         if value.shape[:2] == kept.shape:  # what a text row that is not kept holds has no meaning
             value, mine = value[kept], mine[kept]
         assert (mine - value).abs().max() <= 1e-12 * value.square().mean().sqrt() + 1e-13, stage
+
+
+def test_a_layer_norm_runs_over_the_last_axis():
+    x_RC, pending_C = torch.randn(3, 5, 8), torch.randn(8)
+    norm = LayerNorm(torch.randn(8), torch.randn(8), 1e-6)
+    out_RC = torch.empty_like(x_RC)
+    twins.layer_norm(x_RC, pending_C, norm, out_RC)
+    torch.testing.assert_close(out_RC, torch.layer_norm(x_RC + pending_C, (8,), norm.weight_C, norm.bias_C, norm.eps))
 
 
 def test_biases_of_the_towers_wait_in_float32(monkeypatch):

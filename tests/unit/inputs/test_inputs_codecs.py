@@ -70,6 +70,10 @@ def test_the_size_of_lengths_stands_in_its_own_byte(codec: str, at: int, kind: i
         assert look(len(unit).to_bytes(size, "big") + unit, True).start is Start.CLOSED
 
 
+def test_a_record_too_short_for_the_size_of_lengths_announces_none() -> None:
+    assert codecs.looker("h264", bytes([1, 100, 0, 31]), "yuv420p")(_h264(5), True).start is Start.CLOSED
+
+
 def test_units_of_another_layer_are_not_the_pictures() -> None:
     look = codecs.looker("hevc", None, "yuv420p")
     assert look(_hevc(19) + _hevc(1, layer=1), True).start is Start.CLOSED

@@ -295,6 +295,11 @@ def test_pieces_too_large_to_be_held(shelf, monkeypatch, limit, value):
     assert (quick.reading, quick.why) == ("sequential", "key frames too far apart")
 
 
+def test_a_piece_may_hold_as_many_frames_as_the_limit_says(shelf, monkeypatch):
+    monkeypatch.setattr(survey, "MAX_SEGMENT_WANTED", 12)  # as many as stand between two of its key frames
+    assert video.read_frames(shelf("h264.mp4", H264), fps=25.0, size=8).reading == "parallel"
+
+
 @pytest.mark.parametrize(("limit", "value"), [("MAX_KEPT", 25), ("MAX_BYTES", 16000)])
 def test_what_is_in_flight_is_bounded(shelf, monkeypatch, limit, value):
     """With a pool that is never ready, no more is dealt out than the limit says, and no less than two pieces."""

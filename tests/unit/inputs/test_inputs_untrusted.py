@@ -24,7 +24,7 @@ import av
 import pytest
 
 from tests.media import Film, Sound, make_film, make_picture, make_sound, make_video
-from vidi.inputs import audio, boxes, container, video
+from vidi.inputs import audio, boxes, container, parallel, reader, survey, video
 
 HANG_SEC = 10.0
 MEMORY_MIB = 1024
@@ -156,7 +156,6 @@ def test_a_movie_whose_data_lie_in_another_file(tmp_path, monkeypatch):
 # ---- bounded memory and time ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_long_video_is_refused_before_it_is_decoded(tmp_path):
     """200,000 s at one frame a second: 88 GB of pixels. Said from the header, and where there is none while counting."""
     film = Film("libx264", {"preset": "ultrafast", "g": "999"}, num_frames=1200, fps=1, width=16, height=16)
@@ -282,6 +281,33 @@ def test_boxes_that_promise_more_than_the_file_holds(tmp_path):
         (tmp_path / name).write_bytes(spoiled)
         with pytest.raises(video.MediaError, match=r"it states (40,000,000 samples|more than 1,000,000 boxes)"):
             video.read_frames(tmp_path / name)
+
+
+def test_every_box_counts_also_an_empty_one_at_the_end_of_what_holds_it(monkeypatch):
+    inner = struct.pack(">I4s", 12, b"free") + bytes(4) + struct.pack(">I4s", 8, b"free")
+    data = struct.pack(">I4s", 8 + len(inner), b"moov") + inner
+    for most, problem in ((3, None), (2, "more than 2 boxes")):
+        monkeypatch.setattr(boxes, "MAX_BOXES", most)
+        assert boxes.promises_too_much(io.BytesIO(data), len(data)) == problem
+
+
+def test_the_limits_are_those_that_the_page_tells():
+    page = " ".join((Path(__file__).parents[3] / "docs" / "video.md").read_text(encoding="utf-8").split())
+    mib = 1 << 20
+    for words in (
+        f"at most {reader.AHEAD:,} of them and {parallel.MAX_BYTES // mib} MiB of packets are in flight",
+        f"hold over {survey.MAX_SEGMENT_BYTES // mib} MiB or {survey.MAX_SEGMENT_WANTED} wanted frames",
+        f"| {video.MAX_FRAMES:,}: four hours at one a second",
+        f"{container.BARREN_BYTES // mib} MiB (mp4, mkv: {container.HEADER_BYTES // mib} MiB, for an index or fonts) "
+        f"and {container.BARREN_RATIO} times",
+        f"{boxes.MAX_SAMPLES // 10**6} million outside constant-size sound",
+        f"{boxes.MAX_PICTURE_TRACKS}; {container.MAX_STREAMS}",
+        "(together at most 1 GiB",
+    ):
+        assert words in page, words
+    assert parallel.MAX_KEPT == reader.AHEAD
+    assert "8192 × 4352" in page
+    assert (container.MAX_PIXELS, container.MAX_DECODED_BYTES) == (8192 * 4352, 1 << 30)
 
 
 def test_edits_that_show_a_track_again_and_again(tmp_path):
