@@ -39,7 +39,7 @@ class Match:
 
     distance: in budgets, the worst of ``stages``, those where either differs. alike: other faults that the traced stages do not
     tell from this one. coefficient: how many times the fault's difference the port's contains (1: once). left: the part
-    of the port's difference that remains without it.
+    of the port's difference that remains without it. way: whose right way the fault is, where the project knows it.
     """
 
     fault: str
@@ -49,6 +49,7 @@ class Match:
     alike: tuple[str, ...] = ()
     coefficient: float = math.nan
     left: float = math.nan
+    way: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Explanation:
             names = (
                 f"known faults {listed}{f' and {more} more' if more > 0 else ''}, which these stages do not tell apart,"
             )
+        names += f" ({best.way})" if best.way else ""
         after = f"; the next, `{others[0].fault}`, is {_far(others[0].distance)} away" if others else ""
         return f"the same tensors as {names} within {_far(best.distance)} of a budget{after}"
 

@@ -17,9 +17,13 @@ import torch
 from safetensors.numpy import save_file
 
 from goldens.oracle import forward, greedy, teacher_forced
+from stageparity import store
 from stageparity.golden import stats_of
+from vidi.checkpoint import names
+from vidi.config import VidiConfig
+from vidi.parity.goldens import goldens_dir
 
-__all__ = ["CONFIG", "record"]
+__all__ = ["CONFIG", "record", "record_7b"]
 
 VISION = {
     "model_type": "siglip_vision_model", "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
@@ -48,8 +52,7 @@ def record(folder: Path) -> None:
     weights, rng = _weights(), np.random.default_rng(21)
     head = {"lm_head.weight": weights["model.embed_tokens.weight"].copy()}
     save_file(weights | head, folder / "weights.safetensors")
-    freq = torch.exp(torch.arange(0, 32, 2, dtype=torch.float32) * (-np.log(10000.0) / 32)).numpy()
-    run: dict[str, Any] = {"casts": "cast", "pos_freq": freq}
+    run: dict[str, Any] = {"casts": "cast", "pos_freq": _position_table(32)}
     config = CONFIG | {"vision_config": VISION, "audio_config": AUDIO}
 
     def video(frames: int) -> np.ndarray:
@@ -98,7 +101,46 @@ def _pixels(u8: np.ndarray) -> np.ndarray:
     return u8.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
-def _write(folder: Path, name: str, tensors: Mapping[str, np.ndarray], info: Mapping[str, Any]) -> None:
+def record_7b(folder: Path, image_pool: int, audio_pool: int) -> None:
+    """`pair` of a 7B with these pools: 6 query heads over 2 kv heads of 10 (60 where the width is 32), 5 layers, window 5."""
+    folder.mkdir(parents=True)
+    config = store.open_case(goldens_dir() / "official-7b", "batch").config | {
+        "vocab_size": 130, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 5, "num_attention_heads": 6,
+        "num_key_value_heads": 2, "head_dim": 10, "sliding_window": 5, "mm_image_pool_size": image_pool,
+        "mm_audio_pool_size": audio_pool, "mm_time_interval": 7000, "vision_config": VISION, "audio_config": AUDIO,
+    }  # fmt: skip
+    rng, weights = np.random.default_rng(31), {}
+    for name, want in names.expected(VidiConfig.from_official(config)).items():
+        around = float(len(want.shape) == 1 and name.endswith("weight"))  # norms
+        drawn = around + rng.standard_normal(want.shape) * want.shape[-1] ** -0.5 * (0.3 if around else 1)
+        weights[name] = drawn.astype(np.float32)
+    save_file(weights, folder / "weights.safetensors")
+    ids = rng.integers(3, 100, (2, 11))
+    ids[:, 0], ids[0, 3], ids[1, 2] = 1, -200, -200
+    inputs = {
+        "inputs.input_ids": ids, "inputs.attention_mask": np.arange(11)[None] < np.array([[11], [7]]),
+        **{f"inputs.images_u8.{b}": rng.integers(0, 256, (n, 3, 30, 30)).astype(np.uint8) for b, n in enumerate((4, 2))},
+        **{f"inputs.audios.{b}": rng.standard_normal((n, 6, 60)).astype(np.float32) for b, n in enumerate((2, 1))},
+        "inputs.audio_sizes": np.array([95, 41]),
+    }  # fmt: skip
+    stages = forward(config, weights, inputs, casts="cast", pos_freq=_position_table(32))
+    del stages["pos.freq"]
+    shown = {f"inputs.images.{b}": _pixels(inputs[f"inputs.images_u8.{b}"]) for b in range(2)}
+    _write(folder, "pair", inputs | shown | stages, {}, config)
+
+
+def _position_table(width: int) -> np.ndarray:
+    """As torch computes it here (width / 2,)."""
+    return torch.exp(torch.arange(0, width, 2, dtype=torch.float32) * (-np.log(10000.0) / width)).numpy()
+
+
+def _write(
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, np.ndarray],
+    info: Mapping[str, Any],
+    config: Mapping[str, Any] = CONFIG,
+) -> None:
     """CASE.f32.safetensors and .json: real values in float32, large ones as sample, row sums and statistics."""
     listed: dict[str, Any] = {}
     stored: dict[str, np.ndarray] = {}
@@ -121,8 +163,9 @@ def _write(folder: Path, name: str, tensors: Mapping[str, np.ndarray], info: Map
         }  # fmt: skip
     body = {
         "case": name, "dtype": "f32", "info": info, "seed": 21, "args": {"threads": 1}, "torch": torch.__version__,
-        "transformers": "none", "numpy": np.__version__, "llm_config": CONFIG, "vision_config": VISION,
-        "audio_config": AUDIO, "tensors": listed,
+        "transformers": "none", "numpy": np.__version__,
+        "llm_config": {key: x for key, x in config.items() if key not in ("vision_config", "audio_config")},
+        "vision_config": VISION, "audio_config": AUDIO, "tensors": listed,
     }  # fmt: skip
     save_file(stored, folder / f"{name}.f32.safetensors")
     (folder / f"{name}.f32.json").write_text(json.dumps(body))

@@ -23,7 +23,7 @@ from tests.harness.new_bugs import NEW, NEW_7B
 from tools.studies import runs
 from tools.studies.sketches import PLAIN
 from vidi.cli import main
-from vidi.parity import faults
+from vidi.parity import faults, mixed
 from vidi.parity.goldens import goldens_dir
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("explain")]
@@ -99,6 +99,15 @@ def test_the_store_knows_all_faults(sketches: Sketches) -> None:
 @pytest.mark.parametrize("name", [name for name in list(KNOWN)[7::30] if name not in UNTOLD])
 def test_a_known_fault_is_recognised(name: str, bench: Bench, sketches: Sketches) -> None:
     assert _recognised(KNOWN[name], bench, sketches)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("decoder.mlp_silu", "(the 7B's way)"), ("seven.gelu_of_the_9b", "(the 9B's way)")]
+)
+def test_the_other_models_way_is_called_so(name: str, words: str, bench: Bench, sketches: Sketches) -> None:
+    found = mixed.named(_explained(bench, sketches, KNOWN[name].place, "float32", KNOWN[name]))
+    assert f"known fault `{name}` {words} within" in " ".join(one.text() for one in found)
+    assert set(mixed.WAYS) <= set(KNOWN)
 
 
 @pytest.mark.slow

@@ -51,6 +51,17 @@ def test_the_model_equals_them(imported: Path, tmp_path: Path) -> None:
     assert not any(case["not_run"] for case in found["cases"])
 
 
+@pytest.mark.parametrize(("image_pool", "audio_pool"), [(2, 5), (3, 4), (4, 3), (5, 2)])
+def test_a_7b_of_other_sizes_equals_them(image_pool: int, audio_pool: int, tmp_path: Path) -> None:
+    foreign.record_7b(tmp_path / "recordings", image_pool, audio_pool)
+    assert import_official.main([str(tmp_path / "recordings"), str(tmp_path / "set")]) == 0
+    code, found = parity(tmp_path / "set", tmp_path)
+    assert code == 0
+    (case,) = found["cases"]
+    assert len(case["stages"]) > 100
+    assert not case["not_run"]
+
+
 def test_a_wrong_fold_is_seen_at_the_fold(
     imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

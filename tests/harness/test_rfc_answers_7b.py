@@ -70,6 +70,18 @@ def test_audio_pool_keeps_the_width() -> None:
     assert golden("audio.projector").shape[1] == CONFIG["hidden_size"] != golden("audio.pool").shape[1]
 
 
+def test_positions_over_the_grid_span_the_pool() -> None:
+    """One embedding a row and column of the pooled grid, at 0 … P - 1, whatever the grid of the patches."""
+    pool, width = CONFIG["mm_image_pool_size"], CONFIG["hidden_size"]
+    angles = np.arange(pool)[:, None] * golden("pos.freq")
+    sinusoid = np.stack([np.sin(angles), np.cos(angles)], -1).reshape(pool, width)
+    mlp = "model.mm_rand_pos_h.mlp."
+    inner = sinusoid @ weights()[mlp + "0.weight"].T + weights()[mlp + "0.bias"]
+    inner = inner * 0.5 * (1 + np.vectorize(math.erf)(inner / math.sqrt(2)))
+    embed = inner @ weights()[mlp + "2.weight"].T + weights()[mlp + "2.bias"]
+    near(embed[None, :, None], "vision.pos_h.embed")
+
+
 def test_no_factor() -> None:
     for entering, before in (("input", "text.embeds"), ("image_input", "vision.llm_norm")):
         np.testing.assert_array_equal(golden(f"layer.0.{entering}", "single"), golden(before, "single"))
@@ -104,3 +116,10 @@ def test_ignored_places_never_reach_the_head() -> None:
     text = loss["text.labels"].array  # type: ignore[union-attr]
     assert len(loss["loss.logits"].array) == len(kept) == (text[:, 1:] != -100).sum()  # type: ignore[union-attr]
     np.testing.assert_array_equal(text[kept[:, 0], kept[:, 1] + 1], labels)
+
+
+def test_every_row_names_its_test() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rfc-answers.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line.count("|") == 5][1:]
+    assert len(rows) == 21
+    assert [row for row in rows if "::test_" not in row.split("|")[4]] == []

@@ -403,7 +403,9 @@ def test_a_known_fault_is_named_from_tensors_alone(
     assert "nothing to explain" in capsys.readouterr().out
     rewrite(dump, uncapped)
     assert cli.main(["port", "explain", str(dump), "--json", str(tmp_path / "why.json")]) == 1
-    assert "the same tensors as known fault `decoding.no_final_softcap`" in capsys.readouterr().out
+    assert (
+        "the same tensors as known fault `decoding.no_final_softcap` (the 7B's way) within" in capsys.readouterr().out
+    )
     (found,) = json.loads((tmp_path / "why.json").read_text())["official/single"]
     assert (found["faults"], found["recognised"]) == (["decoding.no_final_softcap"], True)
 

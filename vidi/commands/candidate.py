@@ -24,7 +24,7 @@ from stageparity.stage import fill
 from stageparity.store import Case, CaseRef, Targets
 from vidi.commands import arguments, outputs
 from vidi.commands.cases import check_stages, for_ports
-from vidi.parity import port
+from vidi.parity import mixed, port
 from vidi.parity.goldens import goldens_dir, inputs_of
 
 __all__ = ["LACKING", "Judged", "budgets", "check", "check_globs", "find_case", "judged", "tell"]
@@ -53,7 +53,8 @@ class Judged:
             passes = {"chained": one.chained, "forced": one.forced}
             case, stages = self.cases[name], self.tolerances.stages
             feeds = partial(port.feeds, case, stages)
-            found[name] = explain_case(sketches, case, passes, self.tolerances, dtype=self.run.dtype, feeds=feeds)
+            said = explain_case(sketches, case, passes, self.tolerances, dtype=self.run.dtype, feeds=feeds)
+            found[name] = mixed.named(said)
         return found
 
     def first(self) -> tuple[CaseRun, Row] | None:

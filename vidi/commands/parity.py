@@ -203,11 +203,13 @@ def _explained(ref: Any, tensors: Mapping[str, Any], judged_by: Path, tolerances
     """The known fault whose tensors these are, from what is stored of all."""
     from stageparity import store
     from stageparity.port.explain import explain_case
+    from vidi.parity import mixed
 
     sketches = _sketches(judged_by)
     if sketches is None:
         return []
-    return explain_case(sketches, store.open_case(ref.folder, ref.name), {"chained": tensors}, tolerances, dtype=dtype)
+    case = store.open_case(ref.folder, ref.name)
+    return mixed.named(explain_case(sketches, case, {"chained": tensors}, tolerances, dtype=dtype))
 
 
 @functools.cache
