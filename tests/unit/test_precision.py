@@ -16,7 +16,8 @@ from vidi import precision
     ("dtype", "factor"), [(torch.bfloat16, 59.75), (torch.float16, 59.875), (torch.float64, 3584**0.5)]
 )
 def test_the_factor_on_embeddings_is_rounded_to_the_models_dtype(dtype, factor):
-    assert precision.sqrt_in(3584, dtype) == factor
+    found = precision.sqrt_in(3584, dtype)
+    assert (type(found), found) == (float, factor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

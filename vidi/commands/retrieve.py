@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_checkpoint(parser, "--checkpoint", required=True)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, …")
     arguments.add_dtype(parser, "bfloat16", "bfloat16", "float16", "float32")
-    parser.add_argument("--backend", help="attention of the plain path: eager (default), flash, flex; of a 7B sdpa, too")
+    parser.add_argument(
+        "--backend", help="attention of the plain path: eager (default), flash, flex; of a 7B sdpa, too"
+    )
     parser.add_argument(
         "--path",
         choices=("auto", "plain", "fast"),

@@ -109,3 +109,13 @@ def test_flex_refuses_gradients_on_a_cpu() -> None:
     q = torch.zeros(1, 2, 1, 8, requires_grad=True)
     with pytest.raises(ValueError, match="'flex' cannot return gradients on a CPU; 'eager' can"):
         dispatch.attend(AttentionCall(q, q, q, scale=1.0), "flex")
+
+
+def test_a_gradient_is_needed_where_one_is_asked_for_and_recorded() -> None:
+    tensors, options = cases.make(cases.CASES["cross"])
+    call = AttentionCall(*tensors, **options)
+    assert not call.needs_grad
+    tensors[1].requires_grad_()
+    assert call.needs_grad
+    with torch.no_grad():
+        assert not call.needs_grad

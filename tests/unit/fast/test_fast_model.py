@@ -12,6 +12,7 @@ from vidi import generate, sizes_7b
 from vidi.checkpoint import synthetic
 from vidi.config import VidiConfig
 from vidi.fast import accelerate, refusal, twins, weights
+from vidi.fast import bridge as bridges
 from vidi.fast.operands import LayerNorm, Residual
 from vidi.inputs.batch import Batch
 from vidi.model import VidiModel
@@ -71,6 +72,14 @@ def test_every_stage_is_the_plain_one_in_float64(name, samples, floats):
         if value.shape[:2] == kept.shape:  # what a text row that is not kept holds has no meaning
             value, mine = value[kept], mine[kept]
         assert (mine - value).abs().max() <= 1e-12 * value.square().mean().sqrt() + 1e-13, stage
+
+
+def test_parts_of_the_bridge_are_the_fused_ones():
+    fast = bridges.accelerated(model().bridge)
+    kinds = {name: type(module) for name, module in fast.named_children()}
+    assert kinds["audio_pool"] is bridges.FastPool
+    assert kinds["image_projector"] is kinds["audio_projector"] is bridges.FastProjector
+    assert kinds["image_norm"] is kinds["audio_norm"] is kinds["llm_norm"] is bridges.FastNorm
 
 
 def test_a_layer_norm_runs_over_the_last_axis():

@@ -37,6 +37,13 @@ def test_runs_are_as_long_wherever_their_keys_stand():
         assert torch.equal(found[:, 2] - found[:, 1], first[:, 2] - first[:, 1])
 
 
+@pytest.mark.parametrize(("keys", "programs"), [(plan.MANY_KEYS - 1, 2), (plan.MANY_KEYS, 4)])
+def test_keys_are_split_for_so_many_programs_a_processor(keys, programs):
+    """Of 8 kv heads, over an H100's 132 processors, up to the rounding to whole tiles."""
+    runs = len(plan.make(0, (0, keys), (0, 0), torch.device("cpu")).runs_P3)
+    assert 0.95 * programs * 132 < 8 * runs <= programs * 132
+
+
 def test_counted_work_is_that_of_the_design():
     work = floors.count(VidiConfig.full(), 60, 6000, 2, 24, 2)
     assert (work.visual_tokens, work.audio_tokens) == (11760, 600)

@@ -130,6 +130,16 @@ def test_rotation_turns_pictures_upright(tmp_path, degrees, turns):
     assert torch.equal(frames.images_u8, squares([np.rot90(frame, turns).copy() for frame in stored]))
 
 
+@pytest.mark.parametrize(
+    ("degrees", "turns"), [(44, 0), (46, 1), (134, 1), (136, 2), (224, 2), (226, 3), (314, 3), (316, 0)]
+)
+def test_a_rotation_between_quarter_turns_is_the_nearest(tmp_path, degrees, turns):
+    film = video.Video(make_video(tmp_path / "a.mp4", num_frames=1), size=8)
+    picture = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    frame = SimpleNamespace(rotation=degrees, to_ndarray=lambda format: picture)
+    np.testing.assert_array_equal(film._square_u8(frame), np.rot90(picture, turns).transpose(2, 0, 1))
+
+
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 def test_rotation_and_colours_equal_the_ffmpeg_command(tmp_path, degrees):
     command = ffmpeg_command()
