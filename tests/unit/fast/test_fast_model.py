@@ -74,6 +74,22 @@ def test_every_stage_is_the_plain_one_in_float64(name, samples, floats):
         assert (mine - value).abs().max() <= 1e-12 * value.square().mean().sqrt() + 1e-13, stage
 
 
+def test_it_is_always_in_inference():
+    fast = accelerate(model())
+    assert fast.eval() is fast
+    with pytest.raises(ValueError, match="for inference"):
+        fast.train()
+
+
+def test_the_heads_dtype_is_asked_of_one_number(monkeypatch):
+    """Not of the whole head: logits of every id would be thrown away."""
+    decoder, seen = model().decoder, []
+    finished = decoder.finished
+    monkeypatch.setattr(decoder, "finished", lambda x: seen.append(tuple(x.shape)) or finished(x))
+    weights.head(decoder)
+    assert seen == [(1, 1)]
+
+
 def test_parts_of_the_bridge_are_the_fused_ones():
     fast = bridges.accelerated(model().bridge)
     kinds = {name: type(module) for name, module in fast.named_children()}

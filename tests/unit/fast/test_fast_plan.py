@@ -44,6 +44,11 @@ def test_keys_are_split_for_so_many_programs_a_processor(keys, programs):
     assert 0.95 * programs * 132 < 8 * runs <= programs * 132
 
 
+@pytest.mark.parametrize(("keys", "pieces", "size"), [(0, 3, 64), (1, 1, 64), (64, 1, 64), (65, 1, 128), (640, 3, 256)])
+def test_a_run_is_whole_tiles_and_one_at_least(keys, pieces, size):
+    assert plan._tiles(keys, pieces) == size
+
+
 def test_counted_work_is_that_of_the_design():
     work = floors.count(VidiConfig.full(), 60, 6000, 2, 24, 2)
     assert (work.visual_tokens, work.audio_tokens) == (11760, 600)

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -293,6 +294,25 @@ def test_pieces_too_large_to_be_held(shelf, monkeypatch, limit, value):
     quick, slow = both(shelf("h264.mp4", H264), fps=25.0)
     assert_same(quick, slow)
     assert (quick.reading, quick.why) == ("sequential", "key frames too far apart")
+
+
+def test_a_cut_parts_the_frames_in_time():
+    """None where what comes behind is shown at the very time of something before."""
+    starts = np.array([codecs.Start.CLOSED.value, 0, codecs.Start.CLOSED.value, 0], np.uint8)
+    assert survey._cuts(np.array([0, 1, 2, 3]), starts) == [0, 2]
+    assert survey._cuts(np.array([0, 2, 2, 3]), starts) == [0]
+    assert survey._cuts(np.array([0, 3, 2, 4]), starts) == [0]
+
+
+def test_the_last_frame_is_the_first_met_of_its_time():
+    rows = survey._Rows()
+    assert rows.last_shown[0] == np.iinfo(np.int64).min, "no time is earlier"
+    for duration in (1, 9):
+        packet = SimpleNamespace(
+            pts=5, size=1, duration=duration, is_corrupt=False, is_discard=False, has_sidedata=lambda kind: False
+        )
+        rows.add(packet, codecs.Look(codecs.Start.CLOSED))
+    assert rows.last_shown == (5, 1)
 
 
 def test_a_piece_may_hold_as_many_frames_as_the_limit_says(shelf, monkeypatch):

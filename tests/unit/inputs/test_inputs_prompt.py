@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -178,3 +179,9 @@ def test_what_an_error_says_is_one_line():
 def test_too_small_a_vocabulary():
     with pytest.raises(ValueError, match="300"):
         prompt.tiny_tokenizer(300)
+
+
+def test_the_limits_of_a_tokenizer_are_those_that_the_page_tells():
+    page = (Path(__file__).parents[3] / "SECURITY.md").read_text(encoding="utf-8")
+    size, values = tokenizer_file.MAX_BYTES / (1 << 20), tokenizer_file.MAX_VALUES / 1e6
+    assert f"in at most {size:g} MiB and {values:g} million values" in page

@@ -95,3 +95,9 @@ def test_the_last_vision_layer_and_the_head_feed_nothing():
             for parameter in part.parameters():
                 parameter.fill_(torch.nan)
     assert torch.equal(tower(frames), before)
+
+
+def test_what_feeds_nothing_is_zero_until_it_is_loaded():
+    head = VisionTower(VISION).unused
+    for name in ("probe", "in_proj_weight", "in_proj_bias"):
+        assert not getattr(head, name).any(), name
