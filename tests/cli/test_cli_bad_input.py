@@ -52,6 +52,7 @@ def test_a_wrong_output_path_ends_a_command_at_its_start(command: str, tmp_path:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 def test_no_output_takes_the_place_of_an_input_or_of_another_output(tmp_path: Path, capsys) -> None:
     goldens, film = tmp_path / "goldens", make_video(tmp_path / "film.mp4")
     goldens.mkdir()

@@ -38,9 +38,8 @@ def test_an_exact_stage_has_no_baseline(tmp_path: Path) -> None:
     assert [(one["budgets"]["max_abs"], one["parts"]) for one in found] == [(0.0, {})]
 
 
-@pytest.mark.parametrize(
-    "dtype", ["bfloat16", *(pytest.param(x, marks=pytest.mark.slow) for x in ("float64", "float32", "float16"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64", "float32", "float16"])
 def test_every_stage_is_judged_by_something(dtype: str) -> None:
     """An error as large as the values themselves is let through by no stage in all its passes."""
     found = list(budgets(goldens_dir(), None, dtype))
@@ -65,6 +64,7 @@ def test_a_budget_that_judges_nothing_is_named(tmp_path: Path, capsys: pytest.Ca
     assert main(["budget", "logits", "--goldens", str(goldens), "--dtype", "float32"]) == 0
 
 
+@pytest.mark.slow
 def test_what_no_golden_has_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["budget", "layer.99.t2v"]) == 2
     assert "vidi budget: STAGE 'layer.99.t2v' matches none of the " in capsys.readouterr().err

@@ -185,6 +185,7 @@ def test_nothing_compared_is_3(capsys):
     assert "NOT RUN" in out
 
 
+@pytest.mark.slow
 def test_a_dump_holds_the_runs_own_tensors(capsys, tmp_path, spoiled):
     """Chained tensors of this run under the stage ids, not the goldens: a planted fault is in them."""
     code, out, _ = run(capsys, "--case", "small/base", "--dtype", "float64", "--dump", str(tmp_path / "dump"))

@@ -83,6 +83,7 @@ def independent(film: Path) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.slow
 def test_frames_mel_and_ids_equal_the_independent_readers(film, independent):
     ids = prompt.build_ids(prompt.tiny_tokenizer(), QUERY)
     np.testing.assert_array_equal([ids], independent["inputs.input_ids"])
@@ -135,6 +136,7 @@ def test_an_answer_without_ranges_says_so(film, tmp_path, capsys):
     assert capsys.readouterr().out == "no time ranges in the answer\nnever\n"
 
 
+@pytest.mark.slow
 def test_the_whole_command(film, tmp_path):
     """As a user runs it: under 15 seconds, the answer alone on stdout, progress on stderr."""
     talking.write(tmp_path / "talking", ["0.25", "-0.50"])

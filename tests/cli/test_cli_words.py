@@ -265,6 +265,7 @@ def test_a_ports_budget_and_requirement_are_read_before_it_runs(
         assert said in refused(["parity", "--candidate", str(tmp_path), *words], capsys)
 
 
+@pytest.mark.slow
 def test_a_hostile_case_is_shown_and_obeyed_by_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Names of golden folders come from others: no control reaches the terminal, and `[/]` is no markup of ours."""
     name = "x\x1b[2J\x9b[bold]["

@@ -189,6 +189,7 @@ def harmed(checkout: Path, documents: dict[str, Any]) -> Callable[[str, str], se
 CPU = {"noise", "faults", "alarms", "mutants", "sketches"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "stale"),
     [

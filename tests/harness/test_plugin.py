@@ -100,6 +100,7 @@ def test_a_missing_tensor_and_a_missing_budget(toy: Project) -> None:
     result.stdout.fnmatch_lines(["logits of small/base was not judged: no gate named 'float32-none'*"])
 
 
+@pytest.mark.slow
 def test_a_run_that_breaks_is_not_tried_again(toy: Project) -> None:
     toy.python("toy.make_goldens")
     toy.edit(

@@ -135,6 +135,7 @@ def _pure(stage: str) -> bool:
     return STAGES.tagged(stage, "no-float32-step")
 
 
+@pytest.mark.slow
 def test_stages_before_float32_are_those_of_the_tolerances() -> None:
     tables = tolerance.load(GOLDENS, STAGES)
     stages = {stage for ref in store.list_cases(GOLDENS) for stage in store.open_case(ref.folder, ref.name).targets}

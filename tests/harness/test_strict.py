@@ -211,7 +211,7 @@ def case(seed: int, folder: Path) -> str:
     return "read"
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_broken_files(number: int, tmp_path: Path) -> None:
     outcomes = run_cases("tests.harness.test_strict", number, tmp_path)
     assert outcomes["refused"] > number // 2

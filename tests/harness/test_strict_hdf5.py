@@ -409,7 +409,7 @@ def _try(file: H5File, place: str) -> str:
     return "wrong" if sums and not np.array_equal(found, array) else "read"
 
 
-@pytest.mark.parametrize("number", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_broken_files(number: int, tmp_path: Path) -> None:
     outcomes = run_cases("tests.harness.test_strict_hdf5", number, tmp_path)
     assert outcomes["wrong"] == 0

@@ -115,6 +115,7 @@ def test_nothing_selected_is_no_success(run):
     assert run(TESTS, "-m", "bench").ret == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -40,6 +40,7 @@ def test_what_circumstances_tell(ratio: float, under: dict[str, float | None], w
     assert ("NOT RUN in float64" in said) == (under.get("float64") is None)
 
 
+@pytest.mark.slow
 def test_a_bug_of_the_code_is_called_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     whole = norm.rms
     monkeypatch.setattr(norm, "rms", lambda x, *given: whole(x, *given) * 1.01)

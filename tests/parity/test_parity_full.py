@@ -75,6 +75,7 @@ def case(folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_run_is_within_what_is_stored_of_it(case):
     plain, fast = case.passes(case.build())
     assert case.first_over(plain) is None

@@ -190,6 +190,7 @@ def test_a_port_that_is_not_built_is_no_different_one(port: Path, capsys: pytest
     assert "FAILED official/batch: the port's own: its build ended" in out
 
 
+@pytest.mark.slow
 def test_a_stage_of_a_case_that_was_not_built_is_no_mistake(port: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The pattern is right, and what has that stage never ran: nothing was judged, and why is said."""
     text = "    import sys\n    if 'loss' in sys.argv[2]: raise MemoryError('20 GB')\n"
