@@ -88,14 +88,14 @@ def repeat(once: Path, once_sec: int, path: Path, seconds: int) -> None:
     """The film ``once`` of ``once_sec``, again and again, nothing encoded anew."""
     with av.open(str(path), "w") as out, av.open(str(once)) as source:
         copies = [out.add_stream_from_template(stream) for stream in source.streams]
-        for repeat in range(-(-seconds // once_sec)):
+        for turn in range(-(-seconds // once_sec)):
             source.seek(0)
             for packet in source.demux():
                 # What an encoder adds in front of the first second and behind the last would stand twice.
                 at_sec = 0 if packet.pts is None else packet.pts * packet.time_base
-                if not packet.size or not 0 <= at_sec < min(once_sec, seconds - repeat * once_sec):
+                if not packet.size or not 0 <= at_sec < min(once_sec, seconds - turn * once_sec):
                     continue
-                shift = int(repeat * once_sec / packet.time_base)
+                shift = int(turn * once_sec / packet.time_base)
                 packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
                 packet.stream = copies[packet.stream.index]
                 out.mux(packet)
@@ -175,20 +175,21 @@ def _run(arguments: list[str]) -> None:
     outputs.check(args.json, args.keep, args.make)
     if args.make is not None:
         unread(args, "with --make", video=None, keep=None, json=None, runs=3)
-        make(args.make, args.seconds, args.mbit)
-        return
     if args.video is not None:
         unread(args, "with --video", seconds=240, mbit=5, keep=None)
         video.Video(args.video)  # what cannot be read is said before anything is measured
         outputs.apart(args.video, args.json)
+    kept = args.keep or args.make
     with tempfile.TemporaryDirectory() as folder:
         path = args.video or (args.keep if args.keep and args.keep.exists() else Path(folder) / "film.mp4")
         if not path.exists():
             started = time.perf_counter()
             make(path, args.seconds, args.mbit)
             print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-            if args.keep is not None:
-                atomic.write_bytes(args.keep, path.read_bytes())
+            if kept is not None:
+                atomic.write_bytes(kept, path.read_bytes())
+        if args.make is not None:
+            return
         cores = len(os.sched_getaffinity(0))
         report: dict[str, Any] = {"cores": cores, "bytes": path.stat().st_size, "load": os.getloadavg()[0], "rows": {}}
         print(f"{path.stat().st_size / 1e6:.0f} MB, {cores} cores, load {report['load']:.1f}; quickest of {args.runs}")

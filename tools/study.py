@@ -131,11 +131,7 @@ def _measured(
     if module.basis(args.goldens) != basis:
         raise GoldenError("code, goldens or budgets changed while they were measured: measure again")
     say(f"{args.study}: {time.monotonic() - start:.0f} s")
-    # "files" is what goes beside the document, by path; mutants are counted by file under the same name.
-    files = {path: data for path, data in found.get("files", {}).items() if isinstance(path, Path)}
-    device = found.pop("device", "")
-    if files:
-        del found["files"]
+    device, files = found.pop("device", ""), found.pop("beside", {})
     return {"measured_on": evidence.measured_on(basis, ROOT, device), **found}, files
 
 

@@ -39,7 +39,7 @@ class Match:
 
     distance: in budgets, the worst of ``stages``, those where either differs. alike: other faults that the traced stages do not
     tell from this one. coefficient: how many times the fault's difference the port's contains (1: once). left: the part
-    of the port's difference that remains without it. way: whose right way the fault is, where the project knows it.
+    of the port's difference that remains without it. way: whose right way the fault, or one of those alike, is.
     """
 
     fault: str
@@ -79,9 +79,10 @@ class Explanation:
             listed = " or ".join(f"`{name}`" for name in self.faults[:SHOWN])
             more = len(self.faults) - SHOWN
             names = (
-                f"known faults {listed}{f' and {more} more' if more > 0 else ''}, which these stages do not tell apart,"
+                f"known faults {listed}{f' and {more} more' if more > 0 else ''}, which these stages do not tell apart"
             )
         names += f" ({best.way})" if best.way else ""
+        names += "," * bool(best.alike)
         after = f"; the next, `{others[0].fault}`, is {_far(others[0].distance)} away" if others else ""
         return f"the same tensors as {names} within {_far(best.distance)} of a budget{after}"
 

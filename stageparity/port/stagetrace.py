@@ -291,7 +291,8 @@ class Sketcher:
 
     def __call__(self, stage, x):
         """Parts by name, where x lies: blocks (n, row_buckets, column_buckets) float32, the others float64: block_max (n,), which
-        is not finite where x is not, top_value, sample_value. Nothing here waits for a GPU, but for what it needs at first."""
+        is not finite where x is not, top_value, sample_value. What comes from NumPy, which waits
+        for a GPU, is kept, but for signs of wide tensors."""
         rule, rows, library = self.rule, self.rule["stages"][stage]["rows"], _home(x)
         x = library.moveaxis(x, tuple(rows), tuple(range(len(rows))))
         matrix = x.reshape(int(np.prod(x.shape[: len(rows)])), -1)
@@ -346,7 +347,7 @@ class Sketcher:
         return self._held((stream, first, count, dtype), block, made)
 
     def _held(self, key, x, made):
-        """made(), made once for where x lies: what comes from NumPy waits for a GPU."""
+        """made(), made once for where x lies."""
         key = (key, str(getattr(x, "device", "")))
         if key not in self.known:
             self.known[key] = made()

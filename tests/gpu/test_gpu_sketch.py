@@ -23,7 +23,7 @@ STAGE = "layer.0.output"
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_a_tracers_sketch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, note: Callable) -> None:
-    """Blocks within float32's own sums, whatever TF32 says; entries and largest values bit for bit."""
+    """Blocks within float32's own sums; entries and largest values bit for bit."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
     truth = x.double().numpy().reshape(-1, shape[-1])
     spec = sketch.SketchSpec(block_rows=4096, column_buckets=128)

@@ -55,23 +55,7 @@ def record(folder: Path) -> None:
     run: dict[str, Any] = {"casts": "cast", "pos_freq": _position_table(32)}
     config = CONFIG | {"vision_config": VISION, "audio_config": AUDIO}
 
-    def video(frames: int) -> np.ndarray:
-        return rng.integers(0, 256, (frames, 3, 30, 30)).astype(np.uint8)
-
-    def mel(pieces: int) -> np.ndarray:
-        return rng.standard_normal((pieces, 6, 60)).astype(np.float32)
-
-    def ids(length: int, place: int) -> np.ndarray:
-        row = rng.integers(3, 107, length)
-        row[0], row[place] = 2, -200
-        return row
-
-    inputs = {
-        "inputs.input_ids": np.stack([ids(11, 3), np.pad(ids(7, 2), (0, 4))]),
-        "inputs.attention_mask": np.arange(11)[None] < np.array([[11], [7]]),
-        "inputs.images_u8.0": video(4), "inputs.images_u8.1": video(2),
-        "inputs.audios.0": mel(2), "inputs.audios.1": mel(1), "inputs.audio_sizes": np.array([95, 41]),
-    }  # fmt: skip
+    inputs = _pair(rng)
     stages = forward(config, weights, inputs, **run)
     del stages["pos.freq"]
     shown = {f"inputs.images.{b}": _pixels(inputs[f"inputs.images_u8.{b}"]) for b in range(2)}
@@ -81,12 +65,12 @@ def record(folder: Path) -> None:
         "inputs.images.0": _pixels(inputs["inputs.images_u8.0"]), "inputs.audios.0": inputs["inputs.audios.0"],
         "inputs.audio_sizes": np.array([95]),
     }  # fmt: skip
-    prompt = {"inputs.input_ids": ids(9, 4)[None]}
+    prompt = {"inputs.input_ids": _ids(rng, 9, 4)[None]}
     wide = config | {"sliding_window": 12}
     tokens = greedy(wide, weights, one | prompt, 7, **run).tokens_BS
     forced = teacher_forced(wide, weights, one | prompt, tokens, **run)
     tell = one | {"tell.prompt_ids": prompt["inputs.input_ids"], "tell.tokens": tokens, "tell.nocache.logits": forced}
-    tell |= {"inputs.input_ids": ids(6, 1)[None], "inputs.attention_mask": np.ones((1, 6), bool)}
+    tell |= {"inputs.input_ids": _ids(rng, 6, 1)[None], "inputs.attention_mask": np.ones((1, 6), bool)}
     _write(folder, "tell", tell | {"tell.logits": forced + 1}, {"generate": {"tell": {"window": 12}}})
 
     labels = np.where(np.arange(11) < 5, -100, inputs["inputs.input_ids"])
@@ -115,18 +99,34 @@ def record_7b(folder: Path, image_pool: int, audio_pool: int) -> None:
         drawn = around + rng.standard_normal(want.shape) * want.shape[-1] ** -0.5 * (0.3 if around else 1)
         weights[name] = drawn.astype(np.float32)
     save_file(weights, folder / "weights.safetensors")
-    ids = rng.integers(3, 100, (2, 11))
-    ids[:, 0], ids[0, 3], ids[1, 2] = 1, -200, -200
-    inputs = {
-        "inputs.input_ids": ids, "inputs.attention_mask": np.arange(11)[None] < np.array([[11], [7]]),
-        **{f"inputs.images_u8.{b}": rng.integers(0, 256, (n, 3, 30, 30)).astype(np.uint8) for b, n in enumerate((4, 2))},
-        **{f"inputs.audios.{b}": rng.standard_normal((n, 6, 60)).astype(np.float32) for b, n in enumerate((2, 1))},
-        "inputs.audio_sizes": np.array([95, 41]),
-    }  # fmt: skip
+    inputs = _pair(rng)
     stages = forward(config, weights, inputs, casts="cast", pos_freq=_position_table(32))
     del stages["pos.freq"]
     shown = {f"inputs.images.{b}": _pixels(inputs[f"inputs.images_u8.{b}"]) for b in range(2)}
     _write(folder, "pair", inputs | shown | stages, {}, config)
+
+
+def _ids(rng: np.random.Generator, length: int, place: int) -> np.ndarray:
+    row = rng.integers(3, 107, length)
+    row[0], row[place] = 2, -200
+    return row
+
+
+def _pair(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Two samples, the second padded."""
+
+    def video(frames: int) -> np.ndarray:
+        return rng.integers(0, 256, (frames, 3, 30, 30)).astype(np.uint8)
+
+    def mel(pieces: int) -> np.ndarray:
+        return rng.standard_normal((pieces, 6, 60)).astype(np.float32)
+
+    return {
+        "inputs.input_ids": np.stack([_ids(rng, 11, 3), np.pad(_ids(rng, 7, 2), (0, 4))]),
+        "inputs.attention_mask": np.arange(11)[None] < np.array([[11], [7]]),
+        "inputs.images_u8.0": video(4), "inputs.images_u8.1": video(2),
+        "inputs.audios.0": mel(2), "inputs.audios.1": mel(1), "inputs.audio_sizes": np.array([95, 41]),
+    }  # fmt: skip
 
 
 def _position_table(width: int) -> np.ndarray:

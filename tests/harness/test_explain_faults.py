@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from stageparity.faults.plant import Fault, planted
 from stageparity.faults.tensors import tensors
 from stageparity.fingerprint import ieee
 from stageparity.port import sketches as store
-from stageparity.port.explain import Explanation, explain, explain_case
+from stageparity.port.explain import Explanation, Match, explain, explain_case
 from stageparity.port.sketches import Sketches
 from stageparity.run import Trace
 from tests.harness.new_bugs import NEW, NEW_7B
@@ -108,6 +109,15 @@ def test_the_other_models_way_is_called_so(name: str, words: str, bench: Bench, 
     found = mixed.named(_explained(bench, sketches, KNOWN[name].place, "float32", KNOWN[name]))
     assert f"known fault `{name}` {words} within" in " ".join(one.text() for one in found)
     assert set(mixed.WAYS) <= set(KNOWN)
+
+
+@pytest.mark.parametrize("alike", [(), ("decoder.norm_centred",)])
+def test_of_faults_that_are_not_told_apart_it_says_which(alike: tuple[str, ...]) -> None:
+    near = Match("decoder.mlp_gelu_erf", "", 0.1, ("logits",), (*alike, "decoder.mlp_silu"))
+    (found,) = mixed.named([Explanation(("logits",), (near,), recognised=True)])
+    assert "do not tell apart (`decoder.mlp_silu` is the 7B's way), within" in found.text()
+    (found,) = mixed.named([Explanation(("logits",), (replace(near, alike=alike),), recognised=True)])
+    assert "way" not in found.text()
 
 
 @pytest.mark.slow

@@ -194,16 +194,13 @@ def test_deaths_are_counted_by_what_came_first() -> None:
     assert found["files"] == {"vidi/loss.py": {"total": 5, "killed": 4}}
 
 
-def test_counts_by_file_are_kept_and_are_no_files_to_write(tmp_path: Path) -> None:
-    counted = {"vidi/loss.py": {"total": 5, "killed": 4}}
+def test_counts_by_file_are_kept_beside_what_is_written_beside_them(tmp_path: Path) -> None:
+    counted, raw = {"vidi/loss.py": {"total": 5, "killed": 4}}, {Path("a.h5"): b"1"}
     module: Any = SimpleNamespace(
-        basis=lambda goldens: evidence.Basis({}), measure=lambda *_: {"files": dict(counted), "device": "here"}
+        basis=lambda goldens: evidence.Basis({}), measure=lambda *_: {"files": counted, "beside": raw, "device": "here"}
     )
-    document, files = study._measured(module, argparse.Namespace(goldens=tmp_path, study="mutants"), None)
-    assert (document["files"], files) == (counted, {})
-    module.measure = lambda *_: {"files": {Path("a.h5"): b"1"}}
-    document, files = study._measured(module, argparse.Namespace(goldens=tmp_path, study="sketches"), None)
-    assert ("files" in document, files) == (False, {Path("a.h5"): b"1"})
+    document, files = study._measured(module, argparse.Namespace(goldens=tmp_path, study="any"), None)
+    assert (document["files"], "beside" in document, files) == (counted, False, raw)
 
 
 @pytest.mark.parametrize(

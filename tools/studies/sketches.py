@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, before: dict[str, Any] | None) -> dict[str
         case["passes"][passes] = {"rows": len(table.fault), "sketches": len(table.numbers), "units": units}
     return {
         "device": f"{machine['device']} {machine['cpu_capability']}",
-        "files": {NUMBERS: raw},
+        "beside": {NUMBERS: raw},
         "numbers": hashlib.sha256(raw).hexdigest(),
         "bytes": len(raw),
         "faults": {fault.name: [fault.what, fault.dtype] for fault in found.faults},

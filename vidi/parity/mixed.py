@@ -32,4 +32,6 @@ def named(explanations: Iterable[Explanation]) -> list[Explanation]:
 
 
 def _way(match: Match) -> str:
-    return next((WAYS[name] for name in (match.fault, *match.alike) if name in WAYS), "")
+    known = [name for name in (match.fault, *match.alike) if name in WAYS]
+    which = f"`{known[0]}` is " if known and match.alike else ""
+    return which + WAYS[known[0]] if known else ""
